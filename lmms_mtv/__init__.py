@@ -1,0 +1,25 @@
+"""Multimodal Task Vectors as a plugin for lmms-eval: many demonstrations at the price of a zero-shot prompt."""
+
+from lmms_mtv.errors import MtvError
+from lmms_mtv.fitting import Episode, FitSession
+from lmms_mtv.hooks import Prefill, Site, Sites, applied, capture, find_sites, record, verify
+from lmms_mtv.vector import Edit, TaskVector, VectorCard
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Edit",
+    "Episode",
+    "FitSession",
+    "MtvError",
+    "Prefill",
+    "Site",
+    "Sites",
+    "TaskVector",
+    "VectorCard",
+    "applied",
+    "capture",
+    "find_sites",
+    "record",
+    "verify",
+]

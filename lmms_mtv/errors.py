@@ -1,0 +1,54 @@
+"""Everything that can go wrong, by what the reader has to mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MtvError(Exception):
+    """Base of all errors of this package. The message says what was found, what was expected, and what mends it."""
+
+
+class ArgumentError(MtvError, ValueError):
+    """An argument is unknown, or its value cannot be used."""
+
+
+class DiscoveryError(MtvError):
+    """The attention heads of a model could not be found with certainty."""
+
+
+class GeometryError(MtvError):
+    """A vector does not fit the model it is applied to."""
+
+
+class VectorFileError(MtvError):
+    """A file is not a task vector, or not an intact one."""
+
+
+class NumericsError(MtvError):
+    """NaN or infinity where a finite number was expected."""
+
+
+class HookError(MtvError):
+    """A hook could not do its work: the model ran in a way that the edit cannot follow."""
+
+
+class DataError(MtvError):
+    """Training examples are missing, too few, or cannot be read."""
+
+
+class LeakageError(DataError):
+    """Examples that are evaluated would have been used for fitting."""
+
+
+class ContextLengthError(MtvError):
+    """A prompt is longer than the model's context."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ArgumentError:
+    """The error for a ``name`` that is none of the ``known`` ones, with the nearest of them if one is near."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ArgumentError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(choices)}.")

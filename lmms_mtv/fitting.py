@@ -1,0 +1,228 @@
+"""What every method needs of a model and a training split: activations of few-shot prompts, and losses of edits."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from lmms_mtv.errors import ArgumentError, DataError, HookError, NumericsError
+from lmms_mtv.hooks import Prefill, Sites, capture, record, verify
+from lmms_mtv.vector import Edit
+
+logger = logging.getLogger(__name__)
+
+P = TypeVar("P")
+P_co = TypeVar("P_co", covariant=True)
+P_contra = TypeVar("P_contra", contravariant=True)
+T = TypeVar("T")
+
+Tokens = Literal["first", "all"]
+"""Which tokens of the target count in a loss."""
+
+
+class Episode(NamedTuple):
+    """A training query and the demonstrations before it, as indices of training examples."""
+
+    query: int
+    demonstrations: tuple[int, ...]
+
+
+class Examples(Protocol[P_co]):
+    """The training examples of a task, and how they become prompts."""
+
+    def __len__(self) -> int: ...
+
+    def prompt(self, episode: Episode) -> P_co:
+        """The prompt of an episode, with the query's target known to the runner."""
+        ...
+
+
+class Runner(Protocol[P_contra]):
+    """A model that runs prompts with its own preprocessing."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def run(self, prompts: Sequence[P_contra]) -> None:
+        """One forward over the prompts, as a batch with one row each."""
+        ...
+
+    def target_ids(self, prompt: P_contra) -> list[int]:
+        """Token ids of the query's target, as they follow the prompt."""
+        ...
+
+
+class FitSession(Generic[P]):
+    """One fit: a model, the training examples of one task, a seed.
+
+    ``shots`` is the number of demonstrations in the prompts that the vector will be used with: losses are of such
+    prompts. ``memory`` is how many bytes of prefilled prompts are kept. All randomness comes from ``seed`` and the
+    purpose it is drawn for, so that nothing depends on the order of calls or on ``batch_size``.
+    """
+
+    def __init__(
+        self,
+        runner: Runner[P],
+        sites: Sites,
+        examples: Examples[P],
+        *,
+        seed: int,
+        shots: int = 0,
+        batch_size: int = 1,
+        memory: int = 4 << 30,
+        progress: bool = True,
+    ) -> None:
+        self.sites = sites
+        self.seed = seed
+        self.shots = shots
+        self.forwards = 0
+        self._runner = runner
+        self._examples = examples
+        self._batch_size = batch_size
+        self._memory = memory
+        self._progress = progress
+        self._prefills: OrderedDict[Episode, tuple[Prefill, list[int]]] = OrderedDict()
+        self._replays: bool | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, heads, size of a head."""
+        return self.sites.shape
+
+    @property
+    def replays(self) -> bool | None:
+        """Whether losses come from replays; None before the first loss."""
+        return self._replays
+
+    def random(self, purpose: str) -> random.Random:
+        """A generator for ``purpose``, independent of all others."""
+        return random.Random(f"{self.seed}/{purpose}")
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """The same for torch, on the CPU."""
+        return torch.Generator().manual_seed(self.random(purpose).getrandbits(63))
+
+    def bar(self, items: Iterable[T], description: str) -> Iterable[T]:
+        """A progress bar over ``items``."""
+        return tqdm(items, desc=description, disable=not self._progress, dynamic_ncols=True, leave=False)
+
+    def episodes(self, count: int, shots: int, purpose: str) -> list[Episode]:
+        """``count`` random queries, each with ``shots`` random demonstrations, the query never among them.
+
+        A query returns only after all others had their turn. Raises :class:`DataError` when the training split has
+        fewer than ``shots`` + 1 examples.
+        """
+        total, rng = len(self._examples), self.random(purpose)
+        if total < shots + 1:
+            raise DataError(
+                f"the training split has {total} examples, but prompts of {shots} demonstrations and a query need at "
+                f"least {shots + 1}: pass fit_shots= (and shots=) of at most {max(total - 1, 0)}, or a larger split "
+                "with demonstrations="
+            )
+        queries: list[int] = []
+        while len(queries) < count:
+            queries += rng.sample(range(total), min(total, count - len(queries)))
+        made = []
+        for query in queries:
+            drawn = rng.sample(range(total - 1), shots)
+            made.append(Episode(query, tuple(index + (index >= query) for index in drawn)))
+        return made
+
+    @torch.no_grad()
+    def mean_activations(self, episodes: Sequence[Episode]) -> Tensor:
+        """Mean over ``episodes`` of each head's activation at the last token, float32 [L, H, D] on the CPU.
+
+        MTV, arXiv 2406.15334, section 3.1: ``mu_l = (1/T) sum_t z_l``.
+        """
+        total = torch.zeros(self.shape, dtype=torch.float64)
+        batches = [episodes[i : i + self._batch_size] for i in range(0, len(episodes), self._batch_size)]
+        for batch in self.bar(batches, "Extracting activations"):
+            with record(self.sites) as recording:
+                self._runner.run([self._examples.prompt(episode) for episode in batch])
+            rows = recording.last()
+            if rows.shape[0] != len(batch):
+                raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
+            total += rows.to("cpu", torch.float64).sum(0)
+            self.forwards += 1
+        return (total / len(episodes)).float()
+
+    @torch.no_grad()
+    def losses(self, episode: Episode, edit: Edit, tokens: Tokens = "first") -> Tensor:
+        """Cross-entropy of the query's target under each of the K edits, float32 [K].
+
+        ``tokens`` is ``first`` for the first target token, or ``all`` for the mean over all of them. The first call
+        compares one replay with full forwards; if they differ, this session uses full forwards and says so.
+        """
+        prefill, target = self._prefill(episode)
+        if tokens == "first":
+            target = target[:1]
+        if self._replays is None:
+            self._replays = self._compared(prefill, edit, target)
+        if self._replays and prefill.cache is not None:
+            logits = prefill.replay(self._runner.model, self.sites, edit, target)
+        else:
+            logits = prefill.forward(self._runner.model, self.sites, edit, target)
+        self.forwards += 1
+        return _cross_entropy(logits, target)
+
+    def _prefill(self, episode: Episode) -> tuple[Prefill, list[int]]:
+        if episode in self._prefills:
+            self._prefills.move_to_end(episode)
+            return self._prefills[episode]
+        prompt = self._examples.prompt(episode)
+        target = self._runner.target_ids(prompt)
+        if not target:
+            raise DataError(f"the target of training example {episode.query} has no tokens: it cannot be learned from")
+        with capture(self._runner.model, self.sites) as captured:
+            self._runner.run([prompt])
+        self.forwards += 1
+        prefill = captured.prefill()
+        if self._replays and prefill.cache is not None:
+            prefill = prefill.without_media()
+        self._prefills[episode] = prefill, target
+        while len(self._prefills) > 1 and sum(kept.bytes for kept, _ in self._prefills.values()) > self._memory:
+            self._prefills.popitem(last=False)
+        return prefill, target
+
+    def _compared(self, prefill: Prefill, edit: Edit, target: list[int]) -> bool:
+        """Whether replays equal full forwards on this model; makes sure of the sites on the way."""
+        model = self._runner.model
+        verify(model, self.sites, prefill.inputs)
+        if prefill.cache is None:
+            logger.warning("the cache of this model cannot be replayed: losses come from full forwards, more slowly")
+            return False
+        full = _cross_entropy(prefill.forward(model, self.sites, edit, target), target)
+        replayed = _cross_entropy(prefill.replay(model, self.sites, edit, target), target)
+        parameter = next(model.parameters())
+        tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
+        gap = (full - replayed).abs().max().item()
+        if gap > tolerance * (1 + full.abs().max().item()):
+            logger.warning(
+                "replays differ from full forwards by %.3g on this model: losses come from full forwards, more slowly",
+                gap,
+            )
+            return False
+        return True
+
+
+def check_tokens(tokens: str) -> None:
+    """Raise :class:`ArgumentError` unless ``tokens`` is one of :data:`Tokens`."""
+    if tokens not in ("first", "all"):
+        raise ArgumentError(f"loss={tokens!r}, expected first (the first answer token) or all")
+
+
+def _cross_entropy(logits: Tensor, target: Sequence[int]) -> Tensor:
+    """float32 [K], the mean over the tokens of ``target`` of their cross-entropy under ``logits`` [K, T, V]."""
+    expected = torch.tensor(target, device=logits.device).expand(logits.shape[0], -1)
+    losses = functional.cross_entropy(logits.transpose(1, 2), expected, reduction="none").mean(1)
+    if not losses.isfinite().all():
+        raise NumericsError("NaN or infinity in the logits of an edited forward: use dtype=float32 or bfloat16")
+    return losses

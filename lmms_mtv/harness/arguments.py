@@ -1,0 +1,68 @@
+"""The model arguments: which are this plugin's, which the method's, and which go to the base."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lmms_mtv import methods
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.methods import Method
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The plugin's own model arguments.
+
+    ``base``: the model that does the work. ``method``: how the task vector is fitted. ``shots``: demonstrations in
+    every evaluated prompt; None takes ``--num_fewshot``. ``vector``: a file to use instead of fitting.
+    ``demonstrations``: split of the task's dataset, or ``path:split``, to fit on and to draw shots from; None takes
+    what the task declares. ``seed``: of everything random. ``decoder``: dotted name of the module with the decoder's
+    blocks, where it is not found. ``cache_gb``: memory for prefilled prompts during a fit, in GB.
+    """
+
+    base: str = "hf"
+    method: str = "mtv"
+    shots: int | None = None
+    vector: str | None = None
+    demonstrations: str | None = None
+    seed: int = 0
+    decoder: str | None = None
+    cache_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.shots is not None and (not isinstance(self.shots, int) or self.shots < 0):
+            raise ArgumentError(f"shots={self.shots!r}, expected a number of demonstrations, 0 or more")
+        if not isinstance(self.seed, int):
+            raise ArgumentError(f"seed={self.seed!r}, expected an integer")
+        if not isinstance(self.cache_gb, int | float) or self.cache_gb < 0:
+            raise ArgumentError(f"cache_gb={self.cache_gb!r}, expected a number of gigabytes, 0 or more")
+
+
+def names(config: type[Any]) -> tuple[str, ...]:
+    """The fields of a configuration class."""
+    return tuple(field.name for field in dataclasses.fields(config))
+
+
+def divide(
+    given: Mapping[str, Any], base_config: type[Any]
+) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
+    """The plugin's arguments, the method, the method's settings and the base's arguments in ``given``.
+
+    Raises :class:`ArgumentError` for a key that is none of them, with all that could be meant.
+    """
+    own = Arguments(**{key: given[key] for key in names(Arguments) if key in given})
+    method = methods.get(own.method)
+    known = {"mtv": names(Arguments), f"method {method.name}": method.settings(), "base": names(base_config)}
+    for key in given:
+        if not any(key in group for group in known.values()):
+            near = difflib.get_close_matches(key, [name for group in known.values() for name in group], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            listed = "; ".join(f"{owner}: {', '.join(group) or 'nothing'}" for owner, group in known.items())
+            raise ArgumentError(f"unknown model argument {key!r}.{hint} Known to {listed}.")
+    settings = {key: given[key] for key in method.settings() if key in given}
+    method.configure(settings)
+    return own, method, settings, {key: given[key] for key in names(base_config) if key in given}

@@ -1,0 +1,38 @@
+"""Errors at the command line of the harness.
+
+lmms-eval catches every exception of an evaluation, prints a traceback and exits with status 0, so that a failed run
+looks like a good one to a script. A ``SystemExit`` is not caught: it prints one line and gives status 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from lmms_mtv.errors import MtvError
+
+A = ParamSpec("A")
+R = TypeVar("R")
+
+COMMAND_LINE = "lmms_eval.__main__"
+"""The module that only the harness's command line imports."""
+
+
+def reported(function: Callable[A, R]) -> Callable[A, R]:
+    """Let an :class:`MtvError` end the run when the harness was started from its command line.
+
+    Called from Python, the exception goes to the caller as it is; ``--verbosity DEBUG`` shows where it came from.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: A.args, **kwargs: A.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except MtvError as error:
+            if COMMAND_LINE not in sys.modules or "DEBUG" in sys.argv:
+                raise
+            raise SystemExit(f"lmms-mtv: {type(error).__name__}: {error}") from error
+
+    return guarded

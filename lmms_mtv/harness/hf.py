@@ -1,0 +1,257 @@
+"""The base ``hf``: any image-text or text model that the Auto classes of transformers load."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from lmms_mtv.errors import ArgumentError, ContextLengthError, unknown
+from lmms_mtv.harness import prompts as writing
+from lmms_mtv.harness.prompts import Message, Prompt
+from lmms_mtv.shapes import CHECKPOINT
+
+TINY: Final = "tiny"
+"""Name of the bundled checkpoint in ``pretrained=``."""
+
+_DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+_SAMPLING: Final = ("temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "length_penalty")
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """Arguments of the base.
+
+    ``pretrained``: name on the hub, folder, or ``tiny``; ``revision``: of the hub. ``device``: default is the GPU if
+    there is one; ``device_map``: passed to transformers, to spread a model over devices. ``dtype``: ``auto`` (the
+    checkpoint's), ``float32``, ``bfloat16`` or ``float16``. ``prompt_style``: ``raw`` writes the task's text alone,
+    as the MTV authors do, ``chat`` uses the model's chat template with demonstrations as turns.
+    ``image_placeholder``: the text for an image in a raw prompt, where it cannot be told from the processor.
+    """
+
+    pretrained: str = "HuggingFaceM4/idefics2-8b"
+    revision: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    prompt_style: str = "raw"
+    image_placeholder: str | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise unknown("dtype", str(self.dtype), _DTYPES)
+        if self.prompt_style not in writing.STYLES:
+            raise unknown("prompt_style", str(self.prompt_style), writing.STYLES)
+        if not str(self.batch_size).isdigit() or int(self.batch_size) < 1:
+            raise ArgumentError(f"batch_size={self.batch_size!r}, expected a number, 1 or more")
+
+
+class Answer(NamedTuple):
+    """A generated text, and how many tokens went in and came out."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
+class _Until(StoppingCriteria):
+    """Stops a row once its new text has one of the stop strings.
+
+    transformers' own ``stop_strings`` needs a vocabulary of pieces of text and fails on one of whole words.
+    """
+
+    def __init__(self, stops: Sequence[str], tokenizer: Any, begin: int) -> None:
+        self._stops, self._tokenizer, self._begin = stops, tokenizer, begin
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._begin :], skip_special_tokens=True)
+        found = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(found, device=input_ids.device)  # type: ignore[return-value]
+
+
+class Hf:
+    """A loaded model with its processor. It runs :class:`Prompt` batches, left-padded."""
+
+    def __init__(self, config: HfConfig) -> None:
+        self.config = config
+        self.batch_size = int(config.batch_size)
+        source = str(CHECKPOINT) if config.pretrained == TINY else config.pretrained
+        options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        try:
+            settings = AutoConfig.from_pretrained(source, **options)
+            multimodal = type(settings) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            self._processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(source, **options)
+            loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+            model = loader.from_pretrained(
+                source,
+                dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+                attn_implementation=config.attn_implementation,
+                device_map=config.device_map,
+                **options,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ArgumentError(
+                f"pretrained={config.pretrained} cannot be loaded: {_one_line(error)} (give the name of a model on "
+                f"the hub, a folder, or {TINY!r}; without network, the model has to be in the local cache)"
+            ) from error
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if config.device_map is None:
+            model.to(self.device)
+        else:
+            self.device = model.device
+        self.model: nn.Module = model.eval()
+        self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        self._tokenizer.padding_side = "left"
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._multimodal = multimodal
+        self.name = "lmms-mtv/tiny" if config.pretrained == TINY else config.pretrained
+        self.revision = _revision(source, config.revision or getattr(settings, "_commit_hash", None))
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        parameters = inspect.signature(model.forward).parameters
+        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    @property
+    def context(self) -> int | None:
+        """Longest prompt in tokens, or None where the model does not say."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
+    def rendered(self, prompt: Prompt) -> str:
+        """The prompt as the text that goes to the processor."""
+        if self.config.prompt_style == "chat":
+            return self._template(prompt.chat(), True)
+        return prompt.raw(self._placeholder if prompt.images() else "")
+
+    @torch.no_grad()
+    def run(self, prompts: Sequence[Prompt]) -> None:
+        """One forward over the prompts."""
+        self.model(**self._inputs(prompts, 0), **self._keep)
+
+    def target_ids(self, prompt: Prompt) -> list[int]:
+        """Tokens of the target as they follow the prompt, and of what ends an answer there.
+
+        That is the delimiter between demonstrations in a raw prompt, and the end of the turn in a chat.
+        """
+        before = self.rendered(prompt)
+        if self.config.prompt_style == "chat":
+            text = writing.continuation(prompt, self._template)
+            text = prompt.target if text is None else text.rstrip()
+        else:
+            text = prompt.target_delimiter + prompt.target + prompt.fewshot_delimiter
+        known, whole = self._ids(before), self._ids(before + text)
+        return whole[len(known) :] if whole[: len(known)] == known else self._ids(text)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[Answer]:
+        """Answers to a batch of prompts under the harness's generation settings, ``until`` among them."""
+        stops = settings.get("until") or []
+        stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+        limit = int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or 256)
+        chosen = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
+        sampling = bool(settings.get("do_sample", chosen.get("temperature", 0) > 0)) and chosen.get("temperature") != 0
+        if not sampling:
+            # Off, whatever the checkpoint's generation configuration says.
+            chosen |= {"temperature": None, "top_p": None, "top_k": None}
+        inputs = self._inputs(prompts, limit)
+        if stops:
+            begin = inputs["input_ids"].shape[1]
+            chosen["stopping_criteria"] = StoppingCriteriaList([_Until(stops, self._tokenizer, begin)])
+        pad = self._tokenizer.pad_token_id
+        output = self.model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=limit, do_sample=sampling, pad_token_id=pad, **chosen
+        )
+        length, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
+        answers = []
+        for row, taken in zip(output[:, length:], lengths, strict=True):
+            text = self._tokenizer.decode(row, skip_special_tokens=True)
+            for stop in stops:
+                text = text.split(stop)[0]
+            answers.append(Answer(text, taken, int((row != pad).sum())))
+        return answers
+
+    def _inputs(self, prompts: Sequence[Prompt], new_tokens: int) -> Any:
+        texts = [self.rendered(prompt) for prompt in prompts]
+        images = [prompt.images() for prompt in prompts]
+        # A template that writes the token the tokenizer would put first must not get it twice.
+        bos = self._tokenizer.bos_token
+        written = bool(bos) and all(text.startswith(bos) for text in texts)
+        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": not written}
+        if any(images) and not self._multimodal:
+            raise ArgumentError(f"{self.name} is a text model, but the task has images: choose another pretrained=")
+        if any(images):
+            inputs = self._processor(text=texts, images=images, **options)
+        else:
+            inputs = self._tokenizer(texts, **options)
+        found = int(inputs["attention_mask"].sum(1).max())
+        if self.context is not None and found + new_tokens > self.context:
+            asked = f" and {new_tokens} new ones" if new_tokens else ""
+            raise ContextLengthError(
+                f"a prompt of {found} tokens{asked} does not fit the {self.context} tokens of {self.name}: pass a "
+                "smaller shots= (or fit_shots= if this happened while fitting)"
+            )
+        inputs = inputs.to(self.device)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                inputs[name] = value.to(self.model.dtype)
+        return inputs
+
+    def _template(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        holder = self._processor if getattr(self._processor, "chat_template", None) else self._tokenizer
+        if not getattr(holder, "chat_template", None):
+            raise ArgumentError(f"{self.name} has no chat template: pass prompt_style=raw")
+        if not self._multimodal:
+            joined = ("".join(part["text"] for part in message["content"]) for message in messages)
+            messages = [{**message, "content": text} for message, text in zip(messages, joined, strict=True)]
+        rendered: str = holder.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return rendered
+
+    @cached_property
+    def _placeholder(self) -> str:
+        if self.config.image_placeholder is not None:
+            return self.config.image_placeholder
+        template = self._template if getattr(self._processor, "chat_template", None) else None
+        return writing.placeholder(template, getattr(self._processor, "image_token", None))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _revision(source: str, commit: str | None) -> str | None:
+    """The commit on the hub; for a folder, a digest of its configuration and of the beginning of its weights."""
+    folder = Path(source)
+    if commit is not None or not folder.is_dir():
+        return commit
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 23))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,232 @@
+"""The lmms-eval model ``mtv``: it fits a task vector for each task, then evaluates with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.api.task import Task
+from loguru import logger
+from tqdm import tqdm
+
+from lmms_mtv import methods
+from lmms_mtv.errors import ArgumentError, DataError, HookError
+from lmms_mtv.fitting import Episode, FitSession
+from lmms_mtv.harness import bases, record
+from lmms_mtv.harness.arguments import Arguments, divide
+from lmms_mtv.harness.failure import reported
+from lmms_mtv.harness.prompts import Prompt
+from lmms_mtv.harness.task import TaskPrompts, declared_settings
+from lmms_mtv.hooks import Fired, applied, find_sites
+from lmms_mtv.methods import Fitted
+from lmms_mtv.vector import TaskVector, VectorCard
+
+
+class Mtv(lmms):
+    """MTV, its controls and its baselines as one model of the harness.
+
+    See :class:`~lmms_mtv.harness.arguments.Arguments` for its arguments; those of the method and of the base are
+    given beside them.
+    """
+
+    is_simple = False
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        base = given.get("base", Arguments.base)
+        self._arguments, self._method, self._settings, for_base = divide(given, bases.config(base))
+        # A file that cannot be used is better known before the model is loaded.
+        self._loaded = TaskVector.load(self._arguments.vector) if self._arguments.vector is not None else None
+        self._base = bases.build(base, for_base)
+        self._sites = find_sites(self._base.model, self._arguments.decoder)
+        if self._loaded is not None:
+            self._loaded.check(self._sites.geometry, self._base.name)
+            if self._loaded.card.revision != self._base.revision:
+                logger.warning(
+                    f"vector {self._loaded.id} was fitted for revision {self._loaded.card.revision} of "
+                    f"{self._base.name}, this is {self._base.revision}"
+                )
+        self._pretrained = given.get("pretrained", "")
+        self._record: dict[str, Any] = {}
+
+    @classmethod
+    @reported
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Mtv:
+        made: Mtv = super().create_from_arg_string(arg_string, additional_config)
+        return made
+
+    @property
+    def device(self) -> Any:
+        return self._base.device
+
+    def clean(self) -> None:
+        """Free the model, as the harness asks when all answers are there."""
+        del self._base, self._sites
+        super().clean()
+
+    @reported
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Answers in the order of the requests. Each task gets its own vector, fitted when its turn comes."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(request.task_name, []).append(index)
+        answers: dict[int, GenerationResult] = {}
+        output: str | None = None
+        for indices in groups.values():
+            task = _task_of(requests[indices[0]])
+            output = getattr(getattr(task, "args", None), "output_path", None)
+            answers |= self._answers(task, [requests[index] for index in indices], indices, output)
+        if output and self.rank == 0 and self._record:
+            path = record.write(
+                record.folder(output, self._pretrained),
+                {"name": self._base.name, "revision": self._base.revision, "dtype": self._base.dtype}
+                | {"base": dataclasses.asdict(self._base.config), "arguments": dataclasses.asdict(self._arguments)},
+                self._record,
+            )
+            logger.info(f"methods, vectors, heads and settings: {path}")
+        return [answers[index] for index in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("mtv runs tasks with output_type generate_until in lmms-eval")
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        raise NotImplementedError("mtv runs tasks with output_type generate_until in lmms-eval")
+
+    def _answers(
+        self, task: Any, requests: Sequence[Instance], indices: Sequence[int], output: str | None
+    ) -> dict[int, GenerationResult]:
+        prompts = TaskPrompts(task, self._arguments.demonstrations)
+        shots = self._shots(task)
+        vector = self._vector(prompts, shots, output)
+
+        # Requests of a batch share their generation settings.
+        batches: list[list[int]] = []
+        by_settings: dict[str, list[int]] = {}
+        for position, request in enumerate(requests):
+            by_settings.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(position)
+        for positions in by_settings.values():
+            size = self._base.batch_size
+            batches += [positions[i : i + size] for i in range(0, len(positions), size)]
+
+        answers: dict[int, GenerationResult] = {}
+        edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
+        with edited as fired:
+            for batch in tqdm(batches, desc=f"Evaluating {prompts.name}", disable=self.rank != 0, dynamic_ncols=True):
+                before = fired.count
+                made = [
+                    prompts.evaluation(request.args[3], request.args[5], shots, self._arguments.seed)
+                    for request in (requests[position] for position in batch)
+                ]
+                settings = requests[batch[0]].args[2]
+                for position, answer in zip(batch, self._base.generate(made, settings), strict=True):
+                    request = requests[position]
+                    self.cache_hook.add_partial("generate_until", (request.args[0], settings), answer.text)
+                    counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+                    answers[indices[position]] = GenerationResult(answer.text, counts)
+                if vector.edits and fired.count == before:
+                    raise HookError(
+                        "the edit never ran while the base generated, so that the answers are those of the plain "
+                        "model: pass decoder= with the module that its forward calls"
+                    )
+        return answers
+
+    def _shots(self, task: Any) -> int:
+        asked, of_harness = self._arguments.shots, task.config.num_fewshot or 0
+        if asked is not None and of_harness not in (0, asked):
+            raise ArgumentError(f"shots={asked} and --num_fewshot {of_harness} disagree: give one of them")
+        return of_harness if asked is None else asked
+
+    def _vector(self, prompts: TaskPrompts, shots: int, output: str | None) -> TaskVector:
+        if self._loaded is not None:
+            if self._loaded.card.task != prompts.name:
+                logger.warning(
+                    f"vector {self._loaded.id} was fitted on task {self._loaded.card.task} and is used on "
+                    f"{prompts.name}"
+                )
+            self._record[prompts.name] = record.of_task(self._loaded, str(self._arguments.vector), self._arguments.seed)
+            return self._loaded
+        vector = self._fit(prompts, shots)
+        source = "nothing to fit"
+        if vector.edits:
+            source = "fitted"
+            if output and self.rank == 0:
+                folder = record.folder(output, self._pretrained)
+                source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
+        self._record[prompts.name] = record.of_task(vector, source, self._arguments.seed)
+        return vector
+
+    def _fit(self, prompts: TaskPrompts, shots: int) -> TaskVector:
+        every = {name for method in methods.names() for name in methods.get(method).settings()}
+        declared = declared_settings(prompts, sorted(every))
+        settings = {name: declared[name] for name in self._method.settings() if name in declared} | self._settings
+        config = self._method.configure(settings)
+        fits = bool(self._method.settings())
+        began = time.perf_counter()
+        session = FitSession[Prompt](
+            self._base,
+            self._sites,
+            prompts,
+            seed=self._arguments.seed,
+            shots=shots,
+            batch_size=self._base.batch_size,
+            memory=int(self._arguments.cache_gb * 2**30),
+            progress=self.rank == 0,
+        )
+        fitted: Fitted = self._method.fit(session, config)
+        seconds = time.perf_counter() - began
+        card = VectorCard(
+            model=self._base.name,
+            revision=self._base.revision,
+            dtype=self._base.dtype,
+            geometry=self._sites.geometry,
+            task=prompts.name,
+            split=prompts.split if fits else "",
+            examples=prompts.examples_digest() if fits else "",
+            prompt=self._prompt_digest(prompts) if fits else "",
+            shots=shots,
+            seed=self._arguments.seed,
+            method=self._method.name,
+            config=dataclasses.asdict(config),
+            versions=record.versions(),
+            losses=fitted.losses,
+            seconds=seconds,
+        )
+        vector = TaskVector(dict(fitted.edits), card)
+        if fits and self.rank == 0:
+            logger.info(_summary(vector, session))
+        return vector
+
+    def _prompt_digest(self, prompts: TaskPrompts) -> str:
+        """SHA-256 of a written prompt with its target: of everything that shapes a prompt."""
+        example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
+        text = [self._base.rendered(example), example.target_delimiter, example.target, example.fewshot_delimiter]
+        return hashlib.sha256(json.dumps(text).encode()).hexdigest()
+
+
+def _task_of(request: Instance) -> Any:
+    """The harness's task behind a request: the owner of its bound ``doc_to_messages``."""
+    task = getattr(request.args[1], "__self__", None)
+    if not isinstance(task, Task):
+        raise DataError(
+            f"task {request.task_name} does not come with its training data (its requests are of type "
+            f"{request.request_type!r}): mtv runs tasks with output_type generate_until"
+        )
+    return task
+
+
+def _summary(vector: TaskVector, session: FitSession[Prompt]) -> str:
+    layers, heads, _ = session.shape
+    losses: Mapping[str, Sequence[float]] = vector.card.losses
+    loss = f", loss {losses['unedited'][0]:.3f} -> {losses['chosen'][0]:.3f}" if "chosen" in losses else ""
+    return (
+        f"fitted {vector.card.method} for {vector.card.task} in {vector.card.seconds:.1f} s: vector {vector.id}, "
+        f"{len(vector.heads)} of {layers * heads} heads{loss} (without edit -> with it, on training queries), "
+        f"{session.forwards} forwards"
+    )

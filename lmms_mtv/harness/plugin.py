@@ -1,0 +1,46 @@
+"""What lmms-eval loads through its entry point: the model ``mtv``, and this package's tasks."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.models.registry_v2 import ModelManifest
+
+from lmms_mtv.errors import DataError
+
+
+def manifest() -> ModelManifest:
+    """The model, for the entry-point group ``lmms_eval.models``. Makes the tasks known on the way."""
+    register_tasks()
+    return ModelManifest(model_id="mtv", chat_class_path="lmms_mtv.harness.model.Mtv")
+
+
+def tasks_folder() -> Path:
+    """The folder of the task files: inside an installed package, at the repository's root in an editable one."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "tasks", package.parent / "tasks"):
+        if folder.is_dir():
+            return folder
+    raise DataError(f"the task files of lmms-mtv are missing beside {package}: install lmms-mtv again")
+
+
+def register_tasks() -> None:
+    """Let every ``TaskManager`` index this package's tasks.
+
+    lmms-eval has entry points for models but none for tasks, so its index is extended here: the one place where this
+    package changes another. The harness's own tasks and those of ``--include_path`` keep precedence.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    original = TaskManager.initialize_tasks
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def initialize_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
+        index: dict[str, Any] = original(self, include_path=include_path, include_defaults=include_defaults)
+        return {**self._get_task_and_group(str(tasks_folder())), **index} if include_defaults else index
+
+    TaskManager.initialize_tasks = initialize_tasks

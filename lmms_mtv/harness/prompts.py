@@ -1,0 +1,128 @@
+"""Prompts: demonstrations and a query, each of images and text, written raw or with a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from lmms_mtv.errors import ArgumentError
+
+Message = dict[str, Any]
+"""A chat message of lmms-eval: ``role``, and ``content``, a list of parts with a ``type``."""
+
+Style = Literal["raw", "chat"]
+STYLES: tuple[Style, ...] = ("raw", "chat")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A training example as the task asks it, and its target."""
+
+    messages: Sequence[Message]
+    target: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A query after demonstrations.
+
+    ``description``, ``target_delimiter`` (before a target) and ``fewshot_delimiter`` (after it) are the task's own;
+    raw prompts are written with them. ``target`` is the query's, where it is known.
+    """
+
+    query: Sequence[Message]
+    demonstrations: Sequence[Demonstration] = ()
+    target: str = ""
+    description: str = ""
+    target_delimiter: str = " "
+    fewshot_delimiter: str = "\n\n"
+
+    def images(self) -> list[Image.Image]:
+        """All images, in the order of the prompt."""
+        shown = [demonstration.messages for demonstration in self.demonstrations]
+        return [
+            part["url"]
+            for messages in (*shown, self.query)
+            for message in messages
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
+
+    def raw(self, placeholder: str) -> str:
+        """The prompt as one text, with ``placeholder`` for each image, ending where the target begins."""
+        shown = (
+            _flat(d.messages, placeholder) + self.target_delimiter + d.target + self.fewshot_delimiter
+            for d in self.demonstrations
+        )
+        return self.description + "".join(shown) + _flat(self.query, placeholder)
+
+    def chat(self) -> list[Message]:
+        """The prompt as turns: each demonstration a user turn and an assistant turn, the query a user turn.
+
+        Image parts are ``{"type": "image"}`` alone, in the order of :meth:`images`.
+        """
+        turns: list[Message] = []
+        for demonstration in self.demonstrations:
+            turns += _turns(demonstration.messages)
+            turns.append(_assistant(demonstration.target))
+        turns += _turns(self.query)
+        if self.description:
+            first = next(turn for turn in turns if turn["role"] == "user")
+            first["content"].insert(0, {"type": "text", "text": self.description})
+        return turns
+
+    def answered(self) -> list[Message]:
+        """:meth:`chat` with the query's target as the last turn."""
+        return [*self.chat(), _assistant(self.target)]
+
+
+def continuation(prompt: Prompt, template: Callable[[list[Message], bool], str]) -> str | None:
+    """What a chat template writes after the prompt when the target is answered, up to the end of that turn.
+
+    ``template(messages, add_generation_prompt)`` renders. None if the answered conversation does not begin with the
+    unanswered one, as with templates that drop thoughts.
+    """
+    before, after = template(prompt.chat(), True), template(prompt.answered(), False)
+    return after[len(before) :] if after.startswith(before) else None
+
+
+def placeholder(template: Callable[[list[Message], bool], str] | None, token: str | None) -> str:
+    """The text that stands for an image: what the chat template writes for one, else the processor's image token.
+
+    Raises :class:`ArgumentError` if there is neither.
+    """
+    if template is not None:
+        mark = "\u2063"
+        text = {"type": "text", "text": mark}
+        without = template([{"role": "user", "content": [text]}], False)
+        with_image = template([{"role": "user", "content": [{"type": "image"}, text]}], False)
+        head, tail = without.split(mark)[0], with_image.split(mark)[0]
+        common = next(
+            (i for i, (a, b) in enumerate(zip(head, tail, strict=False)) if a != b), min(len(head), len(tail))
+        )
+        if found := tail[common:].strip():
+            return found
+    if token:
+        return token
+    raise ArgumentError(
+        "neither the chat template nor the processor says what stands for an image in a text: pass image_placeholder="
+    )
+
+
+def _flat(messages: Sequence[Message], placeholder: str) -> str:
+    parts = (part for message in messages for part in message["content"])
+    return "".join(placeholder if part["type"] == "image" else part["text"] for part in parts)
+
+
+def _turns(messages: Sequence[Message]) -> list[Message]:
+    def bare(part: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "image"} if part["type"] == "image" else dict(part)
+
+    return [{"role": message["role"], "content": [bare(part) for part in message["content"]]} for message in messages]
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}

@@ -1,0 +1,63 @@
+"""What a run used, written beside the harness's results: method, vector, heads and settings of each task."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.utils import sanitize_model_name
+
+from lmms_mtv.vector import TaskVector
+
+PACKAGES = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a number depends on."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def folder(output_path: str, pretrained: str) -> Path:
+    """The folder into which the harness writes the results of a run."""
+    return Path(output_path) / sanitize_model_name(pretrained)
+
+
+def vector_path(folder: Path, vector: TaskVector) -> Path:
+    """Where a fitted vector is kept: ``<task>/<method>-<id>/vector.safetensors``."""
+    return folder / vector.card.task / f"{vector.card.method}-{vector.id}" / "vector.safetensors"
+
+
+def of_task(vector: TaskVector, source: str, seed: int) -> dict[str, Any]:
+    """The entry of one task. ``source`` is the file of the vector, or how it came about."""
+    card = dataclasses.asdict(vector.card)
+    return {
+        "method": card["method"],
+        "vector": vector.id,
+        "source": source,
+        "heads": [list(head) for head in vector.heads],
+        "shots": card["shots"],
+        "seed": seed,
+        "settings": dict(card["config"]),
+        "fit_seconds": card["seconds"],
+        "loss": {name: card["losses"][name][0] for name in ("unedited", "chosen") if name in card["losses"]},
+        "split": card["split"],
+        "examples": card["examples"],
+        "prompt": card["prompt"],
+    }
+
+
+def write(folder: Path, model: Mapping[str, Any], tasks: Mapping[str, Any]) -> Path:
+    """Write ``<time>_mtv.json`` into ``folder``, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{time.strftime('%Y%m%d_%H%M%S')}_mtv.json"
+    content = {"model": dict(model), "versions": versions(), "tasks": dict(tasks)}
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path

@@ -1,0 +1,194 @@
+"""Prefill a prompt once, then run only its last token, for many edits at a time.
+
+The edit touches nothing before the last token of the prompt, so the keys and values of everything before it are the
+same for every mask. They are recorded from the model's own forward, with its preprocessing and its position ids.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmms_mtv.errors import HookError
+from lmms_mtv.hooks.edit import applied
+from lmms_mtv.hooks.sites import Sites
+from lmms_mtv.vector import Edit
+
+_OF_ONE_CALL = ("past_key_values", "cache_position", "use_cache", "logits_to_keep", "labels", "return_dict")
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+
+
+class ReplayUnsupported(HookError):
+    """The model's cache cannot be cut and repeated: losses need full forwards."""
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prompt of n tokens, as the model ran it.
+
+    ``inputs`` are the arguments of the model's forward, ``cache`` the keys and values of the first n - 1 tokens
+    (None if they could not be had), ``position_ids`` those of the last token, [..., 1, 1], or None if the model works
+    them out itself. All are on the model's devices.
+    """
+
+    inputs: Mapping[str, Any]
+    position_ids: Tensor | None
+    cache: Any | None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the prompt."""
+        return int(self.inputs["input_ids"].shape[1])
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the cache."""
+        tensors = (t for layer in self.cache.layers for t in (layer.keys, layer.values)) if self.cache else ()
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def without_media(self) -> Prefill:
+        """The same for replays alone: of the inputs only the tokens are kept."""
+        return dataclasses.replace(self, inputs={"input_ids": self.inputs["input_ids"]})
+
+    def replay(self, model: nn.Module, sites: Sites, edit: Edit, target: Sequence[int]) -> Tensor:
+        """Logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
+
+        Returns float32 [K, len(target), vocabulary]. The edit is applied at the prompt's last token and at every
+        target token before the last, as in generation. Raises :class:`ReplayUnsupported` without a cache.
+        """
+        if self.cache is None:
+            raise ReplayUnsupported("this prompt has no cache to replay from")
+        rows = edit.batch or 1
+        ids = self._followed_by(target)[:, self.length - 1 :]
+        given: dict[str, Any] = {
+            "input_ids": ids.expand(rows, -1),
+            "attention_mask": torch.ones(rows, self.length - 1 + len(target), dtype=torch.long, device=ids.device),
+            "past_key_values": _expanded(self.cache, rows),
+            "use_cache": True,
+        }
+        if self.position_ids is not None:
+            steps = torch.arange(len(target), device=self.position_ids.device)
+            given["position_ids"] = (self.position_ids + steps).expand(*self.position_ids.shape[:-2], rows, len(target))
+        with applied(sites, edit, tail=len(target)):
+            logits: Tensor = model(**given).logits
+        return logits[:, -len(target) :].float()
+
+    def forward(self, model: nn.Module, sites: Sites, edit: Edit, target: Sequence[int]) -> Tensor:
+        """The same logits as :meth:`replay`, from full forwards of the prompt repeated K times."""
+        rows, more = edit.batch or 1, len(target) - 1
+        given: dict[str, Any] = {}
+        for name, value in self.inputs.items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                given[name] = value
+            elif name == "position_ids":
+                steps = torch.arange(1, more + 1, device=value.device)
+                extended = torch.cat([value, value[..., -1:] + steps], -1)
+                given[name] = extended.expand(*value.shape[:-2], rows, -1)
+            else:
+                if name == "input_ids":
+                    value = self._followed_by(target)
+                elif name == "attention_mask":
+                    value = torch.cat([value, value.new_ones(1, more)], 1)
+                elif name in _PER_TOKEN:
+                    value = torch.cat([value, value.new_zeros(1, more)], 1)
+                given[name] = torch.cat([value] * rows)
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            given["logits_to_keep"] = len(target)
+        with applied(sites, edit, tail=len(target)):
+            logits: Tensor = model(**given, use_cache=False).logits
+        return logits[:, -len(target) :].float()
+
+    def _followed_by(self, target: Sequence[int]) -> Tensor:
+        """Token ids [1, n + len(target) - 1] of the prompt and of the target without its last token."""
+        ids: Tensor = self.inputs["input_ids"]
+        return torch.cat([ids, ids.new_tensor([list(target[:-1])])], 1) if len(target) > 1 else ids
+
+
+class Captured:
+    """What the first forward inside a :func:`capture` block was given and left behind."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[str, Any] | None = None
+        self._position_ids: Tensor | None = None
+        self._cache: Any | None = None
+
+    def prefill(self) -> Prefill:
+        """The prompt that ran. Raises :class:`HookError` if none did, or several in one batch, or a padded one."""
+        if self._inputs is None or not isinstance(self._inputs.get("input_ids"), Tensor):
+            raise HookError("no forward with input_ids ran inside the capture block")
+        ids, mask = self._inputs["input_ids"], self._inputs.get("attention_mask")
+        if ids.shape[0] != 1 or (mask is not None and not bool(mask.all())):
+            raise HookError(f"a prefill needs one prompt without padding, found a batch of {ids.shape[0]}")
+        positions = None if self._position_ids is None else self._position_ids[..., -1:]
+        return Prefill(self._inputs, positions, self._cache)
+
+
+@contextmanager
+def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
+    """Record the prefill of the prompt that ``model`` runs inside the block, by a forward or by ``generate``."""
+    captured = Captured()
+    names = tuple(inspect.signature(model.forward).parameters)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if captured._inputs is None:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            captured._inputs = {k: v for k, v in given.items() if v is not None and k not in _OF_ONE_CALL}
+            kwargs = kwargs | {"use_cache": True}
+        return args, kwargs
+
+    def inside(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if captured._position_ids is None and captured._cache is None:
+            captured._position_ids = kwargs.get("position_ids")
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if captured._cache is None:
+            captured._cache = _without_last(getattr(output, "past_key_values", None))
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        sites.decoder.register_forward_pre_hook(inside, with_kwargs=True),
+        model.register_forward_hook(after),
+    ]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(cache: Any) -> Any:
+    """A cache of its own over the same tensors: updating it leaves the original as it is."""
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    return made
+
+
+def _without_last(cache: Any) -> Any | None:
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(getattr(layer, "is_croppable", False) and hasattr(layer, "keys") for layer in layers):
+        return None
+    cut = _copied(cache)
+    try:
+        for layer in cut.layers:
+            layer.crop(-1)
+    except (RuntimeError, ValueError):
+        # A sliding window that is full has already forgotten what would have to come back.
+        return None
+    return cut
+
+
+def _expanded(cache: Any, rows: int) -> Any:
+    """The cache of one row as that of ``rows`` rows, without copying: all rows look at the same memory."""
+    made = _copied(cache)
+    for layer in made.layers:
+        layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])
+        layer.values = layer.values.expand(rows, *layer.values.shape[1:])
+    return made

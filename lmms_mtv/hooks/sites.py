@@ -1,0 +1,243 @@
+"""Where the attention heads of a model are, found from its modules and not from its name.
+
+A head is still separate from the others at the input of the attention's output projection. Sites are these
+projections, one for each block of the language decoder that has softmax self-attention.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import nn
+
+from lmms_mtv.errors import DiscoveryError
+from lmms_mtv.vector import Geometry
+
+logger = logging.getLogger(__name__)
+
+_PROJECTION: Final = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
+_HEAD_DIM: Final = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")
+_HEADS: Final = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_INPUT: Final = re.compile(r"(^|_)(q|k|v|qkv|query|key|value|attn|pack|kv)(_|$)|qkv", re.IGNORECASE)
+
+
+class Site(NamedTuple):
+    """One attention output projection: index of its block, dotted name, the module, its heads and their size."""
+
+    layer: int
+    name: str
+    module: nn.Module
+    heads: int
+    head_dim: int
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of a model in the order of its blocks, and the decoder module that runs them.
+
+    The decoder is the module whose ``forward`` receives the attention mask of the tokens: hooks learn there which
+    positions of a batch are real.
+    """
+
+    decoder: nn.Module
+
+    def __new__(cls, sites: Iterable[Site], decoder: nn.Module) -> Sites:
+        made = super().__new__(cls, sites)
+        made.decoder = decoder
+        return made
+
+    @property
+    def geometry(self) -> Geometry:
+        """What a vector has to fit."""
+        return tuple((site.layer, site.name, site.heads, site.head_dim) for site in self)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, heads, size of a head."""
+        return len(self), self[0].heads, self[0].head_dim
+
+
+def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
+    """The attention sites of ``model``'s language decoder.
+
+    ``decoder`` is the dotted name, inside ``model``, of the module that holds the decoder's list of blocks; it is
+    needed only when it cannot be told from the modules. Works without weights, on the meta device.
+
+    Raises :class:`DiscoveryError` when there is no such module, none or several equally good candidates, or blocks
+    whose heads differ in number or size. The message names the argument that settles it.
+    """
+    name, owner, blocks = _named_decoder(model, decoder) if decoder is not None else _search(model)
+    hidden = _hidden_size(model)
+    sites, skipped = [], []
+    for layer, (block_name, block) in enumerate(blocks):
+        found = [
+            (part_name, attention, projection)
+            for part_name, attention in block.named_modules()
+            if (projection := _projection(part_name, attention, hidden)) is not None
+        ]
+        if not found:
+            skipped.append(layer)
+            continue
+        if len(found) > 1:
+            candidates = ", ".join(f"{block_name}.{part}" for part, _, _ in found)
+            raise DiscoveryError(
+                f"block {layer} of {name or 'the model'} has several attention modules ({candidates}) and it is not "
+                "clear whose heads are meant: pass decoder= with the name of a module whose blocks have one"
+            )
+        part_name, attention, projection = found[0]
+        module = getattr(attention, projection)
+        full = ".".join(filter(None, (name, block_name, part_name, projection)))
+        sites.append(Site(layer, full, module, *_heads(attention, module, full)))
+    if not sites:
+        raise DiscoveryError(f"no attention output projection in the blocks of {name or 'the model'}: pass decoder=")
+    if skipped:
+        logger.info("blocks without softmax self-attention are left alone: %s", skipped)
+    if len({(site.heads, site.head_dim) for site in sites}) > 1:
+        raise DiscoveryError(
+            "the blocks of the decoder differ in number or size of heads: "
+            + ", ".join(f"{site.name} {site.heads} x {site.head_dim}" for site in sites)
+        )
+    return Sites(sites, owner)
+
+
+def in_features(module: nn.Module) -> int:
+    """Width of a projection's input, whether it is a Linear, a quantised one or a Conv1D (weight [in, out])."""
+    if isinstance(width := getattr(module, "in_features", None), int):
+        return width
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return weight.shape[0] if hasattr(module, "nf") else weight.shape[1]
+    raise DiscoveryError(f"{type(module).__name__} has neither in_features nor a matrix for a weight: pass decoder=")
+
+
+Blocks = list[tuple[str, nn.Module]]
+
+
+def _named_decoder(model: nn.Module, name: str) -> tuple[str, nn.Module, Blocks]:
+    try:
+        owner = model.get_submodule(name)
+    except AttributeError as error:
+        raise DiscoveryError(f"decoder={name!r} is no module of {type(model).__name__}: {error}") from None
+    lists = _block_lists(owner)
+    if not lists:
+        raise DiscoveryError(f"decoder={name!r} holds no list of blocks with attention")
+    return name, owner, _nearest(name, lists)
+
+
+def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
+    """The innermost module around the token embedding that holds a list of blocks with attention."""
+    embedding = _token_embedding(model)
+    path = next((name for name, module in model.named_modules() if module is embedding), "")
+    while path:
+        path = path.rpartition(".")[0]
+        owner = model.get_submodule(path)
+        if lists := _block_lists(owner):
+            return path, owner, _nearest(path, lists)
+    raise DiscoveryError(
+        f"no list of blocks with attention next to the token embedding of {type(model).__name__}: pass decoder= with "
+        "the dotted name of the module that holds the decoder's blocks"
+    )
+
+
+def _nearest(name: str, lists: Mapping[str, nn.ModuleList]) -> Blocks:
+    depth = min(key.count(".") for key in lists)
+    nearest = [key for key in lists if key.count(".") == depth]
+    if len(nearest) > 1:
+        raise DiscoveryError(
+            f"{name or 'the model'} holds several lists of blocks with attention ({', '.join(nearest)}): pass decoder= "
+            "with the dotted name of the module that holds only the decoder's"
+        )
+    return [(f"{nearest[0]}.{index}", block) for index, block in lists[nearest[0]].named_children()]
+
+
+def _block_lists(owner: nn.Module) -> dict[str, nn.ModuleList]:
+    """Lists of blocks inside ``owner``, without those that are inside another list."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in owner.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside and any(map(_has_attention, module)):
+            found[name] = module
+    return found
+
+
+def _has_attention(block: nn.Module) -> bool:
+    return any(_projection(name, module, None) is not None for name, module in block.named_modules())
+
+
+def _projection(name: str, module: nn.Module, hidden: int | None) -> str | None:
+    """Name of the output projection if ``module`` is softmax self-attention, else None."""
+    own_name = name.rpartition(".")[2].lower()
+    called = f"{own_name} {type(module).__name__}".lower()
+    if "att" not in called or "cross" in called:
+        return None
+    children = dict(module.named_children())
+    recurrent = "conv1d" in children or any(parameter in dict(module.named_parameters()) for parameter in ("A_log",))
+    if recurrent or not any(_INPUT.search(child) for child in children):
+        return None
+    for projection in _PROJECTION:
+        if projection in children and (hidden is None or _out_features(children[projection]) in (hidden, None)):
+            return projection
+    return None
+
+
+def _out_features(module: nn.Module) -> int | None:
+    for attribute in ("out_features", "nf"):
+        if isinstance(width := getattr(module, attribute, None), int):
+            return width
+    return None
+
+
+def _token_embedding(model: nn.Module) -> nn.Module:
+    getter = getattr(model, "get_input_embeddings", None)
+    if callable(getter):
+        try:
+            found = getter()
+        except (NotImplementedError, AttributeError):
+            found = None
+        if isinstance(found, nn.Module):
+            return found
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not tables:
+        raise DiscoveryError(f"{type(model).__name__} has no token embedding to find its decoder by: pass decoder=")
+    return max(tables, key=lambda table: table.num_embeddings)
+
+
+def _hidden_size(model: nn.Module) -> int | None:
+    """Width of the residual stream, or None where the model's configuration does not say."""
+    return _first_integer(_text_config(model), ("hidden_size", "n_embd", "d_model"))
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    return getter() if callable(getter) else config
+
+
+def _heads(attention: nn.Module, module: nn.Module, name: str) -> tuple[int, int]:
+    """Number of heads and size of a head, from the modules; the configuration only cross-checks."""
+    width = in_features(module)
+    size = _first_integer(attention, _HEAD_DIM)
+    counts = list(_integers((attention, getattr(attention, "config", None)), _HEADS))
+    if size is None and counts:
+        size = width // counts[0]
+    if size is None or size < 1 or width % size or (counts and width // size not in counts):
+        raise DiscoveryError(
+            f"the heads of {name} are not clear: its input is {width} wide, the size of a head is {size}, the number "
+            f"of heads is said to be {counts or 'nothing'}: pass decoder= if this is not the language decoder"
+        )
+    return width // size, size
+
+
+def _first_integer(holder: Any, names: Iterable[str]) -> int | None:
+    return next(_integers((holder,), names), None)
+
+
+def _integers(holders: Iterable[Any], names: Iterable[str]) -> Iterator[int]:
+    names = tuple(names)
+    for holder in holders:
+        for name in names:
+            if isinstance(number := getattr(holder, name, None), int):
+                yield number

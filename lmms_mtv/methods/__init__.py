@@ -1,0 +1,93 @@
+"""The methods: one file each, found by listing this folder and the entry points of the group ``lmms_mtv.methods``.
+
+A method's module has ``Config``, a frozen dataclass of its settings, and ``fit(session, config)``, which returns a
+:class:`Fitted`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from lmms_mtv.errors import ArgumentError, unknown
+from lmms_mtv.fitting import FitSession
+from lmms_mtv.vector import Edit
+
+GROUP = "lmms_mtv.methods"
+"""Entry-point group of methods from other packages: name of the method = its module."""
+
+_FIRST = ("none", "mtv", "random")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit gives: edits by stream, and losses by name for the card."""
+
+    edits: Mapping[str, Edit] = field(default_factory=dict)
+    losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method."""
+
+    name: str
+    config: type[Any]
+    fit: Callable[[FitSession[Any], Any], Fitted]
+
+    def settings(self) -> tuple[str, ...]:
+        """The names of its configuration's fields."""
+        return tuple(f.name for f in dataclasses.fields(self.config))
+
+    def configure(self, given: Mapping[str, Any]) -> Any:
+        """The configuration with the fields in ``given``. Raises :class:`ArgumentError` on a wrong name or type."""
+        hints = typing.get_type_hints(self.config)
+        for name, value in given.items():
+            if name not in hints:
+                raise unknown(f"setting of method {self.name}", name, self.settings())
+            if not _fits(value, hints[name]):
+                raise ArgumentError(f"{name}={value!r} of method {self.name}: expected {_called(hints[name])}")
+        return self.config(**given)
+
+
+def names() -> list[str]:
+    """The registered methods: ``none``, ``mtv``, ``random``, then the others."""
+    found = {module.name for module in pkgutil.iter_modules(__path__)}
+    found |= {point.name for point in entry_points(group=GROUP)}
+    return [*_FIRST, *sorted(found - set(_FIRST))]
+
+
+def get(name: str) -> Method:
+    """The method called ``name``. Raises :class:`ArgumentError`, with the nearest name, if there is none."""
+    if name not in names():
+        raise unknown("method", name, names())
+    if any(module.name == name for module in pkgutil.iter_modules(__path__)):
+        module = importlib.import_module(f"{__name__}.{name}")
+    else:
+        module = next(point.load() for point in entry_points(group=GROUP) if point.name == name)
+    return Method(name, module.Config, module.fit)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint)
+
+
+def _called(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint))

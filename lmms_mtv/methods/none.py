@@ -1,0 +1,19 @@
+"""No edit: the model as it is, for zero-shot and few-shot baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmms_mtv.fitting import FitSession
+from lmms_mtv.methods import Fitted
+
+
+@dataclass(frozen=True)
+class Config:
+    """Nothing to set."""
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """Nothing is fitted and nothing is stored."""
+    return Fitted()

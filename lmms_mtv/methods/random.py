@@ -1,0 +1,28 @@
+"""The control of MTV: the same values, at as many random heads of each layer as MTV chose there.
+
+Stored, injected and cost: as ``mtv``. It tells whether the choice of heads matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lmms_mtv.fitting import FitSession
+from lmms_mtv.methods import Fitted, mtv
+from lmms_mtv.vector import HEADS, Edit
+
+
+@dataclass(frozen=True)
+class Config(mtv.Config):
+    """The settings of the MTV fit whose number of heads in each layer is matched."""
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """MTV's fit with the chosen heads of each layer drawn anew, uniformly, by the session's seed."""
+    fitted = mtv.fit(session, config)
+    edit, generator = fitted.edits[HEADS], session.generator("random heads")
+    drawn = torch.stack([layer[torch.randperm(len(layer), generator=generator)] for layer in edit.gain])
+    return Fitted({HEADS: Edit.replace(edit.value, drawn)}, fitted.losses)

@@ -1,0 +1,66 @@
+"""REINFORCE over masks: which heads to edit, learned from losses alone (MTV, arXiv 2406.15334, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import NumericsError
+
+EDGE = 1e-3
+"""Probabilities are kept this far from 0 and 1, and the spread of losses from 0."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Independent Bernoulli choices, one for each head. ``logits`` is float32 [L, H] on the CPU."""
+
+    logits: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """float32 [L, H], clamped to [1e-3, 1 - 1e-3]."""
+        return self.logits.detach().sigmoid().clamp(EDGE, 1 - EDGE)
+
+    def sample(self, count: int, generator: torch.Generator, floor: float = 0.0) -> Tensor:
+        """``count`` masks, bool [count, L, H]. Heads less likely than ``floor`` are never chosen."""
+        probabilities = self.probabilities
+        likely = probabilities.where(probabilities >= floor, torch.zeros_like(probabilities))
+        return torch.rand(count, *likely.shape, generator=generator) < likely
+
+
+def reinforce(
+    losses: Callable[[int, Tensor], Tensor],
+    shape: tuple[int, int],
+    *,
+    steps: Iterable[int],
+    samples: int,
+    lr: float,
+    initial_logit: float,
+    generator: torch.Generator,
+) -> tuple[Policy, list[float]]:
+    """Learn a :class:`Policy` that makes ``losses`` small.
+
+    ``losses(step, masks)`` gives the float [samples] losses of the bool [samples, L, H] masks. Each step minimises
+    the sum over samples of ``log p(mask) * (loss - mean) / (std + 1e-3)`` with Adam. Returns the policy and the mean
+    loss of each step. Raises :class:`NumericsError` on a loss that is not finite.
+    """
+    logits = torch.full(shape, initial_logit, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    history = []
+    for step in steps:
+        masks = Policy(logits).sample(samples, generator)
+        found = losses(step, masks).detach().to("cpu", torch.float32)
+        if not found.isfinite().all():
+            raise NumericsError(f"a loss of selection step {step} is NaN or infinite: use dtype=float32 or bfloat16")
+        advantage = (found - found.mean()) / (found.std() + EDGE) if samples > 1 else torch.zeros_like(found)
+        probabilities = logits.sigmoid().clamp(EDGE, 1 - EDGE)
+        chosen = torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
+        optimizer.zero_grad()
+        (chosen * advantage).sum().backward()
+        optimizer.step()
+        history.append(found.mean().item())
+    return Policy(logits.detach()), history

@@ -1,0 +1,131 @@
+"""Scenes: one object on a background, described by a few words and drawn on demand.
+
+``python -m lmms_mtv.shapes.scenes FOLDER`` writes the splits of the benchmark, ``train.jsonl`` and ``test.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image, ImageDraw
+
+from lmms_mtv.shapes import words
+
+SIDE: Final = 128
+"""Width and height of a drawn scene, in pixels."""
+
+SPLITS: Final = {"train": 400, "test": 200}
+"""Number of scenes of each split of the benchmark. No scene is in both."""
+
+SPLIT_SEED: Final = 2406
+
+_RADII: Final = (20, 22, 24)
+_JITTER: Final = range(-4, 5)
+
+_RGB: Final = {
+    "red": (220, 30, 30),
+    "green": (30, 160, 40),
+    "blue": (40, 60, 220),
+    "yellow": (250, 220, 30),
+    "purple": (130, 40, 170),
+    "orange": (250, 140, 20),
+    "black": (10, 10, 10),
+    "white": (248, 248, 248),
+    "gray": (135, 135, 135),
+    "brown": (110, 70, 40),
+    "pink": (250, 175, 205),
+    "teal": (20, 165, 165),
+}
+
+_CENTRE: Final = {"left": (28, 64), "right": (100, 64), "top": (64, 28), "bottom": (64, 100), "center": (64, 64)}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object on a plain background.
+
+    ``color``, ``shape``, ``background`` and ``position`` are the English names in :mod:`lmms_mtv.shapes.words`;
+    ``dx``, ``dy`` (offset of the object) and ``radius`` are in pixels of a :data:`SIDE`-pixel square.
+    """
+
+    color: str
+    shape: str
+    background: str
+    position: str
+    dx: int
+    dy: int
+    radius: int
+
+
+def sample(rng: random.Random) -> Scene:
+    """A scene with every field drawn independently and uniformly."""
+    attributes = {attribute: rng.choice(words.values(attribute)) for attribute in words.ATTRIBUTES}
+    return Scene(**attributes, dx=rng.choice(_JITTER), dy=rng.choice(_JITTER), radius=rng.choice(_RADII))
+
+
+def distinct(rng: random.Random, exclude: Iterable[Scene] = ()) -> Iterator[Scene]:
+    """An endless stream of scenes that differ from each other and from those in ``exclude``."""
+    seen = set(exclude)
+    while True:
+        scene = sample(rng)
+        if scene not in seen:
+            seen.add(scene)
+            yield scene
+
+
+def splits() -> dict[str, list[Scene]]:
+    """The scenes of the benchmark's splits, always the same and disjoint."""
+    stream = distinct(random.Random(SPLIT_SEED))
+    return {split: [next(stream) for _ in range(count)] for split, count in SPLITS.items()}
+
+
+def from_mapping(fields: Mapping[str, Any]) -> Scene:
+    """The scene that a line of a split, or a row of a dataset made of it, describes. Other keys are ignored."""
+    return Scene(**{field.name: fields[field.name] for field in dataclasses.fields(Scene)})
+
+
+def draw(scene: Scene) -> Image.Image:
+    """``scene`` as an RGB image, :data:`SIDE` pixels wide and high."""
+    image = Image.new("RGB", (SIDE, SIDE), _RGB[scene.background])
+    pen = ImageDraw.Draw(image)
+    ink, r = _RGB[scene.color], scene.radius
+    x, y = (centre + offset for centre, offset in zip(_CENTRE[scene.position], (scene.dx, scene.dy), strict=True))
+    box = (x - r, y - r, x + r, y + r)
+    match scene.shape:
+        case "circle":
+            pen.ellipse(box, fill=ink)
+        case "square":
+            pen.rectangle((x - r + 2, y - r + 2, x + r - 2, y + r - 2), fill=ink)
+        case "triangle":
+            pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=ink)
+        case "cross":
+            pen.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill=ink)
+            pen.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill=ink)
+        case "ring":
+            pen.ellipse(box, outline=ink, width=r // 3)
+        case "diamond":
+            pen.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=ink)
+        case other:
+            raise ValueError(f"unknown shape {other!r}, expected one of {', '.join(words.values('shape'))}")
+    return image
+
+
+def write_splits(folder: Path) -> None:
+    """Write ``train.jsonl`` and ``test.jsonl`` into ``folder``, one scene a line, each with an ``id``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, scenes in splits().items():
+        lines = (json.dumps({"id": f"{split}-{i:03d}", **dataclasses.asdict(scene)}) for i, scene in enumerate(scenes))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the splits of the shapes benchmark.")
+    parser.add_argument("folder", type=Path)
+    write_splits(parser.parse_args().folder)

@@ -1,0 +1,273 @@
+"""What is inserted into a model, and the record of where it comes from.
+
+The one primitive is ``x' = keep * x + gain * value``, for each attention head (DESIGN: MTV is ``keep`` 0 and ``gain``
+1 at the chosen heads; anything learned or scaled is another choice of the three tensors).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialized
+from torch import Tensor
+
+from lmms_mtv.errors import GeometryError, NumericsError, VectorFileError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA: Final = 1
+"""Version of the card's fields."""
+
+HEADS: Final = "heads"
+"""Name of the edit of the attention heads in :attr:`TaskVector.edits`."""
+
+Geometry = tuple[tuple[int, str, int, int], ...]
+"""For each site: index of the block, name of the module, number of heads, size of a head."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """``x' = keep * x + gain * value`` for the heads of all layers.
+
+    ``value`` is float32 [L, H, D], ``keep`` and ``gain`` are float32 [L, H]: L layers, H heads, D numbers a head.
+    Each of them may have a leading dimension K: then row k of a batch of K rows gets edit k.
+
+    Raises :class:`GeometryError` if the shapes do not belong together.
+    """
+
+    value: Tensor
+    keep: Tensor
+    gain: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(t.shape) for t in (self.value, self.keep, self.gain)]
+        if self.value.dim() not in (3, 4) or any(t.dim() not in (2, 3) for t in (self.keep, self.gain)):
+            raise GeometryError(f"an edit needs value [L, H, D], keep [L, H], gain [L, H], found {shapes}")
+        heads = {tuple(self.value.shape[-3:-1]), tuple(self.keep.shape[-2:]), tuple(self.gain.shape[-2:])}
+        batches = {t.shape[0] for t, plain in ((self.value, 3), (self.keep, 2), (self.gain, 2)) if t.dim() > plain}
+        if len(heads) > 1 or len(batches) > 1:
+            raise GeometryError(f"value, keep and gain of an edit disagree in layers, heads or batch: {shapes}")
+        if not all(t.is_floating_point() for t in (self.value, self.keep, self.gain)):
+            raise GeometryError("value, keep and gain of an edit must be floating point")
+
+    @classmethod
+    def replace(cls, value: Tensor, mask: Tensor) -> Edit:
+        """Replace the heads where ``mask`` ([L, H] or [K, L, H], bool or 0 and 1) is set by ``value`` [L, H, D]."""
+        gain = mask.to(torch.float32)
+        return cls(value.to(torch.float32), 1 - gain, gain)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, heads, size of a head."""
+        layers, heads, size = self.value.shape[-3:]
+        return layers, heads, size
+
+    @property
+    def batch(self) -> int | None:
+        """K, or None for an edit that is the same for every row."""
+        leading = [t.shape[0] for t, plain in ((self.value, 3), (self.keep, 2), (self.gain, 2)) if t.dim() > plain]
+        return leading[0] if leading else None
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """The (layer, head) pairs that the edit changes."""
+        touched = (self.gain != 0) | (self.keep != 1)
+        while touched.dim() > 2:
+            touched = touched.any(0)
+        return tuple((layer, head) for layer, head in touched.nonzero().tolist())
+
+
+@dataclass(frozen=True)
+class VectorCard:
+    """Where a task vector comes from.
+
+    The fields up to ``config`` are the recipe: they determine the vector, and its :attr:`id`. ``examples`` and
+    ``prompt`` are SHA-256 digests of the ids of the training examples and of the way a prompt is written. ``shots``
+    is the number of demonstrations in the prompts that the vector is made for. ``losses`` are lists of floats by
+    name, ``seconds`` is the time of the fit.
+    """
+
+    model: str
+    revision: str | None
+    dtype: str
+    geometry: Geometry
+    task: str
+    split: str
+    examples: str
+    prompt: str
+    shots: int
+    seed: int
+    method: str
+    config: Mapping[str, Any]
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    losses: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    schema: int = SCHEMA
+
+    _OUTCOME = ("versions", "losses", "seconds", "schema")
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the recipe: the same recipe, the same id, on any machine."""
+        recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in self._OUTCOME}
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self) | {"id": self.id}, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> VectorCard:
+        """The card written by :meth:`to_json`. Unknown fields are left out with a warning.
+
+        Raises :class:`VectorFileError`, with ``source`` in the message, if a field is missing or has a wrong type.
+        """
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise VectorFileError(f"the card of {source} is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise VectorFileError(f"the card of {source} is no JSON object but {type(found).__name__}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+        if missing := sorted(required - found.keys()):
+            raise VectorFileError(f"the card of {source} lacks {', '.join(missing)}: fit the vector again")
+        if extra := sorted(found.keys() - fields.keys() - {"id"}):
+            logger.warning("the card of %s has fields that this version does not know: %s", source, ", ".join(extra))
+        try:
+            geometry = tuple(
+                (int(layer), str(name), int(heads), int(size)) for layer, name, heads, size in found["geometry"]
+            )
+            given = {name: found[name] for name in fields if name in found} | {"geometry": geometry}
+            card = cls(**given)
+            for name in ("shots", "seed", "schema"):
+                given[name] = int(getattr(card, name))
+            for name in ("config", "versions", "losses"):
+                given[name] = dict(getattr(card, name))
+            card = cls(**given)
+        except (TypeError, ValueError) as error:
+            raise VectorFileError(f"the card of {source} has a field of a wrong type: {error}") from error
+        if card.schema > SCHEMA:
+            raise VectorFileError(
+                f"{source} was written by a newer version of lmms-mtv (card schema {card.schema}, this version reads "
+                f"up to {SCHEMA}): upgrade lmms-mtv"
+            )
+        return card
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """Edits by the stream they belong to, and the card that says where they come from.
+
+    ``edits`` holds one :class:`Edit` under :data:`HEADS`; it is empty for the method ``none``.
+    """
+
+    edits: Mapping[str, Edit]
+    card: VectorCard
+
+    @property
+    def id(self) -> str:
+        return self.card.id
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """The (layer, head) pairs that are edited. ``layer`` counts sites; :attr:`VectorCard.geometry` names them."""
+        return self.edits[HEADS].heads if HEADS in self.edits else ()
+
+    def check(self, geometry: Geometry, model: str | None = None) -> None:
+        """Raise :class:`GeometryError` unless the vector was made for these sites and, if given, for ``model``."""
+        if model is not None and model != self.card.model:
+            raise GeometryError(
+                f"vector {self.id} was fitted for model {self.card.model!r}, not for {model!r}: pass "
+                "pretrained=" + self.card.model + ", or fit a vector for this model"
+            )
+        if self.card.geometry != geometry:
+            raise GeometryError(
+                f"vector {self.id} was fitted for {_described(self.card.geometry)}, this model has "
+                f"{_described(geometry)}: fit a vector for this model"
+            )
+        for name, edit in self.edits.items():
+            expected = (len(geometry), geometry[0][2], geometry[0][3])
+            if edit.shape != expected:
+                raise GeometryError(
+                    f"edit {name!r} of vector {self.id} has shape {edit.shape}, its card says {expected}"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file with the card in its metadata. The file appears whole or not at all."""
+        path = Path(path)
+        tensors = {
+            f"{name}.{part}": getattr(edit, part).detach().to("cpu", torch.float32).contiguous()
+            for name, edit in self.edits.items()
+            for part in ("value", "keep", "gain")
+        }
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
+        metadata = {"format": "lmms-mtv", "card": self.card.to_json(), "checksum": _checksum(tensors)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(serialized(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TaskVector:
+        """Read a file written by :meth:`save`.
+
+        Raises :class:`VectorFileError` if there is no such file, if it is not a task vector or not an intact one.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise VectorFileError(f"no vector file at {path}: check vector=, or fit one by leaving it out")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != "lmms-mtv":
+                    raise VectorFileError(f"{path} is a safetensors file, but no task vector written by lmms-mtv")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise VectorFileError(f"{path} is damaged or no safetensors file ({error}): fit the vector again") from None
+        if metadata.get("checksum") != _checksum(tensors):
+            raise VectorFileError(f"the tensors of {path} are not those that were saved: fit the vector again")
+        card = VectorCard.from_json(metadata.get("card", ""), str(path))
+        edits = {}
+        for name in sorted({key.rpartition(".")[0] for key in tensors}):
+            try:
+                edits[name] = Edit(*(tensors[f"{name}.{part}"] for part in ("value", "keep", "gain")))
+            except (KeyError, GeometryError) as error:
+                raise VectorFileError(f"the tensors of {path} are incomplete or do not fit: {error}") from None
+            if not all(t.isfinite().all() for t in (edits[name].value, edits[name].keep, edits[name].gain)):
+                raise VectorFileError(f"{path} has NaN or infinity in {name!r}: fit the vector again")
+        return cls(edits, card)
+
+
+def _described(geometry: Geometry) -> str:
+    if not geometry:
+        return "no sites"
+    return f"{len(geometry)} layers of {geometry[0][2]} heads of size {geometry[0][3]} ({geometry[0][1]}, ...)"
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
