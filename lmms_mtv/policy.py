@@ -60,7 +60,7 @@ def reinforce(
         probabilities = logits.sigmoid().clamp(EDGE, 1 - EDGE)
         chosen = torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
         optimizer.zero_grad()
-        (chosen * advantage).sum().backward()
+        torch.autograd.backward((chosen * advantage).sum())
         optimizer.step()
         history.append(found.mean().item())
     return Policy(logits.detach()), history

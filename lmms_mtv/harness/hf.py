@@ -74,7 +74,7 @@ class Answer(NamedTuple):
     output_tokens: int
 
 
-class _Until(StoppingCriteria):
+class _Until(StoppingCriteria):  # type: ignore[misc]
     """Stops a row once its new text has one of the stop strings.
 
     transformers' own ``stop_strings`` needs a vocabulary of pieces of text and fails on one of whole words.
@@ -120,6 +120,10 @@ class Hf:
         else:
             self.device = model.device
         self.model: nn.Module = model.eval()
+        self._weights_dtype: torch.dtype = model.dtype
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # Longest prompt in tokens, or None where the model does not say.
+        self.context: int | None = limit if isinstance(limit, int) else None
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
@@ -130,12 +134,6 @@ class Hf:
         self.dtype = str(model.dtype).removeprefix("torch.")
         parameters = inspect.signature(model.forward).parameters
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-
-    @property
-    def context(self) -> int | None:
-        """Longest prompt in tokens, or None where the model does not say."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) else None
 
     def rendered(self, prompt: Prompt) -> str:
         """The prompt as the text that goes to the processor."""
@@ -213,7 +211,7 @@ class Hf:
         inputs = inputs.to(self.device)
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                inputs[name] = value.to(self.model.dtype)
+                inputs[name] = value.to(self._weights_dtype)
         return inputs
 
     def _template(self, messages: list[Message], add_generation_prompt: bool) -> str:

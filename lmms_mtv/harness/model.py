@@ -29,7 +29,7 @@ from lmms_mtv.methods import Fitted
 from lmms_mtv.vector import TaskVector, VectorCard
 
 
-class Mtv(lmms):
+class Mtv(lmms):  # type: ignore[misc]
     """MTV, its controls and its baselines as one model of the harness.
 
     See :class:`~lmms_mtv.harness.arguments.Arguments` for its arguments; those of the method and of the base are

@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 def folder(output_path: str, pretrained: str) -> Path:
     """The folder into which the harness writes the results of a run."""
-    return Path(output_path) / sanitize_model_name(pretrained)
+    return Path(output_path, sanitize_model_name(pretrained))
 
 
 def vector_path(folder: Path, vector: TaskVector) -> Path:

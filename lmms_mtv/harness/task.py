@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
+from PIL import Image
 
 from lmms_mtv.errors import ArgumentError, DataError, LeakageError
 from lmms_mtv.fitting import Episode
@@ -153,7 +154,7 @@ def _opened(message: Message) -> Message:
         if part["type"] == "text":
             return part
         image = part.get("url")
-        if part["type"] != "image" or not hasattr(image, "convert"):
+        if part["type"] != "image" or not isinstance(image, Image.Image):
             raise DataError(
                 f"found a part of type {part['type']!r} ({type(image).__name__}) in a message, expected images and "
                 "text: base=hf runs tasks of images and text only"

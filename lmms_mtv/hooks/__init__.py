@@ -1,14 +1,14 @@
 """Finding the heads of a model, reading them, changing them, and replaying the last token of a prompt."""
 
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
-from lmms_mtv.hooks.prefill import Prefill, ReplayUnsupported, capture
+from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
 
 __all__ = [
     "Fired",
     "Prefill",
     "Recording",
-    "ReplayUnsupported",
+    "ReplayError",
     "Site",
     "Sites",
     "applied",

@@ -26,7 +26,7 @@ _OF_ONE_CALL = ("past_key_values", "cache_position", "use_cache", "logits_to_kee
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
-class ReplayUnsupported(HookError):
+class ReplayError(HookError):
     """The model's cache cannot be cut and repeated: losses need full forwards."""
 
 
@@ -62,10 +62,10 @@ class Prefill:
         """Logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
 
         Returns float32 [K, len(target), vocabulary]. The edit is applied at the prompt's last token and at every
-        target token before the last, as in generation. Raises :class:`ReplayUnsupported` without a cache.
+        target token before the last, as in generation. Raises :class:`ReplayError` without a cache.
         """
         if self.cache is None:
-            raise ReplayUnsupported("this prompt has no cache to replay from")
+            raise ReplayError("this prompt has no cache to replay from")
         rows = edit.batch or 1
         ids = self._followed_by(target)[:, self.length - 1 :]
         given: dict[str, Any] = {

@@ -28,6 +28,7 @@ from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
 
 from lmms_mtv.shapes import questions, scenes, tiny, words
 from lmms_mtv.shapes.questions import Answer
+from lmms_mtv.shapes.scenes import Scene
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +73,11 @@ class TrainConfig:
 class Bank:
     """Scenes with their pixels, as the processor prepares them. ``pixels`` is float32 [scenes, 3, 32, 32]."""
 
-    scenes: Sequence[scenes.Scene]
+    scenes: Sequence[Scene]
     pixels: Tensor
 
     @classmethod
-    def drawn(cls, processor: Idefics3Processor, drawn: Sequence[scenes.Scene]) -> Bank:
+    def drawn(cls, processor: Idefics3Processor, drawn: Sequence[Scene]) -> Bank:
         chunks = [
             processor.image_processor([[scenes.draw(s)] for s in drawn[i : i + 500]], return_tensors="pt")
             for i in tqdm(range(0, len(drawn), 500), desc="Drawing scenes", unit="x500")
@@ -288,7 +289,7 @@ def train(config: TrainConfig, output: Path, until: int | None = None) -> Idefic
             group["lr"] = config.rate(step)
         value = loss(model, training_batch(config, processor, bank, step))
         optimizer.zero_grad()
-        value.backward()
+        torch.autograd.backward(value)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(value.item())
