@@ -79,6 +79,14 @@ class Edit:
         leading = [t.shape[0] for t, plain in ((self.value, 3), (self.keep, 2), (self.gain, 2)) if t.dim() > plain]
         return leading[0] if leading else None
 
+    def row(self, index: int) -> Edit:
+        """Edit ``index`` of a batch of K; an edit without a batch is itself."""
+        return Edit(
+            self.value[index] if self.value.dim() > 3 else self.value,
+            self.keep[index] if self.keep.dim() > 2 else self.keep,
+            self.gain[index] if self.gain.dim() > 2 else self.gain,
+        )
+
     @property
     def heads(self) -> tuple[tuple[int, int], ...]:
         """The (layer, head) pairs that the edit changes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +31,8 @@ TINY: Final = "tiny"
 """Name of the bundled checkpoint in ``pretrained=``."""
 
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+# No sampling settings, whatever the checkpoint's generation configuration says.
+_GREEDY: Final = {"temperature": None, "top_p": None, "top_k": None}
 _SAMPLING: Final = ("temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "length_penalty")
 
 
@@ -132,8 +133,6 @@ class Hf:
         self.name = "lmms-mtv/tiny" if config.pretrained == TINY else config.pretrained
         self.revision = _revision(source, config.revision or getattr(settings, "_commit_hash", None))
         self.dtype = str(model.dtype).removeprefix("torch.")
-        parameters = inspect.signature(model.forward).parameters
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     def rendered(self, prompt: Prompt) -> str:
         """The prompt as the text that goes to the processor."""
@@ -143,8 +142,8 @@ class Hf:
 
     @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> None:
-        """One forward over the prompts."""
-        self.model(**self._inputs(prompts, 0), **self._keep)
+        """One forward over the prompts: the first of a generation, so that positions are those of evaluation."""
+        self._generate(self._inputs(prompts, 0), max_new_tokens=1, do_sample=False, **_GREEDY)
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """Tokens of the target as they follow the prompt, and of what ends an answer there.
@@ -169,24 +168,25 @@ class Hf:
         chosen = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
         sampling = bool(settings.get("do_sample", chosen.get("temperature", 0) > 0)) and chosen.get("temperature") != 0
         if not sampling:
-            # Off, whatever the checkpoint's generation configuration says.
-            chosen |= {"temperature": None, "top_p": None, "top_k": None}
+            chosen |= _GREEDY
         inputs = self._inputs(prompts, limit)
         if stops:
             begin = inputs["input_ids"].shape[1]
             chosen["stopping_criteria"] = StoppingCriteriaList([_Until(stops, self._tokenizer, begin)])
-        pad = self._tokenizer.pad_token_id
-        output = self.model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=limit, do_sample=sampling, pad_token_id=pad, **chosen
-        )
+        output = self._generate(inputs, max_new_tokens=limit, do_sample=sampling, **chosen)
         length, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
         answers = []
         for row, taken in zip(output[:, length:], lengths, strict=True):
             text = self._tokenizer.decode(row, skip_special_tokens=True)
             for stop in stops:
                 text = text.split(stop)[0]
-            answers.append(Answer(text, taken, int((row != pad).sum())))
+            answers.append(Answer(text, taken, int((row != self._tokenizer.pad_token_id).sum())))
         return answers
+
+    def _generate(self, inputs: Mapping[str, Any], **settings: Any) -> torch.Tensor:
+        generate: Any = self.model.generate
+        output: torch.Tensor = generate(**inputs, pad_token_id=self._tokenizer.pad_token_id, **settings)
+        return output
 
     def _inputs(self, prompts: Sequence[Prompt], new_tokens: int) -> Any:
         texts = [self.rendered(prompt) for prompt in prompts]

@@ -82,29 +82,24 @@ class Prefill:
         return logits[:, -len(target) :].float()
 
     def forward(self, model: nn.Module, sites: Sites, edit: Edit, target: Sequence[int]) -> Tensor:
-        """The same logits as :meth:`replay`, from full forwards of the prompt repeated K times."""
-        rows, more = edit.batch or 1, len(target) - 1
-        given: dict[str, Any] = {}
-        for name, value in self.inputs.items():
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                given[name] = value
-            elif name == "position_ids":
-                steps = torch.arange(1, more + 1, device=value.device)
-                extended = torch.cat([value, value[..., -1:] + steps], -1)
-                given[name] = extended.expand(*value.shape[:-2], rows, -1)
-            else:
-                if name == "input_ids":
-                    value = self._followed_by(target)
-                elif name == "attention_mask":
-                    value = torch.cat([value, value.new_ones(1, more)], 1)
-                elif name in _PER_TOKEN:
-                    value = torch.cat([value, value.new_zeros(1, more)], 1)
-                given[name] = torch.cat([value] * rows)
+        """The same logits as :meth:`replay`, from a full forward of the prompt for each edit."""
+        more = len(target) - 1
+        given = dict(self.inputs) | {"input_ids": self._followed_by(target), "use_cache": False}
+        if isinstance(positions := given.get("position_ids"), Tensor):
+            steps = torch.arange(1, more + 1, device=positions.device)
+            given["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], -1)
+        if isinstance(mask := given.get("attention_mask"), Tensor):
+            given["attention_mask"] = torch.cat([mask, mask.new_ones(1, more)], 1)
+        for name in _PER_TOKEN:
+            if isinstance(kinds := given.get(name), Tensor):
+                given[name] = torch.cat([kinds, kinds.new_zeros(1, more)], 1)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = len(target)
-        with applied(sites, edit, tail=len(target)):
-            logits: Tensor = model(**given, use_cache=False).logits
-        return logits[:, -len(target) :].float()
+        logits = []
+        for row in range(edit.batch or 1):
+            with applied(sites, edit.row(row), tail=len(target)):
+                logits.append(model(**given).logits[:, -len(target) :].float())
+        return torch.cat(logits)
 
     def _followed_by(self, target: Sequence[int]) -> Tensor:
         """Token ids [1, n + len(target) - 1] of the prompt and of the target without its last token."""

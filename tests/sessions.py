@@ -1,0 +1,61 @@
+"""A fit without a harness: token prompts on a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import zoo
+
+from lmms_mtv import Episode, FitSession, find_sites
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    text: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+class TokenExamples:
+    """Examples of a question token and the answer tokens that follow it."""
+
+    def __init__(self, count: int = 30, answer: int = 2) -> None:
+        self._count, self._answer = count, answer
+
+    def __len__(self) -> int:
+        return self._count
+
+    def prompt(self, episode: Episode) -> TokenPrompt:
+        text = [token for index in episode.demonstrations for token in (self._question(index), *self._target(index))]
+        return TokenPrompt((*text, self._question(episode.query)), self._target(episode.query))
+
+    def _question(self, index: int) -> int:
+        return 3 + index
+
+    def _target(self, index: int) -> tuple[int, ...]:
+        return tuple(40 + (index * 7 + k) % 40 for k in range(self._answer))
+
+
+class TokenRunner:
+    """Runs token prompts on a tiny model, padded on the left, by a plain forward or as a generation begins."""
+
+    def __init__(self, tiny: zoo.Tiny, generating: bool = False) -> None:
+        self._tiny, self._generating = tiny, generating
+        self.model = tiny.model
+
+    @torch.no_grad()
+    def run(self, prompts: Sequence[TokenPrompt]) -> None:
+        inputs = self._tiny.inputs([list(prompt.text) for prompt in prompts])
+        if self._generating:
+            self.model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        else:
+            self.model(**inputs)
+
+    def target_ids(self, prompt: TokenPrompt) -> list[int]:
+        return list(prompt.target)
+
+
+def session(tiny: zoo.Tiny, *, examples: TokenExamples | None = None, generating: bool = False, **options):
+    options = {"seed": 0, "progress": False} | options
+    return FitSession(TokenRunner(tiny, generating), find_sites(tiny.model), examples or TokenExamples(), **options)

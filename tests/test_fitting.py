@@ -1,0 +1,201 @@
+"""Replays and sessions, against full forwards written here."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+import zoo
+from sessions import TokenExamples, TokenPrompt, TokenRunner, session
+from torch.nn import functional
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from lmms_mtv import Edit, Episode, applied, capture, find_sites
+from lmms_mtv.errors import DataError, HookError, NumericsError
+
+MASKS = 32
+
+
+@pytest.fixture(scope="module", params=zoo.ARCHITECTURES, ids=lambda architecture: architecture.__name__)
+def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
+    return zoo.build(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def edits(tiny: zoo.Tiny, count: int = MASKS) -> Edit:
+    rng = torch.Generator().manual_seed(0)
+    sites = find_sites(tiny.model)
+    return Edit.replace(
+        torch.randn(sites.shape, generator=rng), torch.rand(count, *sites.shape[:2], generator=rng) < 0.4
+    )
+
+
+def loop_of_full_forwards(tiny: zoo.Tiny, prompt: TokenPrompt, edit: Edit, tokens: int) -> torch.Tensor:
+    """The authors' procedure: one full forward of prompt and target for each mask."""
+    target = prompt.target[:tokens]
+    inputs = tiny.inputs([[*prompt.text, *target[:-1]]])
+    losses = []
+    for keep, gain in zip(edit.keep, edit.gain, strict=True):
+        with applied(tiny.model, Edit(edit.value, keep, gain), tail=tokens):
+            logits = tiny.model(**inputs, use_cache=False).logits[0, -tokens:]
+        losses.append(functional.cross_entropy(logits, torch.tensor(target)))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_replay_equals_full_forwards_for_32_masks(tiny, tokens, generating):
+    prompt = TokenPrompt((5, 6, 7, 8, 9, 10, 11), (41, 57, 63))
+    edit, sites = edits(tiny), find_sites(tiny.model)
+    expected = loop_of_full_forwards(tiny, prompt, edit, tokens)
+    assert expected.std() > 1e-3, "the masks have to matter"
+
+    before = zoo.hooks(tiny.model)
+    with capture(tiny.model, sites) as captured:
+        TokenRunner(tiny, generating).run([prompt])
+    assert zoo.hooks(tiny.model) == before
+    prefill, target = captured.prefill(), list(prompt.target[:tokens])
+    assert prefill.cache is not None
+    assert prefill.length == len(tiny.row(list(prompt.text)))
+
+    targets = torch.tensor(target).expand(MASKS, -1)
+    for run in (prefill.replay, prefill.forward, prefill.replay):  # again: a replay leaves its cache as it was
+        logits = run(tiny.model, sites, edit, target)
+        assert logits.shape == (MASKS, tokens, zoo.VOCABULARY)
+        losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
+        assert (losses - expected).abs().max() < 1e-4
+    assert zoo.hooks(tiny.model) == before
+
+
+@pytest.mark.parametrize("tokens", ["first", "all"])
+def test_session_losses_equal_full_forwards_with_and_without_replay(tiny, tokens):
+    edit, episode = edits(tiny, 8), Episode(3, (1, 2))
+    count = {"first": 1, "all": 2}[tokens]
+    expected = loop_of_full_forwards(tiny, TokenExamples().prompt(episode), edit, count)
+
+    replaying = session(tiny)
+    assert (replaying.losses(episode, edit, tokens) - expected).abs().max() < 1e-4
+    assert replaying.replays is True
+    fallback = session(tiny)
+    fallback._replays = False
+    assert (fallback.losses(episode, edit, tokens) - expected).abs().max() < 1e-4
+    assert fallback.replays is False
+
+
+def test_a_full_sliding_window_falls_back_and_says_so(caplog):
+    """A window shorter than the prompt has forgotten what a replay would need."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**zoo._text(sliding_window=4))).eval()
+    tiny = zoo.Tiny("mistral", model)
+    edit, episode = edits(tiny, 4), Episode(3, (1, 2, 4))
+    windowed = session(tiny)
+    with caplog.at_level(logging.WARNING):
+        losses = windowed.losses(episode, edit, "all")
+    assert windowed.replays is False
+    assert "full forwards" in caplog.text
+    expected = loop_of_full_forwards(tiny, TokenExamples().prompt(episode), edit, 2)
+    assert (losses - expected).abs().max() < 1e-4
+
+
+class Forgetful(LlamaForCausalLM):
+    """A model whose answer after a cache is not that of a full forward."""
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        output = super().forward(*args, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None and past_key_values.get_seq_length() > output.logits.shape[1]:
+            output.logits = output.logits.roll(1, -1)
+        return output
+
+
+def test_a_model_whose_replay_differs_falls_back_and_says_so(caplog):
+    llama = zoo.build(zoo.llama)
+    model = Forgetful(llama.model.config).eval()
+    model.load_state_dict(llama.model.state_dict())
+    tiny = dataclasses.replace(llama, model=model)
+    edit, episode = edits(tiny, 4), Episode(3, (1, 2))
+    forgetful = session(tiny)
+    with caplog.at_level(logging.WARNING):
+        losses = forgetful.losses(episode, edit)
+    assert forgetful.replays is False
+    assert "replays differ" in caplog.text
+    assert (losses - session(llama).losses(episode, edit)).abs().max() < 1e-4
+
+
+def test_prefilled_prompts_are_kept_within_the_memory_budget():
+    tiny = zoo.build(zoo.llama)
+    edit = edits(tiny, 4)
+    episodes = [Episode(query, (20, 21)) for query in range(6)]
+    roomy, tight = session(tiny), session(tiny, memory=1)
+    first = [roomy.losses(episode, edit) for episode in episodes]
+    forwards = roomy.forwards
+    for episode, expected in zip(episodes, first, strict=True):
+        assert torch.equal(roomy.losses(episode, edit), expected)
+        assert torch.equal(tight.losses(episode, edit), expected)
+        assert torch.equal(tight.losses(episode, edit), expected)
+    assert roomy.forwards == forwards + len(episodes), "one replay each, no prefill"
+    assert len(tight._prefills) == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_mean_activations_do_not_depend_on_the_batch(tiny, size):
+    episodes = session(tiny).episodes(8, 2, "values")
+    alone = torch.stack([session(tiny).mean_activations([episode]) for episode in episodes]).mean(0)
+    together = session(tiny, batch_size=size).mean_activations(episodes)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_episodes_are_seeded_and_never_show_the_query():
+    tiny = zoo.build(zoo.llama)
+    drawn = session(tiny).episodes(65, 4, "values")
+    assert drawn == session(tiny).episodes(65, 4, "values")
+    assert drawn != session(tiny, seed=1).episodes(65, 4, "values")
+    assert drawn != session(tiny).episodes(65, 4, "selection")
+    assert all(episode.query not in episode.demonstrations for episode in drawn)
+    assert all(len(set(episode.demonstrations)) == 4 for episode in drawn)
+    assert all(0 <= index < 30 for episode in drawn for index in episode.demonstrations)
+    queries = [episode.query for episode in drawn]
+    assert len(set(queries[:30])) == 30, "every query once before any comes again"
+    assert len(set(queries[30:60])) == 30
+
+
+def test_too_few_examples_is_an_error_that_names_the_argument():
+    small = session(zoo.build(zoo.llama), examples=TokenExamples(4))
+    assert len(small.episodes(10, 3, "values")) == 10
+    with pytest.raises(DataError, match=r"4 examples.*at least 5.*fit_shots="):
+        small.episodes(10, 4, "values")
+
+
+def test_a_target_without_tokens_is_an_error():
+    with pytest.raises(DataError, match="no tokens"):
+        session(zoo.build(zoo.llama), examples=TokenExamples(answer=0)).losses(
+            Episode(0, ()), edits(zoo.build(zoo.llama), 2)
+        )
+
+
+def test_an_infinite_loss_is_an_error():
+    tiny = zoo.build(zoo.llama)
+    edit = edits(tiny, 2)
+    running = session(tiny)
+    running.losses(Episode(0, ()), edit)
+    tiny.model.lm_head.weight[40:80] = torch.inf
+    with pytest.raises(NumericsError, match="dtype="):
+        running.losses(Episode(0, ()), edit)
+
+
+def test_a_padded_or_batched_prompt_is_no_prefill():
+    tiny = zoo.build(zoo.llama)
+    with capture(tiny.model, find_sites(tiny.model)) as captured:
+        tiny.model(**tiny.inputs([[5, 6, 7], [8, 9]]))
+    with pytest.raises(HookError, match="one prompt"):
+        captured.prefill()
+    with capture(tiny.model, find_sites(tiny.model)) as captured:
+        pass
+    with pytest.raises(HookError, match="no forward"):
+        captured.prefill()

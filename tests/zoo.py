@@ -1,0 +1,254 @@
+"""Tiny random models of real architectures, built from configurations, with inputs of images and text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+VOCABULARY, PAD, IMAGE, VISION_START, VISION_END = 120, 0, 100, 101, 102
+LAYERS, HEADS, HEAD_DIM = 3, 4, 8
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model in float32, how many tokens an image takes, and the inputs that go with images.
+
+    ``framed``: images stand between two marks; ``absolute``: positions have to be given where there is padding.
+    """
+
+    name: str
+    model: nn.Module
+    image_tokens: int = 0
+    media: Callable[[list[int]], dict[str, Tensor]] | None = None
+    heads: int = HEADS
+    head_dim: int = HEAD_DIM
+    framed: bool = False
+    absolute: bool = False
+
+    def row(self, text: list[int]) -> list[int]:
+        """Token ids of one prompt: an image, where the model takes one, and ``text``."""
+        image = [IMAGE] * self.image_tokens
+        return [*([VISION_START, *image, VISION_END] if self.framed else image), *text]
+
+    def inputs(self, texts: list[list[int]], side: str = "left") -> dict[str, Tensor]:
+        """A padded batch of prompts with one image each, which depends on the first token of the text."""
+        rows = [self.row(text) for text in texts]
+        longest = max(map(len, rows))
+        ids, mask = [], []
+        for row in rows:
+            pad = [PAD] * (longest - len(row))
+            ids.append([*pad, *row] if side == "left" else [*row, *pad])
+            ones = [1] * len(row)
+            mask.append([*([0] * len(pad)), *ones] if side == "left" else [*ones, *([0] * len(pad))])
+        made = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        if self.media is not None:
+            made |= self.media([text[0] for text in texts])
+        if self.absolute:
+            made["position_ids"] = (made["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        if self.framed:
+            made["mm_token_type_ids"] = (made["input_ids"] == IMAGE).long()
+        return made
+
+
+def _text(**more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HEADS * HEAD_DIM,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+def _noise(seeds: list[int], *shape: int) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def llama() -> Tiny:
+    return Tiny("llama", LlamaForCausalLM(LlamaConfig(**_text(attention_bias=True))))
+
+
+def qwen3() -> Tiny:
+    return Tiny("qwen3", Qwen3ForCausalLM(Qwen3Config(**_text(head_dim=12))), head_dim=12)
+
+
+def gpt2() -> Tiny:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=256, n_embd=32, n_layer=LAYERS, n_head=HEADS, bos_token_id=1, eos_token_id=2
+    )
+    return Tiny("gpt2", GPT2LMHeadModel(config), absolute=True)
+
+
+def idefics2() -> Tiny:
+    config = Idefics2Config(
+        image_token_id=IMAGE,
+        text_config={"model_type": "mistral", **_text()},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        perceiver_config={
+            "resampler_n_latents": 3,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 1,
+            "hidden_size": 32,
+        },
+    )
+    media = lambda seeds: {"pixel_values": _noise(seeds, 1, 3, 16, 16)}  # noqa: E731
+    return Tiny("idefics2", Idefics2ForConditionalGeneration(config), 3, media)
+
+
+def idefics3() -> Tiny:
+    config = Idefics3Config(
+        image_token_id=IMAGE,
+        scale_factor=2,
+        text_config={"model_type": "llama", **_text()},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    )
+    media = lambda seeds: {"pixel_values": _noise(seeds, 1, 3, 16, 16)}  # noqa: E731
+    return Tiny("idefics3", Idefics3ForConditionalGeneration(config), 4, media)
+
+
+def llava() -> Tiny:
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**_text()), image_token_index=IMAGE, image_seq_length=4
+    )
+    return Tiny(
+        "llava", LlavaForConditionalGeneration(config), 4, lambda seeds: {"pixel_values": _noise(seeds, 3, 16, 16)}
+    )
+
+
+def _patches(seeds: list[int], patch: int) -> dict[str, Tensor]:
+    # 4 x 4 patches an image, 2 frames each, merged to 2 x 2 tokens.
+    return {
+        "pixel_values": _noise(seeds, 16, 3 * 2 * patch * patch).flatten(0, 1),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * len(seeds)),
+    }
+
+
+def qwen2_5_vl() -> Tiny:
+    config = Qwen2_5_VLConfig(
+        text_config=_text(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    return Tiny("qwen2_5_vl", model, 4, lambda seeds: _patches(seeds, 4), framed=True)
+
+
+def qwen3_vl() -> Tiny:
+    config = Qwen3VLConfig(
+        text_config=_text(
+            head_dim=12,
+            rope_parameters={
+                "rope_type": "default",
+                "mrope_section": [2, 2, 2],
+                "rope_theta": 1e4,
+                "mrope_interleaved": True,
+            },
+        ),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+    model = Qwen3VLForConditionalGeneration(config)
+    return Tiny("qwen3_vl", model, 4, lambda seeds: _patches(seeds, 4), head_dim=12, framed=True)
+
+
+ARCHITECTURES = (idefics2, idefics3, llava, qwen2_5_vl, qwen3_vl, qwen3, llama, gpt2)
+
+
+def build(architecture: Callable[[], Tiny]) -> Tiny:
+    """The model with random weights large enough that every part matters, and non-zero biases."""
+    torch.manual_seed(0)
+    tiny = architecture()
+    with torch.no_grad():
+        for name, parameter in tiny.model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    tiny.model.eval()
+    return tiny
+
+
+def hooks(model: nn.Module) -> int:
+    """Number of hooks of any kind in a model."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
