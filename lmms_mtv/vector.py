@@ -222,7 +222,8 @@ class TaskVector:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
-        metadata = {"format": "lmms-mtv", "card": self.card.to_json(), "checksum": _checksum(tensors)}
+        card = self.card.to_json()
+        metadata = {"format": "lmms-mtv", "card": card, "checksum": checksum(card, tensors)}
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -253,9 +254,9 @@ class TaskVector:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise VectorFileError(f"{path} is damaged or no safetensors file ({error}): fit the vector again") from None
-        if metadata.get("checksum") != _checksum(tensors):
-            raise VectorFileError(f"the tensors of {path} are not those that were saved: fit the vector again")
-        card = VectorCard.from_json(metadata.get("card", ""), str(path))
+        if metadata.get("checksum") != checksum(metadata.get("card", ""), tensors):
+            raise VectorFileError(f"{path} is not as it was saved (its checksum differs): fit the vector again")
+        card = VectorCard.from_json(metadata["card"], str(path))
         edits = {}
         for name in sorted({key.rpartition(".")[0] for key in tensors}):
             try:
@@ -273,8 +274,9 @@ def _described(geometry: Geometry) -> str:
     return f"{len(geometry)} layers of {geometry[0][2]} heads of size {geometry[0][3]} ({geometry[0][1]}, ...)"
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def checksum(card: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a card as it is written, and of the tensors."""
+    digest = hashlib.sha256(card.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
         digest.update(tensors[name].contiguous().numpy().tobytes())

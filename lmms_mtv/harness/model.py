@@ -116,6 +116,7 @@ class Mtv(lmms):  # type: ignore[misc]
             batches += [positions[i : i + size] for i in range(0, len(positions), size)]
 
         answers: dict[int, GenerationResult] = {}
+        began = time.perf_counter()
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
         with edited as fired:
             for batch in tqdm(batches, desc=f"Evaluating {prompts.name}", disable=self.rank != 0, dynamic_ncols=True):
@@ -135,6 +136,13 @@ class Mtv(lmms):  # type: ignore[misc]
                         "the edit never ran while the base generated, so that the answers are those of the plain "
                         "model: pass decoder= with the module that its forward calls"
                     )
+        counted = [answer.token_counts for answer in answers.values()]
+        self._record[prompts.name]["evaluation"] = {
+            "requests": len(answers),
+            "seconds": time.perf_counter() - began,
+            "input_tokens": sum(counts.input_tokens for counts in counted) / len(counted),
+            "output_tokens": sum(counts.output_tokens for counts in counted) / len(counted),
+        }
         return answers
 
     def _shots(self, task: Any) -> int:

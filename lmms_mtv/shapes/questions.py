@@ -6,7 +6,7 @@ The question names nothing, so that only demonstrations or a task vector tell wh
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -28,7 +28,7 @@ def _attribute(attribute: str, language: str) -> Answer:
     return lambda scene: words.name(attribute, getattr(scene, attribute), language)
 
 
-TASKS: Final = MappingProxyType(
+TASKS: Final[Mapping[str, Answer]] = MappingProxyType(
     {f"{a}_{lang}": _attribute(a, lang) for a in words.ATTRIBUTES for lang in words.LANGUAGES}
     | {"phrase_en": lambda scene: f"{scene.color} {scene.shape}"}
 )

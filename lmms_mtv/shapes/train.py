@@ -45,10 +45,10 @@ class TrainConfig:
     seed: int = 0
     seeing_steps: int = 1800
     seeing_batch: int = 64
-    steps: int = 9000
+    steps: int = 6000
     batch: int = 24
     seeing_share: float = 0.3
-    labels_share: float = 0.4
+    labels_share: float = 0.25
     most_demonstrations: int = 8
     scenes: int = 20000
     learning_rate: float = 1e-3
@@ -158,32 +158,19 @@ def seeing(bank: Bank, size: int, rng: random.Random) -> list[list[Item]]:
 
 
 def in_context(bank: Bank, size: int, items: int, labels_share: float, rng: random.Random) -> list[list[Item]]:
-    """``size`` sequences of ``items`` images each, of one task a sequence that nothing but its answers tells.
+    """``size`` sequences of ``items`` images each, of one task a sequence that nothing but its answers tells."""
 
-    A sequence with made-up words shows only some of the values, two at the least: a word that returns teaches to
-    look for the example like the query much faster than words that occur once.
-    """
-
-    def labelled() -> tuple[Answer, list[int]]:
-        attribute = rng.choice(tuple(words.LABELS))
-        values = words.values(attribute)
-        shown = set(rng.sample(values, rng.randint(2, len(values))))
-        chosen: list[int] = []
-        while len(chosen) < items:
-            index = rng.randrange(len(bank.scenes))
-            if getattr(bank.scenes[index], attribute) in shown:
-                chosen.append(index)
-        return questions.labels(attribute, questions.shuffled(attribute, rng)), chosen
-
-    def sequence() -> list[Item]:
+    def task() -> Answer:
         if rng.random() < labels_share:
-            answer, chosen = labelled()
-        else:
-            answer = questions.TASKS[rng.choice(tuple(questions.TASKS))]
-            chosen = [rng.randrange(len(bank.scenes)) for _ in range(items)]
+            attribute = rng.choice(tuple(words.LABELS))
+            return questions.labels(attribute, questions.shuffled(attribute, rng))
+        return questions.TASKS[rng.choice(tuple(questions.TASKS))]
+
+    def sequence(answer: Answer) -> list[Item]:
+        chosen = [rng.randrange(len(bank.scenes)) for _ in range(items)]
         return [(index, questions.QUESTION, answer(bank.scenes[index])) for index in chosen]
 
-    return [sequence() for _ in range(size)]
+    return [sequence(task()) for _ in range(size)]
 
 
 def training_batch(config: TrainConfig, processor: Idefics3Processor, bank: Bank, step: int) -> Batch:
@@ -192,8 +179,7 @@ def training_batch(config: TrainConfig, processor: Idefics3Processor, bank: Bank
     if step < config.seeing_steps or rng.random() < config.seeing_share:
         sequences = seeing(bank, config.seeing_batch, rng)
     else:
-        longest = config.most_demonstrations + 1
-        items = longest if rng.random() < 0.5 else rng.randint(1, longest)
+        items = rng.randint(1, config.most_demonstrations + 1)
         sequences = in_context(bank, config.batch, items, config.labels_share, rng)
     return encode(processor, bank, sequences, [rng.random() < 0.5 for _ in sequences])
 
