@@ -1,0 +1,366 @@
+"""The plugin inside lmms-eval: through its command and through its Python interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models import get_model
+from lmms_eval.tasks import TaskManager
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lmms_mtv import TaskVector
+from lmms_mtv.errors import (
+    ArgumentError,
+    ContextLengthError,
+    DataError,
+    GeometryError,
+    LeakageError,
+    MtvError,
+    NumericsError,
+    VectorFileError,
+)
+from lmms_mtv.shapes import CHECKPOINT
+
+SHORT = "iterations=8,fit_shots=2,steps=10,samples=4,examples=6,candidate_examples=4,candidates=3"
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The harness's own command in a process of its own, away from the repository."""
+    return subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=environment.pop("cwd", "/"),
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        timeout=600,
+        check=False,
+    )
+
+
+def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **options):
+    """An evaluation in this process; errors come as they are raised."""
+    manager = TaskManager("ERROR", include_path=str(include) if include else None, model_name="mtv")
+    return simple_evaluate(
+        "mtv", model_args, tasks=tasks, task_manager=manager, limit=options.pop("limit", 3), **options
+    )
+
+
+def task_file(folder: Path, name: str = "custom", **changes) -> Path:
+    """A task of our own making over the scenes of shapes; a change to None takes a key away."""
+    from lmms_mtv.harness.plugin import tasks_folder
+
+    shapes = tasks_folder() / "shapes"
+    shutil.copytree(shapes / "data", folder / "data", dirs_exist_ok=True)
+    (folder / "utils.py").write_text(
+        (shapes / "utils.py").read_text(encoding="utf-8")
+        + "\n\ndef broken(doc):\n    return [Image.open(__file__)]\n\n\ndef truncated(doc):\n"
+        "    import io\n    data = io.BytesIO()\n    draw(doc)[0].save(data, 'PNG')\n"
+        "    return [Image.open(io.BytesIO(data.getvalue()[:20]))]\n",
+        encoding="utf-8",
+    )
+    text = (shapes / "_shapes").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if "!function" not in line]
+    fields = yaml.safe_load("\n".join(lines)) | {"task": name} | changes
+    fields["dataset_kwargs"] = {
+        "data_files": {split: str(folder / "data" / f"{split}.jsonl") for split in ("train", "test")}
+    }
+    functions = {"doc_to_visual": "draw", "doc_to_text": "question", "doc_to_target": "color_en"}
+    functions |= {key: fields.pop(key) for key in list(functions) if key in fields}
+    body = yaml.safe_dump({key: value for key, value in fields.items() if value is not None})
+    body += "".join(f"{key}: !function utils.{value}\n" for key, value in functions.items())
+    (folder / f"{name}.yaml").write_text(body, encoding="utf-8")
+    return folder
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("*_mtv.json"))]
+
+
+class Arguments:
+    """What the harness's command line leaves on a task."""
+
+    def __init__(self, output_path: Path) -> None:
+        self.output_path = str(output_path)
+        self.process_with_media = False
+        self.reasoning_tags = None
+
+
+def test_the_command_fits_evaluates_and_records(tmp_path):
+    """Through the installed entry points alone: no flag, no include path, nothing imported from here."""
+    done = command(
+        *("--model", "mtv", "--model_args", f"pretrained=tiny,{SHORT}"),
+        *("--tasks", "shapes_color_en,shapes_phrase_en", "--limit", "5", "--output_path", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "|shapes_color_en |" in done.stdout
+    assert done.stdout.count("fitted mtv for shapes_") == 2
+    assert "of 32 heads, loss" in done.stdout
+    for bar in ("Extracting activations", "Selecting heads", "Choosing the final heads", "Evaluating shapes_color_en"):
+        assert bar in done.stderr
+    (results,) = tmp_path.rglob("*_results.json")
+    assert json.loads(results.read_text())["results"]["shapes_phrase_en"]["exact_match,none"] >= 0
+    (record,) = records(tmp_path)
+    for task in ("shapes_color_en", "shapes_phrase_en"):
+        used = record["tasks"][task]
+        assert used["method"] == "mtv"
+        assert used["settings"]["steps"] == 10
+        assert used["settings"]["loss"] == "all"
+        saved = TaskVector.load(results.parent / used["source"])
+        assert saved.id == used["vector"]
+        assert [list(head) for head in saved.heads] == used["heads"]
+        assert saved.card.task == task
+    assert record["tasks"]["shapes_color_en"]["vector"] != record["tasks"]["shapes_phrase_en"]["vector"]
+
+
+def test_an_error_at_the_command_line_is_one_line_and_a_status(tmp_path):
+    done = command(
+        *("--model", "mtv", "--model_args", "pretrained=tiny,stepz=3"),
+        *("--tasks", "shapes_color_en", "--output_path", str(tmp_path)),
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("lmms-mtv:")]
+    assert "unknown model argument 'stepz'. Did you mean 'steps'?" in line
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tasks_are_known_and_do_not_hide_the_harness_own():
+    index = TaskManager("ERROR").task_index
+    assert {"shapes", "shapes_hard", "shapes_color_en", "shapes_labels_shape"} <= index.keys()
+    assert index["shapes"]["type"] == "group"
+    assert "vizwiz_vqa_val" in index
+    assert "shapes" not in TaskManager("ERROR", include_defaults=False).task_index
+
+
+def test_the_shapes_tasks_work_with_a_simple_model_of_the_harness(monkeypatch):
+    """Any lmms-eval model can run them: context, pictures and target, without the plugin's model."""
+    manager = TaskManager("ERROR", model_name="dummy")
+    for kind in ("simple", "chat"):
+        task = manager.load_task_or_group(["shapes_position_es"], task_type=kind)["shapes_position_es"]
+        assert len(task.test_docs()) == 200
+        assert len(task.training_docs()) == 400
+        doc = task.test_docs()[0]
+        (image,) = task.doc_to_visual(doc)
+        assert isinstance(image, Image.Image)
+        assert task.doc_to_text(doc) == "What is it? Answer:"
+        assert task.doc_to_target(doc) == "arriba"
+        assert task.process_results(doc, ["Arriba."]) == {"exact_match": 1.0}
+        assert task.process_results(doc, ["abajo"]) == {"exact_match": 0.0}
+    assert not get_model("mtv").is_simple
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Evaluations whose records are kept: ``recorded(model_args, tasks)`` gives the tasks of the record."""
+    from lmms_eval.api.task import Task
+
+    def run(model_args: str, tasks: list[str], **options) -> dict:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        monkeypatch.setattr(Task, "args", None, raising=False)
+        results = evaluate(model_args, tasks, cli_args=Arguments(folder), **options)
+        (record,) = records(folder)
+        return record["tasks"] | {"results": results}
+
+    return run
+
+
+def test_same_seed_same_vector_whatever_the_batch_size(recorded):
+    runs = [
+        recorded(f"pretrained=tiny,seed=1,{SHORT},batch_size={size}", ["shapes_shape_es"])["shapes_shape_es"]
+        for size in (1, 3, 8)
+    ]
+    assert len({run["vector"] for run in runs}) == 1
+    assert runs[0]["heads"] == runs[1]["heads"] == runs[2]["heads"]
+    other = recorded(f"pretrained=tiny,seed=2,{SHORT}", ["shapes_shape_es"])["shapes_shape_es"]
+    assert other["vector"] != runs[0]["vector"]
+
+
+def answers(results: dict) -> dict:
+    return {
+        task: [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+        for task, samples in results["samples"].items()
+    }
+
+
+def test_answers_do_not_depend_on_batches_or_on_the_other_tasks(recorded):
+    tasks = ["shapes_color_en", "shapes_shape_es"]
+    together = recorded(f"pretrained=tiny,{SHORT},batch_size=1", tasks, limit=7)
+    alone = {}
+    for task in reversed(tasks):
+        run = recorded(f"pretrained=tiny,{SHORT},batch_size=4", [task], limit=7)
+        assert run[task]["vector"] == together[task]["vector"]
+        alone |= answers(run["results"])
+    assert answers(together["results"]) == alone
+
+
+@pytest.mark.parametrize("style", ["raw", "chat"])
+def test_few_shot_prompts_tell_the_task_and_num_fewshot_is_shots(recorded, style):
+    base = f"pretrained=tiny,method=none,prompt_style={style},batch_size=8"
+    plain = recorded(base, ["shapes_background_es"], limit=24)
+    shots = recorded(f"{base},shots=4", ["shapes_background_es"], limit=24)
+    flag = recorded(base, ["shapes_background_es"], limit=24, num_fewshot=4)
+    score = lambda run: run["results"]["results"]["shapes_background_es"]["exact_match,none"]  # noqa: E731
+    assert score(plain) < 0.3 < 0.9 < score(shots)
+    assert answers(flag["results"]) == answers(shots["results"])
+    assert (
+        shots["shapes_background_es"]["evaluation"]["input_tokens"]
+        > 4 * plain["shapes_background_es"]["evaluation"]["input_tokens"]
+    )
+    with pytest.raises(ArgumentError, match="--num_fewshot 4 disagree"):
+        evaluate(f"{base},shots=2", ["shapes_background_es"], num_fewshot=4)
+
+
+def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):
+    fitted = recorded(f"pretrained=tiny,{SHORT}", ["shapes_color_en"], limit=6)
+    (path,) = tmp_path.rglob("vector.safetensors")
+    loaded = recorded(f"pretrained=tiny,vector={path}", ["shapes_color_en"], limit=6)
+    assert loaded["shapes_color_en"]["vector"] == fitted["shapes_color_en"]["vector"]
+    assert loaded["shapes_color_en"]["source"] == str(path)
+    assert answers(loaded["results"]) == answers(fitted["results"])
+
+
+def test_until_is_honoured(recorded):
+    """Without a stop the tiny model goes on after the line break; with it, the answer is cut there."""
+    base = "pretrained=tiny,method=none,shots=2"
+    cut = recorded(base, ["shapes_color_en"], limit=4)
+    tokens = cut["shapes_color_en"]["evaluation"]["output_tokens"]
+    assert tokens == 2, "the word and the line break"
+    long = recorded(base, ["shapes_color_en"], limit=4, gen_kwargs="until=never,max_new_tokens=5")
+    assert long["shapes_color_en"]["evaluation"]["output_tokens"] > tokens
+    for short, whole in zip(
+        answers(cut["results"])["shapes_color_en"], answers(long["results"])["shapes_color_en"], strict=True
+    ):
+        assert str(whole[0]).startswith(str(short[0]).strip())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs(recorded, dtype):
+    run = recorded(f"pretrained=tiny,dtype={dtype},{SHORT},batch_size=8", ["shapes_color_en"], limit=8)
+    assert run["shapes_color_en"]["heads"]
+
+
+class TestBadInput:
+    """One clear error that names the fix, and nothing half-written."""
+
+    def refused(
+        self, kind: type[MtvError], match: str, model_args: str, task: str = "shapes_color_en", **options
+    ) -> None:
+        with pytest.raises(kind, match=match):
+            evaluate(model_args, [task], **options)
+
+    def test_unknown_argument_lists_ours_and_the_bases(self):
+        self.refused(ArgumentError, r"'pretraned'.*Did you mean 'pretrained'.*shots.*steps.*dtype", "pretraned=tiny")
+
+    def test_unknown_method(self):
+        self.refused(ArgumentError, "unknown method 'mvt'. Did you mean 'mtv'", "pretrained=tiny,method=mvt")
+
+    def test_unknown_base(self):
+        self.refused(ArgumentError, "unknown base 'hff'. Did you mean 'hf'", "pretrained=tiny,base=hff")
+
+    def test_a_base_without_a_torch_module(self):
+        self.refused(ArgumentError, "base=openai.*cannot be edited: use one of hf", "pretrained=tiny,base=openai")
+
+    def test_unknown_model(self):
+        self.refused(ArgumentError, "pretrained=no/such-model cannot be loaded", "pretrained=no/such-model")
+
+    @pytest.mark.parametrize(
+        ("wrong", "named"),
+        [
+            ("shots=-1", "shots=-1"),
+            ("dtype=int8", "unknown dtype 'int8'"),
+            ("prompt_style=poem", "unknown prompt_style"),
+            ("batch_size=none", "batch_size='none'"),
+            ("loss=last", "one of first, all"),
+            ("decoder=nowhere", "decoder='nowhere'"),
+        ],
+    )
+    def test_wrong_values(self, wrong, named):
+        self.refused(MtvError, named, f"pretrained=tiny,{wrong}")
+
+    @pytest.fixture
+    def saved(self, tmp_path) -> Path:
+        evaluate_with = f"pretrained=tiny,{SHORT}"
+        from lmms_eval.api.task import Task
+
+        Task.args = None
+        evaluate(evaluate_with, ["shapes_color_en"], cli_args=Arguments(tmp_path / "run"), limit=1)
+        (path,) = (tmp_path / "run").rglob("vector.safetensors")
+        return path
+
+    def test_a_vector_of_another_model_or_geometry(self, saved, tmp_path):
+        copy = tmp_path / "copy"
+        shutil.copytree(CHECKPOINT, copy)
+        self.refused(GeometryError, "fitted for model 'lmms-mtv/tiny', not for", f"pretrained={copy},vector={saved}")
+        config = json.loads((copy / "config.json").read_text())
+        config["text_config"]["num_hidden_layers"] = 2
+        (copy / "config.json").write_text(json.dumps(config))
+        vector = TaskVector.load(saved)
+        shallow = AutoModelForImageTextToText.from_pretrained(copy)
+        from lmms_mtv import applied
+
+        with pytest.raises(GeometryError, match=r"4 layers of 8 heads.*2 layers of 8 heads"), applied(shallow, vector):
+            pass
+
+    def test_a_damaged_or_foreign_vector_file(self, saved, tmp_path):
+        saved.write_bytes(saved.read_bytes()[:-7])
+        self.refused(VectorFileError, "damaged", f"pretrained=tiny,vector={saved}")
+        self.refused(VectorFileError, "no task vector", f"pretrained=tiny,vector={CHECKPOINT / 'model.safetensors'}")
+        self.refused(VectorFileError, "no vector file at", f"pretrained=tiny,vector={tmp_path / 'none'}")
+
+    def test_nan_in_the_activations_names_the_layer(self, tmp_path):
+        model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
+        with torch.no_grad():
+            model.model.text_model.layers[2].self_attn.v_proj.weight.fill_(torch.nan)
+        model.save_pretrained(tmp_path)
+        AutoProcessor.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+        self.refused(NumericsError, r"layers\.2\.self_attn\.o_proj.*dtype=", f"pretrained={tmp_path},{SHORT}")
+
+    def test_no_training_split(self, tmp_path):
+        folder = task_file(tmp_path, training_split=None, fewshot_split=None, fewshot_config=None, metadata=None)
+        self.refused(
+            DataError, "no training split.*demonstrations=", f"pretrained=tiny,{SHORT}", "custom", include=folder
+        )
+
+    def test_fitting_on_what_is_evaluated(self, tmp_path):
+        self.refused(LeakageError, "demonstrations=test is the split", f"pretrained=tiny,{SHORT},demonstrations=test")
+        folder = task_file(tmp_path, training_split="test", fewshot_split=None, fewshot_config=None, metadata=None)
+        self.refused(LeakageError, "choose another split", f"pretrained=tiny,{SHORT}", "custom", include=folder)
+        self.refused(DataError, "no split 'dev', only", f"pretrained=tiny,{SHORT},demonstrations=dev")
+
+    def test_too_few_examples(self, tmp_path):
+        folder = task_file(tmp_path)
+        train = folder / "data" / "train.jsonl"
+        train.write_text("".join(train.read_text().splitlines(keepends=True)[:3]))
+        self.refused(
+            DataError,
+            "3 examples.*at least 4.*fit_shots=",
+            f"pretrained=tiny,{SHORT.replace('fit_shots=2', 'fit_shots=3')}",
+            "custom",
+            include=folder,
+        )
+        self.refused(DataError, "smaller shots=", "pretrained=tiny,method=none,shots=5", "custom", include=folder)
+
+    def test_a_prompt_past_the_context(self):
+        self.refused(ContextLengthError, "1024 tokens.*smaller shots=", "pretrained=tiny,method=none,shots=90")
+
+    @pytest.mark.parametrize("kind", ["broken", "truncated"])
+    def test_an_image_that_does_not_open(self, tmp_path, kind):
+        folder = task_file(tmp_path, doc_to_visual=kind)
+        self.refused(
+            DataError, "an image of .*custom does not open", f"pretrained=tiny,{SHORT}", "custom", include=folder
+        )
+
+    def test_a_declaration_that_no_method_knows(self, tmp_path):
+        folder = task_file(tmp_path, metadata={"version": 1.0, "mtv": {"demonstrations": "train", "stepz": 3}})
+        self.refused(ArgumentError, "declares stepz", "pretrained=tiny", "custom", include=folder)
