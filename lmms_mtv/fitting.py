@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from lmms_mtv.errors import ArgumentError, DataError, HookError, NumericsError
+from lmms_mtv.errors import DataError, HookError, NumericsError
 from lmms_mtv.hooks import Prefill, Sites, capture, record, verify
 from lmms_mtv.vector import Edit
 
@@ -211,12 +211,6 @@ class FitSession(Generic[P]):
             )
             return False
         return True
-
-
-def check_tokens(tokens: str) -> None:
-    """Raise :class:`ArgumentError` unless ``tokens`` is one of :data:`Tokens`."""
-    if tokens not in ("first", "all"):
-        raise ArgumentError(f"loss={tokens!r}, expected first (the first answer token) or all")
 
 
 def _cross_entropy(logits: Tensor, target: Sequence[int]) -> Tensor:

@@ -60,6 +60,7 @@ def task_file(folder: Path, name: str = "custom", **changes) -> Path:
     from lmms_mtv.harness.plugin import tasks_folder
 
     shapes = tasks_folder() / "shapes"
+    folder.mkdir(exist_ok=True)
     shutil.copytree(shapes / "data", folder / "data", dirs_exist_ok=True)
     (folder / "utils.py").write_text(
         (shapes / "utils.py").read_text(encoding="utf-8")
@@ -77,7 +78,7 @@ def task_file(folder: Path, name: str = "custom", **changes) -> Path:
     functions = {"doc_to_visual": "draw", "doc_to_text": "question", "doc_to_target": "color_en"}
     functions |= {key: fields.pop(key) for key in list(functions) if key in fields}
     body = yaml.safe_dump({key: value for key, value in fields.items() if value is not None})
-    body += "".join(f"{key}: !function utils.{value}\n" for key, value in functions.items())
+    body += "".join(f"{key}: !function utils.{value}\n" for key, value in functions.items() if value)
     (folder / f"{name}.yaml").write_text(body, encoding="utf-8")
     return folder
 
@@ -248,6 +249,35 @@ def test_until_is_honoured(recorded):
 def test_half_precision_runs(recorded, dtype):
     run = recorded(f"pretrained=tiny,dtype={dtype},{SHORT},batch_size=8", ["shapes_color_en"], limit=8)
     assert run["shapes_color_en"]["heads"]
+
+
+@pytest.fixture
+def text_model(tmp_path) -> Path:
+    """A tiny random Llama of words, saved as any text model is."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lmms_mtv.shapes import tiny
+
+    folder = tmp_path / "text-model"
+    tokenizer = tiny.tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_text_model_on_a_text_task(recorded, text_model, tmp_path):
+    folder = task_file(tmp_path / "task", doc_to_visual=None)
+    for arguments in (SHORT, "method=none,shots=3"):
+        run = recorded(f"pretrained={text_model},{arguments},batch_size=2", ["custom"], include=folder)
+        assert run["custom"]["evaluation"]["requests"] == 3
+    # Demonstrations are ours alone: the harness would add its own to the text of such a task.
+    assert run["custom"]["evaluation"]["input_tokens"] == 4 * 6 + 3 * 2
+    with pytest.raises(ArgumentError, match="is a text model, but the task has images"):
+        evaluate(f"pretrained={text_model},method=none", ["shapes_color_en"])
 
 
 class TestBadInput:

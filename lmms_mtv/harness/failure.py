@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -21,18 +22,21 @@ COMMAND_LINE = "lmms_eval.__main__"
 
 
 def reported(function: Callable[A, R]) -> Callable[A, R]:
-    """Let an :class:`MtvError` end the run when the harness was started from its command line.
+    """Let an exception end the run when the harness was started from its command line.
 
-    Called from Python, the exception goes to the caller as it is; ``--verbosity DEBUG`` shows where it came from.
+    An :class:`MtvError` is one line, any other exception keeps its traceback. Called from Python, or with
+    ``--verbosity DEBUG``, the exception goes on as it is.
     """
 
     @functools.wraps(function)
     def guarded(*args: A.args, **kwargs: A.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except MtvError as error:
-            if COMMAND_LINE not in sys.modules or "DEBUG" in sys.argv:
+        except Exception as error:
+            if COMMAND_LINE not in sys.modules or any("DEBUG" in argument for argument in sys.argv):
                 raise
+            if not isinstance(error, MtvError):
+                traceback.print_exc()
             raise SystemExit(f"lmms-mtv: {type(error).__name__}: {error}") from error
 
     return guarded

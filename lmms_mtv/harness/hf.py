@@ -136,9 +136,12 @@ class Hf:
 
     def rendered(self, prompt: Prompt) -> str:
         """The prompt as the text that goes to the processor."""
+        pictured = bool(prompt.images())
+        if pictured and not self._multimodal:
+            raise ArgumentError(f"{self.name} is a text model, but the task has images: choose another pretrained=")
         if self.config.prompt_style == "chat":
             return self._template(prompt.chat(), True)
-        return prompt.raw(self._placeholder if prompt.images() else "")
+        return prompt.raw(self._placeholder if pictured else "")
 
     @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> None:
@@ -195,12 +198,10 @@ class Hf:
         bos = self._tokenizer.bos_token
         written = bool(bos) and all(text.startswith(bos) for text in texts)
         options = {"padding": True, "return_tensors": "pt", "add_special_tokens": not written}
-        if any(images) and not self._multimodal:
-            raise ArgumentError(f"{self.name} is a text model, but the task has images: choose another pretrained=")
         if any(images):
             inputs = self._processor(text=texts, images=images, **options)
         else:
-            inputs = self._tokenizer(texts, **options)
+            inputs = self._tokenizer(texts, return_token_type_ids=False, **options)
         found = int(inputs["attention_mask"].sum(1).max())
         if self.context is not None and found + new_tokens > self.context:
             asked = f" and {new_tokens} new ones" if new_tokens else ""

@@ -93,11 +93,13 @@ class Mtv(lmms):  # type: ignore[misc]
             logger.info(f"methods, vectors, heads and settings: {path}")
         return [answers[index] for index in range(len(requests))]
 
+    @reported
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("mtv runs tasks with output_type generate_until in lmms-eval")
+        raise _only_generation(requests)
 
+    @reported
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise NotImplementedError("mtv runs tasks with output_type generate_until in lmms-eval")
+        raise _only_generation(requests)
 
     def _answers(
         self, task: Any, requests: Sequence[Instance], indices: Sequence[int], output: str | None
@@ -222,11 +224,13 @@ def _task_of(request: Instance) -> Any:
     """The harness's task behind a request: the owner of its bound ``doc_to_messages``."""
     task = getattr(request.args[1], "__self__", None)
     if not isinstance(task, Task):
-        raise DataError(
-            f"task {request.task_name} does not come with its training data (its requests are of type "
-            f"{request.request_type!r}): mtv runs tasks with output_type generate_until"
-        )
+        raise _only_generation([request])
     return task
+
+
+def _only_generation(requests: Sequence[Instance]) -> DataError:
+    found = sorted({f"{request.task_name} ({request.request_type})" for request in requests})
+    return DataError(f"mtv runs tasks with output_type generate_until in lmms-eval, found {', '.join(found)}")
 
 
 def _summary(vector: TaskVector, session: FitSession[Prompt]) -> str:

@@ -1,0 +1,110 @@
+"""The package as it is installed: a wheel that works away from the repository, and the main job with its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_has_tasks_and_checkpoint_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"lmms_mtv/tasks/{path.relative_to(ROOT / 'tasks')}" for path in tracked("tasks")} <= names
+    assert {str(path.relative_to(ROOT)) for path in tracked("lmms_mtv")} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "results/"))]
+    assert wheel.stat().st_size < 8e6
+
+
+def tracked(folder: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / line for line in listed.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_runs_the_main_job(wheel, tmp_path):
+    """MTV beats zero-shot by a wide margin on a third of the benchmark, from a wheel and away from the repository."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    where = [sys.executable, "-c", "import lmms_mtv; print(lmms_mtv.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(site))
+
+    scores = {}
+    for method in ("none", "mtv"):
+        output = tmp_path / method
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "lmms_eval", "--model", "mtv", "--tasks", "shapes", "--limit", "66"),
+                *("--model_args", f"pretrained=tiny,method={method}", "--batch_size", "16"),
+                *("--output_path", str(output)),
+            ],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        (results,) = (json.loads(path.read_text()) for path in output.rglob("*_results.json"))
+        scores[method] = results["results"]["shapes"]["exact_match,none"]
+    assert scores["none"] <= 0.25
+    assert scores["mtv"] >= 0.95
+
+
+def test_the_tables_are_what_the_results_say():
+    runs = shapes.stored()
+    assert {run["arm"] for run in runs} == set(shapes.ARMS)
+    for path, text in shapes.pages(runs).items():
+        assert path.read_text(encoding="utf-8") == text, f"run: python -m benchmarks.shapes --render ({path.name})"
+
+
+def test_the_reference_run_shows_what_the_method_is_for():
+    """The figures of the project's promise, over all stored seeds."""
+    runs = shapes.stored()
+    mean = {
+        arm: sum(found) / len(found)
+        for arm in shapes.ARMS
+        if (found := [shapes.mean_score(run, hard=False) for run in runs if run["arm"] == arm])
+    }
+    assert len({run["seed"] for run in runs}) >= 3
+    assert mean["zero-shot"] <= 0.25
+    assert mean["4-shot"] >= 0.97
+    assert mean["MTV"] >= 0.97
+    assert mean["random heads"] <= mean["MTV"] - 0.30
+
+
+def test_the_repository_names_no_machine():
+    """No absolute path of a home or work folder in what is tracked."""
+    pattern = re.compile(rb"(?<![\w.])/(home|root|work|Users)/\w")
+    for path in (path for folder in (".", "results", "tasks", "docs") for path in tracked(folder)):
+        if path.suffix in {".py", ".md", ".yaml", ".json", ".jsonl", ".toml", ".log", ""} and path.is_file():
+            assert not pattern.search(path.read_bytes()), path
