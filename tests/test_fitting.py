@@ -18,11 +18,6 @@ from lmms_mtv.errors import DataError, HookError, NumericsError
 MASKS = 32
 
 
-@pytest.fixture(scope="module", params=zoo.ARCHITECTURES, ids=lambda architecture: architecture.__name__)
-def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
-    return zoo.build(request.param)
-
-
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():

@@ -15,11 +15,6 @@ from lmms_mtv.hooks.positions import last_real
 TEXTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 
 
-@pytest.fixture(scope="module", params=zoo.ARCHITECTURES, ids=lambda architecture: architecture.__name__)
-def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
-    return zoo.build(request.param)
-
-
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():

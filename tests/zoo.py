@@ -89,6 +89,17 @@ def _text(**more: Any) -> dict[str, Any]:
     }
 
 
+def _vision(patch_size: int) -> dict[str, int]:
+    return {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": patch_size,
+    }
+
+
 def _noise(seeds: list[int], *shape: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
@@ -112,14 +123,7 @@ def idefics2() -> Tiny:
     config = Idefics2Config(
         image_token_id=IMAGE,
         text_config={"model_type": "mistral", **_text()},
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 8,
-        },
+        vision_config=_vision(patch_size=8),
         perceiver_config={
             "resampler_n_latents": 3,
             "resampler_depth": 1,
@@ -138,14 +142,7 @@ def idefics3() -> Tiny:
         image_token_id=IMAGE,
         scale_factor=2,
         text_config={"model_type": "llama", **_text()},
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-        },
+        vision_config=_vision(patch_size=4),
     )
     media = lambda seeds: {"pixel_values": _noise(seeds, 1, 3, 16, 16)}  # noqa: E731
     return Tiny("idefics3", Idefics3ForConditionalGeneration(config), 4, media)
