@@ -6,8 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import zoo  # noqa: E402
+import pytest
+import zoo
 
 
 @pytest.fixture(scope="module", params=zoo.ARCHITECTURES, ids=lambda architecture: architecture.__name__)
