@@ -154,6 +154,8 @@ def _opened(message: Message) -> Message:
         if part["type"] == "text":
             return part
         image = part.get("url")
+        if part["type"] == "image" and isinstance(image, str):
+            image = Image.open(image)
         if part["type"] != "image" or not isinstance(image, Image.Image):
             raise DataError(
                 f"found a part of type {part['type']!r} ({type(image).__name__}) in a message, expected images and "
