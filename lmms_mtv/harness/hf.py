@@ -146,7 +146,7 @@ class Hf:
     @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> None:
         """One forward over the prompts: the first of a generation, so that positions are those of evaluation."""
-        self._generate(self._inputs(prompts, 0), max_new_tokens=1, do_sample=False, **_GREEDY)
+        self._generate(self._inputs(prompts, 0), max_new_tokens=1, do_sample=False, num_beams=1, **_GREEDY)
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """Tokens of the target as they follow the prompt, and of what ends an answer there.
@@ -188,7 +188,9 @@ class Hf:
 
     def _generate(self, inputs: Mapping[str, Any], **settings: Any) -> torch.Tensor:
         generate: Any = self.model.generate
-        output: torch.Tensor = generate(**inputs, pad_token_id=self._tokenizer.pad_token_id, **settings)
+        # A static cache, which some checkpoints ask for, hides from the hooks which tokens are padding.
+        fixed = {"pad_token_id": self._tokenizer.pad_token_id, "cache_implementation": None}
+        output: torch.Tensor = generate(**inputs, **fixed, **settings)
         return output
 
     def _inputs(self, prompts: Sequence[Prompt], new_tokens: int) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import Task
+from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 
@@ -59,8 +60,13 @@ class Mtv(lmms):  # type: ignore[misc]
     @classmethod
     @reported
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Mtv:
-        made: Mtv = super().create_from_arg_string(arg_string, additional_config)
-        return made
+        """The model that the command line describes.
+
+        ``--batch_size`` and ``--device`` come as ``additional_config``, with defaults that cannot be told from given
+        values: what is among the model arguments wins.
+        """
+        flags = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        return cls(**flags | simple_parse_args_string(arg_string))
 
     @property
     def device(self) -> Any:
@@ -159,6 +165,11 @@ class Mtv(lmms):  # type: ignore[misc]
                 logger.warning(
                     f"vector {self._loaded.id} was fitted on task {self._loaded.card.task} and is used on "
                     f"{prompts.name}"
+                )
+            if self._loaded.card.shots != shots:
+                logger.warning(
+                    f"vector {self._loaded.id} was fitted for prompts of {self._loaded.card.shots} shots and is used "
+                    f"with {shots}"
                 )
             self._record[prompts.name] = record.of_task(self._loaded, str(self._arguments.vector), self._arguments.seed)
             return self._loaded
