@@ -166,11 +166,14 @@ class FitSession(Generic[P]):
             target = target[:1]
         if self._replays is None:
             self._replays = self._compared(prefill, edit, target)
-        if self._replays and prefill.cache is not None:
-            logits = prefill.replay(self._runner.model, self.sites, edit, target)
-        else:
-            logits = prefill.forward(self._runner.model, self.sites, edit, target)
+        run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
+        logits = run(self._runner.model, self.sites, edit, target)
         self.forwards += 1
+        if not logits.isfinite().all():
+            # Once more, to name the layer if it is one; otherwise the loss below is the error.
+            with record(self.sites) as recording:
+                run(self._runner.model, self.sites, edit, target)
+            recording.last()
         return _cross_entropy(logits, target)
 
     def _prefill(self, episode: Episode) -> tuple[Prefill, list[int]]:

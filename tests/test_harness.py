@@ -401,3 +401,10 @@ class TestBadInput:
     def test_a_declaration_that_no_method_knows(self, tmp_path):
         folder = task_file(tmp_path, metadata={"version": 1.0, "mtv": {"demonstrations": "train", "stepz": 3}})
         self.refused(ArgumentError, "declares stepz", "pretrained=tiny", "custom", include=folder)
+
+    def test_a_target_that_names_no_column(self, tmp_path):
+        """The harness would answer every demonstration with the name itself."""
+        folder = task_file(tmp_path, doc_to_target=None)
+        with (folder / "custom.yaml").open("a") as file:
+            file.write("doc_to_target: answer\n")
+        self.refused(DataError, "'answer', which is no column", f"pretrained=tiny,{SHORT}", "custom", include=folder)

@@ -117,6 +117,13 @@ class TaskPrompts:
 
     def _demonstration(self, kind: str, documents: Dataset, index: int) -> Demonstration:
         messages = self._messages(f"{kind} example {index}", documents, index)
+        named = self._task.config.doc_to_target
+        if isinstance(named, str) and named not in documents.column_names and "{" not in named:
+            # The harness renders such a name as itself, and every demonstration would answer with that word.
+            raise DataError(
+                f"doc_to_target of task {self.name} is {named!r}, which is no column of its training examples "
+                f"({', '.join(documents.column_names)}): correct it in the task file"
+            )
         target = self._task.doc_to_target(documents[index])
         if isinstance(target, int) and self._task.config.doc_to_choice is not None:
             target = self._task.doc_to_choice(documents[index])[target]

@@ -181,7 +181,7 @@ def _without_last(cache: Any) -> Any | None:
 
 
 def _expanded(cache: Any, rows: int) -> Any:
-    """The cache of one row as that of ``rows`` rows, without copying: all rows look at the same memory."""
+    """The cache of one row as that of ``rows`` rows. Views; the model's update copies them when it appends a token."""
     made = _copied(cache)
     for layer in made.layers:
         layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])

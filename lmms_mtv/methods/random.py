@@ -25,4 +25,6 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     fitted = mtv.fit(session, config)
     edit, generator = fitted.edits[HEADS], session.generator("random heads")
     drawn = torch.stack([layer[torch.randperm(len(layer), generator=generator)] for layer in edit.gain])
-    return Fitted({HEADS: Edit.replace(edit.value, drawn)}, fitted.losses)
+    # The losses of MTV's own masks are not those of these heads.
+    losses = {name: fitted.losses[name] for name in ("policy", "probabilities", "unedited")}
+    return Fitted({HEADS: Edit.replace(edit.value, drawn)}, losses)
