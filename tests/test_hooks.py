@@ -8,7 +8,7 @@ import zoo
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lmms_mtv import Edit, applied, find_sites, record, verify
+from lmms_mtv import Edit, applied, capture, find_sites, record, verify
 from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, NumericsError
 from lmms_mtv.hooks.positions import last_real
 
@@ -179,6 +179,12 @@ def test_hooks_are_gone_after_exceptions_and_failed_set_ups(tiny):
     with pytest.raises(RuntimeError, match="no hooks here"), applied(broken, random_edit(tiny)):
         pass
     with pytest.raises(RuntimeError, match="no hooks here"), record(broken):
+        pass
+    assert zoo.hooks(tiny.model) == before
+
+    # The decoder refuses: the model must not keep the hook it was given before.
+    refusing = type(sites)(sites, _Refusing())
+    with pytest.raises(RuntimeError, match="no hooks here"), capture(tiny.model, refusing):
         pass
     assert zoo.hooks(tiny.model) == before
 

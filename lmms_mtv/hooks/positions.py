@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -79,15 +79,10 @@ class Positions:
         def after(*_: Any) -> None:
             self._running = False
 
-        handles = [
-            decoder.register_forward_pre_hook(before, with_kwargs=True),
-            decoder.register_forward_hook(after, always_call=True),
-        ]
-        try:
+        with ExitStack() as stack:
+            stack.callback(decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(decoder.register_forward_hook(after, always_call=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _refuse(mask: object) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,16 +147,11 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
         if captured._cache is None:
             captured._cache = _without_last(getattr(output, "past_key_values", None))
 
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        sites.decoder.register_forward_pre_hook(inside, with_kwargs=True),
-        model.register_forward_hook(after),
-    ]
-    try:
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(sites.decoder.register_forward_pre_hook(inside, with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(after).remove)
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _copied(cache: Any) -> Any:
