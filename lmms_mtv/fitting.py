@@ -169,12 +169,14 @@ class FitSession(Generic[P]):
         run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
         logits = run(self._runner.model, self.sites, edit, target)
         self.forwards += 1
-        if not logits.isfinite().all():
-            # Once more, to name the layer if it is one; otherwise the loss below is the error.
+        try:
+            return _cross_entropy(logits, target)
+        except NumericsError:
+            # Once more, to name the layer if it is one.
             with record(self.sites) as recording:
                 run(self._runner.model, self.sites, edit, target)
             recording.last()
-        return _cross_entropy(logits, target)
+            raise
 
     def _prefill(self, episode: Episode) -> tuple[Prefill, list[int]]:
         if episode in self._prefills:
