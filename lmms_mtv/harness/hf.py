@@ -31,9 +31,10 @@ TINY: Final = "tiny"
 """Name of the bundled checkpoint in ``pretrained=``."""
 
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
-# No sampling settings, whatever the checkpoint's generation configuration says.
+# What a task asks for counts, whatever the checkpoint's generation configuration says.
+_NEUTRAL: Final = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
 _GREEDY: Final = {"temperature": None, "top_p": None, "top_k": None}
-_SAMPLING: Final = ("temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "length_penalty")
+_SAMPLING: Final = (*_NEUTRAL, *_GREEDY)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class HfConfig:
     ``pretrained``: name on the hub, folder, or ``tiny``; ``revision``: of the hub. ``device``: default is the GPU if
     there is one; ``device_map``: passed to transformers, to spread a model over devices. ``dtype``: ``auto`` (the
     checkpoint's), ``float32``, ``bfloat16`` or ``float16``. ``prompt_style``: ``raw`` writes the task's text alone,
-    as the MTV authors do, ``chat`` uses the model's chat template with demonstrations as turns.
-    ``image_placeholder``: the text for an image in a raw prompt, where it cannot be told from the processor.
+    as the MTV authors do, ``chat`` uses the model's chat template; there, demonstrations are turns of their own
+    (``fewshot_as_multiturn``), or stand in the query's turn, written as in a raw prompt. ``image_placeholder``: the text for an image in a raw prompt, where it cannot be told from the processor.
     """
 
     pretrained: str = "HuggingFaceM4/idefics2-8b"
@@ -55,6 +56,7 @@ class HfConfig:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     prompt_style: str = "raw"
+    fewshot_as_multiturn: bool = True
     image_placeholder: str | None = None
     batch_size: int = 1
 
@@ -63,6 +65,8 @@ class HfConfig:
             raise unknown("dtype", str(self.dtype), _DTYPES)
         if self.prompt_style not in writing.STYLES:
             raise unknown("prompt_style", str(self.prompt_style), writing.STYLES)
+        if not isinstance(self.fewshot_as_multiturn, bool):
+            raise ArgumentError(f"fewshot_as_multiturn={self.fewshot_as_multiturn!r}, expected True or False")
         if not str(self.batch_size).isdigit() or int(self.batch_size) < 1:
             raise ArgumentError(f"batch_size={self.batch_size!r}, expected a number, 1 or more")
 
@@ -140,13 +144,16 @@ class Hf:
         if pictured and not self._multimodal:
             raise ArgumentError(f"{self.name} is a text model, but the task has images: choose another pretrained=")
         if self.config.prompt_style == "chat":
-            return self._template(prompt.chat(), True)
+            return self._template(self._conversation(prompt).chat(), True)
         return prompt.raw(self._placeholder if pictured else "")
+
+    def _conversation(self, prompt: Prompt) -> Prompt:
+        return prompt if self.config.fewshot_as_multiturn else prompt.inline()
 
     @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> None:
         """One forward over the prompts: the first of a generation, so that positions are those of evaluation."""
-        self._generate(self._inputs(prompts, 0), max_new_tokens=1, do_sample=False, num_beams=1, **_GREEDY)
+        self._generate(self._inputs(prompts, 0), max_new_tokens=1, do_sample=False, **_GREEDY)
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """Tokens of the target as they follow the prompt, and of what ends an answer there.
@@ -155,7 +162,7 @@ class Hf:
         """
         before = self.rendered(prompt)
         if self.config.prompt_style == "chat":
-            text = writing.continuation(prompt, self._template)
+            text = writing.continuation(self._conversation(prompt), self._template)
             text = prompt.target if text is None else text.rstrip()
         else:
             text = prompt.target_delimiter + prompt.target + prompt.fewshot_delimiter
@@ -165,8 +172,7 @@ class Hf:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[Answer]:
         """Answers to a batch of prompts under the harness's generation settings, ``until`` among them."""
-        stops = settings.get("until") or []
-        stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+        stops = self._stops(prompts, settings.get("until") or ())
         limit = int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or 256)
         chosen = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
         sampling = bool(settings.get("do_sample", chosen.get("temperature", 0) > 0)) and chosen.get("temperature") != 0
@@ -186,11 +192,18 @@ class Hf:
             answers.append(Answer(text, taken, int((row != self._tokenizer.pad_token_id).sum())))
         return answers
 
+    def _stops(self, prompts: Sequence[Prompt], until: str | Sequence[str]) -> list[str]:
+        """Where an answer ends: at the task's ``until``, and in raw prompts where a next demonstration would begin."""
+        stops = [until] if isinstance(until, str) else list(until)
+        if self.config.prompt_style == "raw":
+            stops += [prompt.fewshot_delimiter for prompt in prompts]
+        return [stop for stop in dict.fromkeys(stops) if stop]
+
     def _generate(self, inputs: Mapping[str, Any], **settings: Any) -> torch.Tensor:
         generate: Any = self.model.generate
         # A static cache, which some checkpoints ask for, hides from the hooks which tokens are padding.
         fixed = {"pad_token_id": self._tokenizer.pad_token_id, "cache_implementation": None}
-        output: torch.Tensor = generate(**inputs, **fixed, **settings)
+        output: torch.Tensor = generate(**inputs, **fixed, **_NEUTRAL | settings)
         return output
 
     def _inputs(self, prompts: Sequence[Prompt], new_tokens: int) -> Any:

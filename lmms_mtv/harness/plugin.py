@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import operator
 from pathlib import Path
 from typing import Any
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from lmms_mtv.errors import DataError
+
+LM_EVAL = "lm_eval"
+"""The folder of the task files for the other harness."""
 
 
 def manifest() -> ModelManifest:
@@ -41,6 +45,9 @@ def register_tasks() -> None:
     @functools.wraps(original)
     def initialize_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
         index: dict[str, Any] = original(self, include_path=include_path, include_defaults=include_defaults)
-        return {**self._get_task_and_group(str(tasks_folder())), **index} if include_defaults else index
+        if not include_defaults:
+            return index
+        ours = [self._get_task_and_group(str(path)) for path in tasks_folder().iterdir() if path.name != LM_EVAL]
+        return functools.reduce(operator.or_, ours, {}) | index
 
     TaskManager.initialize_tasks = initialize_tasks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,6 +74,17 @@ class Prompt:
             first = next(turn for turn in turns if turn["role"] == "user")
             first["content"].insert(0, {"type": "text", "text": self.description})
         return turns
+
+    def inline(self) -> Prompt:
+        """The same with the demonstrations inside the query's first turn, parted by the task's own delimiters."""
+        shown: list[dict[str, Any]] = []
+        for demonstration in self.demonstrations:
+            shown += [part for message in demonstration.messages for part in message["content"]]
+            answer = self.target_delimiter + demonstration.target + self.fewshot_delimiter
+            shown.append({"type": "text", "text": answer})
+        first, *others = self.query
+        query = [{**first, "content": [*shown, *first["content"]]}, *others]
+        return dataclasses.replace(self, query=query, demonstrations=())
 
     def answered(self) -> list[Message]:
         """:meth:`chat` with the query's target as the last turn."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
+from lmms_eval.utils import apply_template
 from PIL import Image
 
 from lmms_mtv.errors import ArgumentError, DataError, LeakageError
@@ -66,7 +67,8 @@ class TaskPrompts:
     def prompt(self, episode: Episode) -> Prompt:
         """The prompt of a training query, with its target."""
         query = self._demonstration("training", self._training, episode.query)
-        return self._made(query.messages, episode.demonstrations, query.target)
+        description = self._description(self._training[episode.query])
+        return self._made(query.messages, description, episode.demonstrations, query.target)
 
     def evaluation(self, doc_id: int, split: str, shots: int, seed: int) -> Prompt:
         """The prompt of an evaluated document after ``shots`` demonstrations.
@@ -81,8 +83,9 @@ class TaskPrompts:
                     f"task {self.name} has {total} training examples, fewer than shots={shots}: pass a smaller shots="
                 )
             chosen = random.Random(f"{seed}/{self.name}/{doc_id}").sample(range(total), shots)
-        messages = self._messages(f"{split} document {doc_id}", self._task.dataset[split], doc_id)
-        return self._made(messages, chosen, "")
+        documents = self._task.dataset[split]
+        messages = self._messages(f"{split} document {doc_id}", documents, doc_id)
+        return self._made(messages, self._description(documents[doc_id]), chosen, "")
 
     def examples_digest(self) -> str:
         """SHA-256 of the training examples' contents, media left out."""
@@ -97,20 +100,25 @@ class TaskPrompts:
     def _training(self) -> Dataset:
         if self._documents is None:
             path, _, split = self.split.rpartition(":")
+            config = self._task.config
             found = self._task.dataset if not path else _load(path)
             if split not in found:
                 raise DataError(f"demonstrations={self.split}: there is no split {split!r}, only {', '.join(found)}")
             self._documents = found[split]
+            # The harness has done this for the splits that the task names, and for no other.
+            done = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
+            if config.process_docs is not None and (path or split not in done):
+                self._documents = config.process_docs(self._documents)
         return self._documents
 
-    def _made(self, query: Sequence[Message], demonstrations: Sequence[int], target: str) -> Prompt:
+    def _made(self, query: Sequence[Message], description: str, demonstrations: Sequence[int], target: str) -> Prompt:
         config = self._task.config
         shown = tuple(self._demonstration("training", self._training, index) for index in demonstrations)
         return Prompt(
             query,
             shown,
             target,
-            config.description or "",
+            description,
             config.target_delimiter or "",
             config.fewshot_delimiter or "",
         )
@@ -143,9 +151,14 @@ class TaskPrompts:
                 content = [{"type": "image", "url": visual} for visual in visuals or ()]
                 content.append({"type": "text", "text": self._task.doc_to_text(doc)})
                 messages = [{"role": "user", "content": content}]
-            return [_opened(message) for message in messages]
+            # A prompt has the description once, at its beginning.
+            return _without(self._description(doc), [_opened(message) for message in messages])
         except (OSError, SyntaxError) as error:
             raise DataError(f"an image of {called} of task {self.name} does not open: {error}") from error
+
+    def _description(self, doc: Doc) -> str:
+        """What the task says before everything else, written as the harness writes it."""
+        return str(apply_template(self._task.config.description or "", doc))
 
 
 def declared_settings(task: TaskPrompts, known: Sequence[str]) -> dict[str, Any]:
@@ -173,6 +186,14 @@ def _opened(message: Message) -> Message:
     content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return {"role": message["role"], "content": [part_opened(part) for part in parts]}
+
+
+def _without(description: str, messages: list[Message]) -> list[Message]:
+    """``messages`` without the text part ``description`` at their beginning, if it is there."""
+    first, *parts = messages[0]["content"]
+    if not parts or first != {"type": "text", "text": description}:
+        return messages
+    return [{**messages[0], "content": parts}, *messages[1:]]
 
 
 def _load(path: str) -> Any:

@@ -1,0 +1,197 @@
+"""The official files of a data set: found in a folder, as archives or unpacked, checked and taken out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from tqdm import tqdm
+
+from lmms_mtv.errors import DataError
+
+
+@dataclass(frozen=True)
+class File:
+    """An official file: its name, the folder it unpacks to, its checksum where it is known, and where it comes from."""
+
+    name: str
+    url: str
+    unpacked: str = ""
+    md5: str = ""
+    sha256: str = ""
+
+
+class Member(NamedTuple):
+    """A file inside an archive or a folder, and what opens it. Names are unique without their folders."""
+
+    name: str
+    size: int
+    open: Callable[[], Any]
+
+
+@dataclass
+class Official:
+    """One preparation: official files in ``source``, the task's data in ``output``.
+
+    ``partial``: the files hold only a part of the official data, so that counts and checksums are not compared.
+    ``seed`` and ``regenerate``: of what is drawn here instead of taken from published files. ``used`` collects what
+    was read, with checksums or sizes; ``remarks`` what users of the data should know.
+    """
+
+    task: str
+    source: Path
+    output: Path
+    partial: bool = False
+    seed: int = 0
+    regenerate: bool = False
+    progress: bool = True
+    used: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def find(self, file: File) -> Path:
+        """The file, or the folder it unpacks to. Raises :class:`DataError` if neither is there, or it is another."""
+        for name in filter(None, (file.name, file.unpacked)):
+            for path in (self.source / name, *sorted(self.source.glob(f"*/{name}"))):
+                if path.is_file():
+                    self._check(file, path)
+                if path.exists():
+                    return path
+        unpacked = f", nor {file.unpacked}" if file.unpacked else ""
+        raise DataError(
+            f"{self.source} has no {file.name}{unpacked}: download {file.url} into it and run the same command again"
+        )
+
+    def has(self, file: File) -> bool:
+        """Whether :meth:`find` would find it."""
+        names = filter(None, (file.name, file.unpacked))
+        return any((self.source / name).exists() or any(self.source.glob(f"*/{name}")) for name in names)
+
+    def json(self, file: File, member: str = "") -> Any:
+        """The content of a JSON file: of ``member`` in an archive or folder, or of ``file`` itself."""
+        return json_in(self.find(file), member or file.name, file.url)
+
+    def extract(self, file: File, names: Iterable[str], folder: str = "images") -> dict[str, str]:
+        """Take members out of an archive or a folder into ``output``; those already there are left.
+
+        Returns their paths relative to ``output``, by name. Raises :class:`DataError` if one is missing.
+        """
+        path, wanted = self.find(file), set(names)
+        (self.output / folder).mkdir(parents=True, exist_ok=True)
+        missing = set(wanted)
+        bar = tqdm(total=len(wanted), desc=f"{file.name} -> {folder}", disable=not self.progress, dynamic_ncols=True)
+        with bar, _members(path) as members:
+            for member in members:
+                if member.name in missing:
+                    _place(member, self.output / folder / member.name)
+                    missing.remove(member.name)
+                    bar.update()
+                    if not missing:
+                        break
+        if missing:
+            few = ", ".join(sorted(missing)[:3])
+            raise DataError(
+                f"{path} lacks {len(missing)} of the {len(wanted)} files that task {self.task} needs, such as {few}: "
+                f"download {file.url} again and run the same command"
+            )
+        return {name: f"{folder}/{name}" for name in wanted}
+
+    def names(self, file: File) -> list[str]:
+        """The names of all members."""
+        with _members(self.find(file)) as members:
+            return [member.name for member in members]
+
+    def _check(self, file: File, path: Path) -> None:
+        if str(path) in self.used:
+            return
+        kind, expected = ("md5", file.md5) if file.md5 else ("sha256", file.sha256)
+        if not expected or self.partial:
+            self.used[str(path)] = f"{path.stat().st_size} bytes"
+            return
+        found = checksum(path, kind, self.progress)
+        if found != expected:
+            raise DataError(
+                f"{path} has {kind} {found}, expected {expected}: download {file.url} again (or pass --partial if it "
+                "holds a part of the data on purpose)"
+            )
+        self.used[str(path)] = f"{kind}:{found}"
+
+
+def checksum(path: Path, kind: str, progress: bool = False) -> str:
+    """Hexadecimal digest of a file."""
+    digest, size = hashlib.new(kind), path.stat().st_size
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"Checking {path.name}", disable=not progress, leave=False)
+    with path.open("rb") as stream, bar:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def json_in(path: Path, name: str, url: str) -> Any:
+    """The content of the JSON file ``name``: ``path`` itself, or a member of it if it is an archive or a folder."""
+    if path.name == name:
+        return parsed(path.read_bytes(), path)
+    with _members(path) as members:
+        for member in members:
+            if member.name == name:
+                with member.open() as stream:
+                    return parsed(stream.read(), path / name)
+    raise DataError(f"{path} has no {name} inside: download {url} again")
+
+
+def parsed(content: bytes, path: Path) -> Any:
+    """``content`` as JSON. Raises :class:`DataError`, with the path, if it is not."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}): download it again") from error
+
+
+@contextmanager
+def _members(path: Path) -> Iterator[Iterator[Member]]:
+    """The files of a folder, a zip or a tar, in its own order."""
+    try:
+        if path.is_dir():
+            files = (p for p in sorted(path.rglob("*")) if p.is_file())
+            yield (Member(p.name, p.stat().st_size, functools.partial(p.open, "rb")) for p in files)
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                infos = (info for info in archive.infolist() if not info.is_dir())
+                yield (Member(Path(i.filename).name, i.file_size, functools.partial(archive.open, i)) for i in infos)
+        else:
+            with tarfile.open(path) as tar:
+                regular = (info for info in tar if info.isfile())
+                yield (Member(Path(i.name).name, i.size, functools.partial(_taken, tar, i)) for i in regular)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is no intact archive ({error}): download it again") from error
+
+
+def _taken(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    stream = tar.extractfile(info)
+    if stream is None:
+        raise tarfile.ReadError(f"{info.name} is no regular file")
+    return stream
+
+
+def _place(member: Member, path: Path) -> None:
+    """Write a member to ``path``, whole or not at all."""
+    if path.is_file() and path.stat().st_size == member.size:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with member.open() as stream, partial.open("wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

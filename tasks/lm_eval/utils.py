@@ -1,0 +1,16 @@
+"""Word pairs for lm-evaluation-harness, which takes a data set from a function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import DatasetDict
+
+from lmms_mtv.data import SOURCES, documents
+from lmms_mtv.harness.failure import reported
+
+
+@reported
+def pairs(data: str, **metadata: Any) -> DatasetDict:
+    """All splits of ``data``. The harness passes the task's metadata along."""
+    return DatasetDict({split: documents(data, split) for split in SOURCES[data].rows})
