@@ -111,7 +111,7 @@ def okvqa(folder: Path) -> None:
 
 def _episodes(classes: Mapping[str, list[str]], count: int, seed: str) -> list[dict[str, str]]:
     drawn, made = random.Random(seed), []
-    for number in range(count):
+    for _ in range(count):
         label, other = drawn.sample(list(classes), 2)
         query, positive = drawn.sample(classes[label], 2)
         made.append(

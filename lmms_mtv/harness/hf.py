@@ -45,7 +45,8 @@ class HfConfig:
     there is one; ``device_map``: passed to transformers, to spread a model over devices. ``dtype``: ``auto`` (the
     checkpoint's), ``float32``, ``bfloat16`` or ``float16``. ``prompt_style``: ``raw`` writes the task's text alone,
     as the MTV authors do, ``chat`` uses the model's chat template; there, demonstrations are turns of their own
-    (``fewshot_as_multiturn``), or stand in the query's turn, written as in a raw prompt. ``image_placeholder``: the text for an image in a raw prompt, where it cannot be told from the processor.
+    (``fewshot_as_multiturn``), or stand in the query's turn, written as in a raw prompt. ``image_placeholder``: the
+    text for an image in a raw prompt, where it cannot be told from the processor.
     """
 
     pretrained: str = "HuggingFaceM4/idefics2-8b"
