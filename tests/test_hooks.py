@@ -127,9 +127,9 @@ def test_a_padded_forward_without_a_mask_is_told_what_is_real():
         with applied(sites, edit, tail=tail):
             alone = tiny.model(torch.tensor([text])).logits
         torch.testing.assert_close(batch[row : row + 1, : len(text)], alone, atol=1e-5, rtol=1e-5)
-    with pytest.raises(HookError, match=r"3 rows of 4 positions, but real= is of \(3, 5\)"):
-        with applied(sites, edit, real=inputs["attention_mask"]):
-            tiny.model(inputs["input_ids"][:, :4])
+    refused = pytest.raises(HookError, match=r"3 rows of 4 positions, but real= is of \(3, 5\)")
+    with refused, applied(sites, edit, real=inputs["attention_mask"]):
+        tiny.model(inputs["input_ids"][:, :4])
     assert zoo.hooks(tiny.model) == 0
 
 
