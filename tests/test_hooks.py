@@ -116,6 +116,23 @@ def test_every_row_of_a_padded_batch_equals_its_own_run(tiny, side):
         torch.testing.assert_close(together.last()[row], single.last()[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_padded_forward_without_a_mask_is_told_what_is_real():
+    """Padded on the right and run without a mask: each row, edited at its own last tokens, equals its own run."""
+    tiny = zoo.build(zoo.llama)
+    sites, edit, tails = find_sites(tiny.model), random_edit(tiny), [3, 1, 2]
+    inputs = tiny.inputs(TEXTS, "right")
+    with applied(sites, edit, tail=torch.tensor(tails), real=inputs["attention_mask"]):
+        batch = tiny.model(inputs["input_ids"]).logits
+    for row, (text, tail) in enumerate(zip(TEXTS, tails, strict=True)):
+        with applied(sites, edit, tail=tail):
+            alone = tiny.model(torch.tensor([text])).logits
+        torch.testing.assert_close(batch[row : row + 1, : len(text)], alone, atol=1e-5, rtol=1e-5)
+    refused = pytest.raises(HookError, match=r"3 rows of 4 positions, but real= is of \(3, 5\)")
+    with refused, applied(sites, edit, real=inputs["attention_mask"]):
+        tiny.model(inputs["input_ids"][:, :4])
+    assert zoo.hooks(tiny.model) == 0
+
+
 def test_a_batch_of_masks_gives_each_row_its_own(tiny):
     sites, edits = find_sites(tiny.model), random_edit(tiny, batch=3)
     with applied(sites, edits):

@@ -1,1 +1,1 @@
-"""The only code that imports lmms_eval: the model ``mtv``, its bases, and the registration of tasks."""
+"""The only code that imports lmms_eval or lm_eval: the model ``mtv`` of each, its bases, and the tasks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +48,18 @@ def names(config: type[Any]) -> tuple[str, ...]:
 
 
 def divide(
-    given: Mapping[str, Any], base_config: type[Any]
+    given: Mapping[str, Any], base: Sequence[str], own: Sequence[str] | None = None
 ) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
     """The plugin's arguments, the method, the method's settings and the base's arguments in ``given``.
 
+    ``base`` are the names the base knows; ``own`` the plugin's that make sense there, all by default.
+
     Raises :class:`ArgumentError` for a key that is none of them, with all that could be meant.
     """
-    own = Arguments(**{key: given[key] for key in names(Arguments) if key in given})
-    method = methods.get(own.method)
-    known = {"mtv": names(Arguments), f"method {method.name}": method.settings(), "base": names(base_config)}
+    own = names(Arguments) if own is None else own
+    arguments = Arguments(**{key: given[key] for key in own if key in given})
+    method = methods.get(arguments.method)
+    known = {"mtv": own, f"method {method.name}": method.settings(), "base": base}
     for key in given:
         if not any(key in group for group in known.values()):
             near = difflib.get_close_matches(key, [name for group in known.values() for name in group], n=1)
@@ -65,4 +68,4 @@ def divide(
             raise ArgumentError(f"unknown model argument {key!r}.{hint} Known to {listed}.")
     settings = {key: given[key] for key in method.settings() if key in given}
     method.configure(settings)
-    return own, method, settings, {key: given[key] for key in names(base_config) if key in given}
+    return arguments, method, settings, {key: given[key] for key in base if key in given}

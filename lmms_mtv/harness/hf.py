@@ -33,8 +33,8 @@ TINY: Final = "tiny"
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 # What a task asks for counts, whatever the checkpoint's generation configuration says.
 _NEUTRAL: Final = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
-_GREEDY: Final = {"temperature": None, "top_p": None, "top_k": None}
-_SAMPLING: Final = (*_NEUTRAL, *_GREEDY)
+GREEDY: Final = {"temperature": None, "top_p": None, "top_k": None}
+_SAMPLING: Final = (*_NEUTRAL, *GREEDY)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Hf:
             )
         except (OSError, ValueError, KeyError) as error:
             raise ArgumentError(
-                f"pretrained={config.pretrained} cannot be loaded: {_one_line(error)} (give the name of a model on "
+                f"pretrained={config.pretrained} cannot be loaded: {one_line(error)} (give the name of a model on "
                 f"the hub, a folder, or {TINY!r}; without network, the model has to be in the local cache)"
             ) from error
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -136,7 +136,7 @@ class Hf:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._multimodal = multimodal
         self.name = "lmms-mtv/tiny" if config.pretrained == TINY else config.pretrained
-        self.revision = _revision(source, config.revision or getattr(settings, "_commit_hash", None))
+        self.revision = revision_of(source, config.revision or getattr(settings, "_commit_hash", None))
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     def rendered(self, prompt: Prompt) -> str:
@@ -151,10 +151,14 @@ class Hf:
     def _conversation(self, prompt: Prompt) -> Prompt:
         return prompt if self.config.fewshot_as_multiturn else prompt.inline()
 
+    def written(self, prompt: Prompt) -> list[str]:
+        """The prompt as text, and what stands before, in and after its target."""
+        return [self.rendered(prompt), prompt.target_delimiter, prompt.target, prompt.fewshot_delimiter]
+
     @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> None:
         """One forward over the prompts: the first of a generation, so that positions are those of evaluation."""
-        self._generate(self._inputs(prompts, 0), max_new_tokens=1, do_sample=False, **_GREEDY)
+        self._generate(self._inputs(prompts, 0), max_new_tokens=1, do_sample=False, **GREEDY)
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """Tokens of the target as they follow the prompt, and of what ends an answer there.
@@ -178,7 +182,7 @@ class Hf:
         chosen = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
         sampling = bool(settings.get("do_sample", chosen.get("temperature", 0) > 0)) and chosen.get("temperature") != 0
         if not sampling:
-            chosen |= _GREEDY
+            chosen |= GREEDY
         inputs = self._inputs(prompts, limit)
         if stops:
             begin = inputs["input_ids"].shape[1]
@@ -255,7 +259,7 @@ class Hf:
         return ids
 
 
-def _revision(source: str, commit: str | None) -> str | None:
+def revision_of(source: str, commit: str | None) -> str | None:
     """The commit on the hub; for a folder, a digest of its configuration and of the beginning of its weights."""
     folder = Path(source)
     if commit is not None or not folder.is_dir():
@@ -268,5 +272,5 @@ def _revision(source: str, commit: str | None) -> str | None:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]

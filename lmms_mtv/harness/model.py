@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import Task
-from lmms_eval.utils import simple_parse_args_string
+from lmms_eval.utils import sanitize_model_name, simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 
-from lmms_mtv import methods
 from lmms_mtv.errors import ArgumentError, DataError, HookError
-from lmms_mtv.fitting import Episode, FitSession
 from lmms_mtv.harness import bases, record
-from lmms_mtv.harness.arguments import Arguments, divide
+from lmms_mtv.harness.arguments import Arguments, divide, names
 from lmms_mtv.harness.failure import reported
 from lmms_mtv.harness.prompts import Prompt
-from lmms_mtv.harness.task import TaskPrompts, declared_settings
+from lmms_mtv.harness.task import TaskPrompts
+from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.hooks import Fired, applied, find_sites
-from lmms_mtv.methods import Fitted
-from lmms_mtv.vector import TaskVector, VectorCard
+from lmms_mtv.vector import TaskVector
 
 
 class Mtv(lmms):  # type: ignore[misc]
@@ -42,20 +40,15 @@ class Mtv(lmms):  # type: ignore[misc]
     def __init__(self, **given: Any) -> None:
         super().__init__()
         base = given.get("base", Arguments.base)
-        self._arguments, self._method, self._settings, for_base = divide(given, bases.config(base))
+        self._arguments, method, settings, for_base = divide(given, names(bases.config(base)))
         # A file that cannot be used is better known before the model is loaded.
-        self._loaded = TaskVector.load(self._arguments.vector) if self._arguments.vector is not None else None
+        loaded = TaskVector.load(self._arguments.vector) if self._arguments.vector is not None else None
         self._base = bases.build(base, for_base)
         self._sites = find_sites(self._base.model, self._arguments.decoder)
-        if self._loaded is not None:
-            self._loaded.check(self._sites.geometry, self._base.name)
-            if self._loaded.card.revision != self._base.revision:
-                logger.warning(
-                    f"vector {self._loaded.id} was fitted for revision {self._loaded.card.revision} of "
-                    f"{self._base.name}, this is {self._base.revision}"
-                )
+        self._vectors = Vectors[Prompt](
+            self._arguments, method, settings, self._base, self._sites, loaded, logger, self.rank
+        )
         self._pretrained = given.get("pretrained", "")
-        self._record: dict[str, Any] = {}
 
     @classmethod
     @reported
@@ -74,7 +67,7 @@ class Mtv(lmms):  # type: ignore[misc]
 
     def clean(self) -> None:
         """Free the model, as the harness asks when all answers are there."""
-        del self._base, self._sites
+        del self._base, self._sites, self._vectors
         super().clean()
 
     @reported
@@ -89,12 +82,12 @@ class Mtv(lmms):  # type: ignore[misc]
             task = _task_of(requests[indices[0]])
             output = getattr(getattr(task, "args", None), "output_path", None)
             answers |= self._answers(task, [requests[index] for index in indices], indices, output)
-        if output and self.rank == 0 and self._record:
+        if output and self.rank == 0 and self._vectors.record:
             path = record.write(
-                record.folder(output, self._pretrained),
+                self._folder(output),
                 {"name": self._base.name, "revision": self._base.revision, "dtype": self._base.dtype}
                 | {"base": dataclasses.asdict(self._base.config), "arguments": dataclasses.asdict(self._arguments)},
-                self._record,
+                self._vectors.record,
             )
             logger.info(f"methods, vectors, heads and settings: {path}")
         return [answers[index] for index in range(len(requests))]
@@ -112,7 +105,7 @@ class Mtv(lmms):  # type: ignore[misc]
     ) -> dict[int, GenerationResult]:
         prompts = TaskPrompts(task, self._arguments.demonstrations)
         shots = self._shots(task)
-        vector = self._vector(prompts, shots, output)
+        vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
 
         # Requests of a batch share their generation settings.
         batches: list[list[int]] = []
@@ -145,7 +138,7 @@ class Mtv(lmms):  # type: ignore[misc]
                         "model: pass decoder= with the module that its forward calls"
                     )
         counted = [answer.token_counts for answer in answers.values()]
-        self._record[prompts.name]["evaluation"] = {
+        self._vectors.record[prompts.name]["evaluation"] = {
             "requests": len(answers),
             "seconds": time.perf_counter() - began,
             "input_tokens": sum(counts.input_tokens for counts in counted) / len(counted),
@@ -153,82 +146,15 @@ class Mtv(lmms):  # type: ignore[misc]
         }
         return answers
 
+    def _folder(self, output: str) -> Path:
+        """The folder into which the harness writes the results of this run."""
+        return Path(output, sanitize_model_name(self._pretrained))
+
     def _shots(self, task: Any) -> int:
         asked, of_harness = self._arguments.shots, task.config.num_fewshot or 0
         if asked is not None and of_harness not in (0, asked):
             raise ArgumentError(f"shots={asked} and --num_fewshot {of_harness} disagree: give one of them")
         return of_harness if asked is None else asked
-
-    def _vector(self, prompts: TaskPrompts, shots: int, output: str | None) -> TaskVector:
-        if self._loaded is not None:
-            if self._loaded.card.task != prompts.name:
-                logger.warning(
-                    f"vector {self._loaded.id} was fitted on task {self._loaded.card.task} and is used on "
-                    f"{prompts.name}"
-                )
-            if self._loaded.card.shots != shots:
-                logger.warning(
-                    f"vector {self._loaded.id} was fitted for prompts of {self._loaded.card.shots} shots and is used "
-                    f"with {shots}"
-                )
-            self._record[prompts.name] = record.of_task(self._loaded, str(self._arguments.vector), self._arguments.seed)
-            return self._loaded
-        vector = self._fit(prompts, shots)
-        source = "nothing to fit"
-        if vector.edits:
-            source = "fitted"
-            if output and self.rank == 0:
-                folder = record.folder(output, self._pretrained)
-                source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
-        self._record[prompts.name] = record.of_task(vector, source, self._arguments.seed)
-        return vector
-
-    def _fit(self, prompts: TaskPrompts, shots: int) -> TaskVector:
-        every = {name for method in methods.names() for name in methods.get(method).settings()}
-        declared = declared_settings(prompts, sorted(every))
-        settings = {name: declared[name] for name in self._method.settings() if name in declared} | self._settings
-        config = self._method.configure(settings)
-        fits = bool(self._method.settings())
-        began = time.perf_counter()
-        session = FitSession[Prompt](
-            self._base,
-            self._sites,
-            prompts,
-            seed=self._arguments.seed,
-            shots=shots,
-            batch_size=self._base.batch_size,
-            memory=int(self._arguments.cache_gb * 2**30),
-            progress=self.rank == 0,
-        )
-        fitted: Fitted = self._method.fit(session, config)
-        seconds = time.perf_counter() - began
-        card = VectorCard(
-            model=self._base.name,
-            revision=self._base.revision,
-            dtype=self._base.dtype,
-            geometry=self._sites.geometry,
-            task=prompts.name,
-            split=prompts.split if fits else "",
-            examples=prompts.examples_digest() if fits else "",
-            prompt=self._prompt_digest(prompts) if fits else "",
-            shots=shots,
-            seed=self._arguments.seed,
-            method=self._method.name,
-            config=dataclasses.asdict(config),
-            versions=record.versions(),
-            losses=fitted.losses,
-            seconds=seconds,
-        )
-        vector = TaskVector(dict(fitted.edits), card)
-        if fits and self.rank == 0:
-            logger.info(_summary(vector, session))
-        return vector
-
-    def _prompt_digest(self, prompts: TaskPrompts) -> str:
-        """SHA-256 of a written prompt with its target: of everything that shapes a prompt."""
-        example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
-        text = [self._base.rendered(example), example.target_delimiter, example.target, example.fewshot_delimiter]
-        return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
 
 def _task_of(request: Instance) -> Any:
@@ -242,14 +168,3 @@ def _task_of(request: Instance) -> Any:
 def _only_generation(requests: Sequence[Instance]) -> DataError:
     found = sorted({f"{request.task_name} ({request.request_type})" for request in requests})
     return DataError(f"mtv runs tasks with output_type generate_until in lmms-eval, found {', '.join(found)}")
-
-
-def _summary(vector: TaskVector, session: FitSession[Prompt]) -> str:
-    layers, heads, _ = session.shape
-    losses: Mapping[str, Sequence[float]] = vector.card.losses
-    loss = f", loss {losses['unedited'][0]:.3f} -> {losses['chosen'][0]:.3f}" if "chosen" in losses else ""
-    return (
-        f"fitted {vector.card.method} for {vector.card.task} in {vector.card.seconds:.1f} s: vector {vector.id}, "
-        f"{len(vector.heads)} of {layers * heads} heads{loss} (without edit -> with it, on training queries), "
-        f"{session.forwards} forwards"
-    )

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import functools
 import operator
-from pathlib import Path
 from typing import Any
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from lmms_mtv.errors import DataError
+from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 
-LM_EVAL = "lm_eval"
-"""The folder of the task files for the other harness."""
+__all__ = ["manifest", "register_tasks", "tasks_folder"]
 
 
 def manifest() -> ModelManifest:
     """The model, for the entry-point group ``lmms_eval.models``. Makes the tasks known on the way."""
     register_tasks()
     return ModelManifest(model_id="mtv", chat_class_path="lmms_mtv.harness.model.Mtv")
-
-
-def tasks_folder() -> Path:
-    """The folder of the task files: inside an installed package, at the repository's root in an editable one."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "tasks", package.parent / "tasks"):
-        if folder.is_dir():
-            return folder
-    raise DataError(f"the task files of lmms-mtv are missing beside {package}: install lmms-mtv again")
 
 
 def register_tasks() -> None:

@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lmms_eval.utils import sanitize_model_name
-
 from lmms_mtv.vector import TaskVector
 
 PACKAGES = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
@@ -21,11 +19,6 @@ PACKAGES = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
 def versions() -> dict[str, str]:
     """The versions that a number depends on."""
     return {package: version(package) for package in PACKAGES}
-
-
-def folder(output_path: str, pretrained: str) -> Path:
-    """The folder into which the harness writes the results of a run."""
-    return Path(output_path, sanitize_model_name(pretrained))
 
 
 def vector_path(folder: Path, vector: TaskVector) -> Path:

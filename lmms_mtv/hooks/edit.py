@@ -74,12 +74,15 @@ class Fired:
 
 
 @contextmanager
-def applied(target: nn.Module | Sites, vector: TaskVector | Edit, *, tail: int | Tensor = 1) -> Iterator[Fired]:
+def applied(
+    target: nn.Module | Sites, vector: TaskVector | Edit, *, tail: int | Tensor = 1, real: Tensor | None = None
+) -> Iterator[Fired]:
     """Edit every forward inside the block at the last real position of each row.
 
     ``target`` is a model, or its sites. A forward over a prompt is edited at the prompt's last token, each further
     forward at the token it generates. ``tail`` edits that many last real positions instead of one: a number, or an
-    integer tensor with one for each row. An edit with a leading dimension K needs batches of K rows.
+    integer tensor with one for each row. An edit with a leading dimension K needs batches of K rows. ``real`` [rows,
+    tokens], 1 for a real token, is for one padded forward that is not given an attention mask.
 
     Out of place: the activations that other modules hold are not touched. All is checked before anything is
     registered, and no hook is left after the block, also when it raises.
@@ -97,7 +100,7 @@ def applied(target: nn.Module | Sites, vector: TaskVector | Edit, *, tail: int |
         return
     if edit.shape != sites.shape:
         raise GeometryError(f"an edit of (layers, heads, size) {edit.shape} does not fit the model's {sites.shape}")
-    fired, positions = Fired(len(sites)), Positions(tail)
+    fired, positions = Fired(len(sites)), Positions(tail, real)
     hooks = [(site.module, _editing(edit, index, positions, fired)) for index, site in enumerate(sites)]
     with ExitStack() as stack:
         stack.enter_context(positions.watching(sites.decoder))

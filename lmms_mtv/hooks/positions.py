@@ -43,10 +43,14 @@ def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 
 
 
 class Positions:
-    """The last real positions of the forward that is running, worked out once for all sites."""
+    """The last real positions of the forward that is running, worked out once for all sites.
 
-    def __init__(self, tail: int | Tensor = 1) -> None:
+    ``real`` [rows, tokens], 1 for a real token, stands in for the attention mask of a padded forward that gets none.
+    """
+
+    def __init__(self, tail: int | Tensor = 1, real: Tensor | None = None) -> None:
         self._tail = tail
+        self._real = real
         self._mask: Tensor | None = None
         self._found: tuple[Tensor, Tensor] | None = None
         self._running = False
@@ -60,7 +64,12 @@ class Positions:
             )
         if self._found is None:
             rows, length = activation.shape[:2]
-            self._found = last_real(self._mask, rows, length, self._tail)
+            if self._real is not None and self._real.shape != (rows, length):
+                raise HookError(
+                    f"a forward of {rows} rows of {length} positions, but real= is of {tuple(self._real.shape)}: run "
+                    "the batch that it describes, without a cache or virtual tokens"
+                )
+            self._found = last_real(self._mask if self._real is None else self._real, rows, length, self._tail)
         row, column = self._found
         return row.to(activation.device), column.to(activation.device)
 

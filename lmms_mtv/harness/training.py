@@ -1,0 +1,126 @@
+"""The training examples of a task of either harness: which split they come from, and its documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from lmms_mtv.errors import ArgumentError, DataError, LeakageError
+
+
+class Training:
+    """The training examples of one task.
+
+    ``demonstrations`` is a split of the task's dataset, or ``path:split`` of another dataset with the same columns;
+    the default is what the task declares, or ``fewshot_split``, or its training split. ``process`` is what the
+    harness does to the documents of a split before it uses them. Nothing is loaded before it is needed.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        demonstrations: str | None,
+        fewshot_split: str | None,
+        process: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._task = task
+        self.name: str = task.config.task
+        self.evaluated: str = task.config.test_split or task.config.validation_split
+        self._source = demonstrations
+        self._fewshot_split = fewshot_split
+        self._process = process
+        self._documents: Dataset | list[Any] | None = None
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        """What the task says under ``metadata: mtv:``."""
+        metadata = self._task.config.metadata
+        found = metadata.get("mtv", {}) if isinstance(metadata, Mapping) else {}
+        return dict(found)
+
+    def settings(self, known: Sequence[str]) -> dict[str, Any]:
+        """The method settings the task declares. Raises :class:`ArgumentError` if one is unknown to every method."""
+        declared = {name: value for name, value in self.declared.items() if name != "demonstrations"}
+        if other := sorted(declared.keys() - set(known)):
+            raise ArgumentError(
+                f"task {self.name} declares {', '.join(other)} under metadata: mtv: which no method knows"
+            )
+        return declared
+
+    @property
+    def split(self) -> str:
+        """The split that demonstrations come from.
+
+        Raises :class:`DataError` if the task has none, :class:`LeakageError` if it is the one that is evaluated.
+        """
+        config = self._task.config
+        declared = self.declared.get("demonstrations")
+        source = self._source or declared or self._fewshot_split or config.training_split
+        if source is None:
+            raise DataError(
+                f"task {self.name} has no training split to take demonstrations from: pass demonstrations=SPLIT "
+                f"(splits: {', '.join(self._task.dataset)}) or demonstrations=PATH:SPLIT of another dataset"
+            )
+        path, _, split = str(source).rpartition(":")
+        if split == self.evaluated and path in ("", config.dataset_path):
+            raise LeakageError(
+                f"demonstrations={source} is the split on which task {self.name} is evaluated: choose another split"
+            )
+        return str(source)
+
+    @property
+    def documents(self) -> Any:
+        """The examples, a ``Dataset`` or a list. Raises :class:`DataError` if there is no such split or dataset."""
+        if self._documents is None:
+            path, _, split = self.split.rpartition(":")
+            found = self._task.dataset if not path else _load(path)
+            if split not in found:
+                raise DataError(f"demonstrations={self.split}: there is no split {split!r}, only {', '.join(found)}")
+            self._documents = self._process(found[split]) if self._process is not None else found[split]
+        return self._documents
+
+    def digest(self) -> str:
+        """SHA-256 of the examples' contents, media left out."""
+        bare = self.documents
+        if isinstance(bare, Dataset):
+            bare = bare.remove_columns([name for name, kind in bare.features.items() if _is_media(kind)])
+        digest = hashlib.sha256()
+        for doc in bare:
+            digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    def target(self, doc: Mapping[str, Any]) -> str:
+        """The answer to a document, the first if there are several.
+
+        Raises :class:`DataError` if the task's ``doc_to_target`` is a plain name that is no column.
+        """
+        named = self._task.config.doc_to_target
+        if isinstance(named, str) and named not in doc and "{" not in named:
+            # The harness renders such a name as itself, and every demonstration would answer with that word.
+            raise DataError(
+                f"doc_to_target of task {self.name} is {named!r}, which is no column of its training examples "
+                f"({', '.join(doc)}): correct it in the task file"
+            )
+        target = self._task.doc_to_target(doc)
+        if isinstance(target, int) and self._task.config.doc_to_choice is not None:
+            target = self._task.doc_to_choice(doc)[target]
+        if isinstance(target, list):
+            target = target[0] if target else ""
+        return str(target)
+
+
+def _load(path: str) -> Any:
+    try:
+        return datasets.load_dataset(path)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise DataError(f"demonstrations={path}:... cannot be loaded: {error}") from error
+
+
+def _is_media(kind: Any) -> bool:
+    inner = getattr(kind, "feature", kind)
+    return isinstance(inner, datasets.Image | datasets.Audio | datasets.Video)
