@@ -18,8 +18,8 @@ TASKS = ("vizwiz", "okvqa", "flowers", "cub", "dtd", "english_spanish", "antonym
 
 
 def picture(name: str) -> bytes:
-    """A JPEG of one colour with a darker square, both fixed by the name."""
-    drawn = random.Random(name)
+    """A JPEG of one colour with a darker square, both fixed by the name without its folders."""
+    drawn = random.Random(Path(name).name)
     image = Image.new("RGB", (32, 32), tuple(drawn.randrange(100, 256) for _ in range(3)))
     image.paste(tuple(drawn.randrange(100) for _ in range(3)), (8, 8, 20, 20))
     stream = io.BytesIO()

@@ -18,11 +18,18 @@ from lmms_mtv.data.official import Official
 from lmms_mtv.data.source import FOLDER, Source, mended_by
 from lmms_mtv.errors import DataError, unknown
 
-__all__ = ["FOLDER", "SOURCES", "Official", "documents", "image", "prepare"]
+__all__ = ["FOLDER", "SOURCES", "Official", "documents", "image", "prepare", "source"]
 
 SOURCES: Mapping[str, Source] = {source.task: source for source in (*vqa.SOURCES, *episodes.SOURCES, *words.SOURCES)}
 
 prepare = prepared.prepare
+
+
+def source(task: str) -> Source:
+    """Where the data of a task come from. Raises :class:`ArgumentError` if there is no such task."""
+    if task not in SOURCES:
+        raise unknown("task with data of its own", task, SOURCES)
+    return SOURCES[task]
 
 
 def documents(task: str, split: str) -> Dataset:
@@ -30,14 +37,12 @@ def documents(task: str, split: str) -> Dataset:
 
     Raises :class:`DataError` if they cannot be had, or are not as many as they should be.
     """
-    if task not in SOURCES:
-        raise unknown("task with data", task, SOURCES)
-    source = SOURCES[task]
+    known = source(task)
     if root := os.environ.get(FOLDER):
-        rows = prepared.rows(source, Path(root).expanduser(), split)
+        rows = prepared.rows(known, Path(root).expanduser(), split)
     else:
-        rows = source.fetch(split)
-        prepared.check_count(source, split, len(rows), "the copy on the hub")
+        rows = known.fetch(split)
+        prepared.check_count(known, split, len(rows), "the copy on the hub")
     return Dataset.from_list(rows)
 
 

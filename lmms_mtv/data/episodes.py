@@ -61,14 +61,17 @@ def row(episode: Mapping[str, str], references: Mapping[str, str]) -> Row:
     }
 
 
-def checked(content: Any, data: EpisodeSet, split: str, where: str) -> list[dict[str, str]]:
-    """The paper's episodes of a split. Raises :class:`DataError` if their form or a count is another than expected."""
+def checked(content: Any, data: EpisodeSet, split: str, where: str, counted: bool = True) -> list[dict[str, str]]:
+    """The paper's episodes of a split.
+
+    Raises :class:`DataError` if their form, or a count where ``counted``, is another than expected.
+    """
     if not isinstance(content, list) or any(
         not isinstance(e, dict) or any(not isinstance(e.get(k), str) for k in _KEYS) for e in content
     ):
         raise DataError(f"{where} is no list of episodes with {', '.join(_KEYS)}: {mended_by(data.task)}")
     found = (len(content), *(len({e[key] for e in content}) for key in ("pos_label", "neg_label")))
-    if found != data.counts[split]:
+    if counted and found != data.counts[split]:
         named = "episodes, positive and negative classes"
         raise DataError(
             f"{where} has {found} {named}, expected {data.counts[split]}: {mended_by(data.task)} (with --partial to "
@@ -144,7 +147,7 @@ def _prepare(data: EpisodeSet, official: Official) -> Mapping[str, list[Row]]:
     else:
         episodes = {split: _given(data, split, official) for split in data.files}
     names = {PurePosixPath(e[k]).name for found in episodes.values() for e in found for k in ("pos", "neg", "query")}
-    paths = official.extract(data.archive, names)
+    paths = official.images(data.archive, names)
     return {split: [row(episode, paths) for episode in found] for split, found in episodes.items()}
 
 
@@ -162,8 +165,7 @@ def _given(data: EpisodeSet, split: str, official: Official) -> list[dict[str, s
                 "--regenerate to draw episodes from the official splits instead (their scores compare with each "
                 "other, not with the paper's)"
             ) from error
-    content = parsed(path.read_bytes(), path)
-    return content if official.partial else checked(content, data, split, str(path))
+    return checked(parsed(path.read_bytes(), path), data, split, str(path), counted=not official.partial)
 
 
 def _flowers_classes(official: Official, archive: File) -> dict[str, dict[str, list[str]]]:
@@ -185,10 +187,8 @@ def _flowers_classes(official: Official, archive: File) -> dict[str, dict[str, l
 
 def _cub_classes(official: Official, archive: File) -> dict[str, dict[str, list[str]]]:
     lists = ("images.txt", "train_test_split.txt")
-    paths = official.extract(archive, lists, "official")
-    images, training = (
-        dict(line.split() for line in (official.output / paths[name]).read_text().splitlines()) for name in lists
-    )
+    found = official.texts(archive, lists)
+    images, training = (dict(line.split() for line in found[name].splitlines()) for name in lists)
     made: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
     for number, path in images.items():
         label = path.split("/")[0].partition(".")[2].replace("_", " ")
@@ -201,11 +201,11 @@ def _cub_classes(official: Official, archive: File) -> dict[str, dict[str, list[
 
 def _dtd_classes(official: Official, archive: File) -> dict[str, dict[str, list[str]]]:
     lists = {"train": "train1.txt", "test": "test1.txt"}
-    paths = official.extract(archive, lists.values(), "official")
+    found = official.texts(archive, lists.values())
     made: dict[str, dict[str, list[str]]] = {}
     for split, name in lists.items():
         made[split] = {}
-        for line in sorted((official.output / paths[name]).read_text().split()):
+        for line in sorted(found[name].split()):
             made[split].setdefault(line.split("/")[0], []).append(PurePosixPath(line).name)
     return made
 

@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,7 @@ class Official:
     progress: bool = True
     used: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    _planned: dict[File, dict[str, None]] = field(default_factory=dict)
 
     def find(self, file: File) -> Path:
         """The file, or the folder it unpacks to. Raises :class:`DataError` if neither is there, or it is another."""
@@ -81,35 +82,50 @@ class Official:
         """The content of a JSON file: of ``member`` in an archive or folder, or of ``file`` itself."""
         return json_in(self.find(file), member or file.name, file.url)
 
-    def extract(self, file: File, names: Iterable[str], folder: str = "images") -> dict[str, str]:
-        """Take members out of an archive or a folder into ``output``; those already there are left.
-
-        Returns their paths relative to ``output``, by name. Raises :class:`DataError` if one is missing.
-        """
-        path, wanted = self.find(file), set(names)
-        (self.output / folder).mkdir(parents=True, exist_ok=True)
-        missing = set(wanted)
-        bar = tqdm(total=len(wanted), desc=f"{file.name} -> {folder}", disable=not self.progress, dynamic_ncols=True)
-        with bar, _members(path) as members:
+    def texts(self, file: File, names: Collection[str]) -> dict[str, str]:
+        """The contents of members, by name."""
+        path, found = self.find(file), {}
+        with _members(path) as members:
             for member in members:
-                if member.name in missing:
-                    _place(member, self.output / folder / member.name)
-                    missing.remove(member.name)
-                    bar.update()
-                    if not missing:
-                        break
+                if member.name in names:
+                    with member.open() as stream:
+                        found[member.name] = stream.read().decode()
+        self._complete(file, path, set(names) - found.keys(), len(names))
+        return found
+
+    def images(self, file: File, names: Iterable[str]) -> dict[str, str]:
+        """The paths, relative to ``output``, at which :meth:`extract` will put members of an archive or a folder."""
+        self.find(file)
+        wanted = dict.fromkeys(names)
+        self._planned.setdefault(file, {}).update(wanted)
+        return {name: f"images/{name}" for name in wanted}
+
+    def extract(self) -> None:
+        """Take out everything that was asked for by :meth:`images`; files already there are left.
+
+        Raises :class:`DataError` if one is missing.
+        """
+        for file, names in self._planned.items():
+            path, missing = self.find(file), set(names)
+            (self.output / "images").mkdir(parents=True, exist_ok=True)
+            bar = tqdm(total=len(names), desc=f"{path.name} -> images", disable=not self.progress, dynamic_ncols=True)
+            with bar, _members(path) as members:
+                for member in members:
+                    if member.name in missing:
+                        _place(member, self.output / "images" / member.name)
+                        missing.remove(member.name)
+                        bar.update()
+                        if not missing:
+                            break
+            self._complete(file, path, missing, len(names))
+
+    def _complete(self, file: File, path: Path, missing: set[str], wanted: int) -> None:
         if missing:
             few = ", ".join(sorted(missing)[:3])
             raise DataError(
-                f"{path} lacks {len(missing)} of the {len(wanted)} files that task {self.task} needs, such as {few}: "
+                f"{path} lacks {len(missing)} of the {wanted} files that task {self.task} needs, such as {few}: "
                 f"download {file.url} again and run the same command"
             )
-        return {name: f"{folder}/{name}" for name in wanted}
-
-    def names(self, file: File) -> list[str]:
-        """The names of all members."""
-        with _members(self.find(file)) as members:
-            return [member.name for member in members]
 
     def _check(self, file: File, path: Path) -> None:
         if str(path) in self.used:

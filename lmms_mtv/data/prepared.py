@@ -29,12 +29,19 @@ def prepare(source: Source, official: Official) -> dict[str, int]:
     if official.regenerate and not source.regenerates:
         raise ArgumentError(f"--regenerate draws episodes, and task {source.task} has none: leave it out")
     output = official.output
-    output.mkdir(parents=True, exist_ok=True)
-    splits = source.prepare(official)
+    try:
+        splits = source.prepare(official)
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"the official files of {source.task} in {official.source} are not in the form they were published in "
+            f"({error!r}): download them again"
+        ) from error
     compared = not (official.partial or official.regenerate)
     if compared:
         for split, rows in splits.items():
             check_count(source, split, len(rows), "the official files")
+    output.mkdir(parents=True, exist_ok=True)
+    official.extract()
     recorded = {}
     for split, rows in splits.items():
         path = output / f"{split}.jsonl"

@@ -50,7 +50,7 @@ def _vizwiz_prepare(official: Official) -> Mapping[str, list[Row]]:
     for split in ("train", "val"):
         items = official.json(VIZWIZ_ANNOTATIONS, f"{split}.json")
         images = File(f"{split}.zip", f"{_VIZWIZ}images/{split}.zip", unpacked=split)
-        paths = official.extract(images, (item["image"] for item in items))
+        paths = official.images(images, (item["image"] for item in items))
         answers = [[given["answer"] for given in item["answers"]] for item in items]
         splits[split] = [
             {
@@ -117,7 +117,7 @@ def _okvqa_prepare(official: Official) -> Mapping[str, list[Row]]:
         items = official.json(annotations, annotations.unpacked)["annotations"]
         images = {item["question_id"]: f"COCO_{split}_{item['image_id']:012d}.jpg" for item in items}
         archive = File(f"{split}.zip", f"{_COCO}{split}.zip", unpacked=split)
-        paths = official.extract(archive, images.values())
+        paths = official.images(archive, images.values())
         splits["train" if split == "train2014" else split] = [
             _okvqa_row(key, paths[images[key]], asked[key], item["answers"])
             for item in items
