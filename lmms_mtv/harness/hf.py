@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from lmms_mtv.errors import ArgumentError, ContextLengthError, unknown
+from lmms_mtv.errors import ArgumentError, ContextLengthError, MtvError, unknown
 from lmms_mtv.harness import prompts as writing
 from lmms_mtv.harness.prompts import Message, Prompt
 from lmms_mtv.shapes import CHECKPOINT
@@ -34,6 +34,7 @@ _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 # What a task asks for counts, whatever the checkpoint's generation configuration says.
 _NEUTRAL: Final = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
 GREEDY: Final = {"temperature": None, "top_p": None, "top_k": None}
+_IMAGE_SETTINGS: Final = ("do_image_splitting", "min_pixels", "max_pixels")
 _SAMPLING: Final = (*_NEUTRAL, *GREEDY)
 
 
@@ -47,6 +48,11 @@ class HfConfig:
     as the MTV authors do, ``chat`` uses the model's chat template; there, demonstrations are turns of their own
     (``fewshot_as_multiturn``), or stand in the query's turn, written as in a raw prompt. ``image_placeholder``: the
     text for an image in a raw prompt, where it cannot be told from the processor.
+
+    An image costs what its processor makes of it. ``do_image_splitting`` cuts large images into crops where the
+    processor can (Idefics 2 and 3, SmolVLM); it is off, as in the MTV authors' code, so that few-shot prompts fit;
+    None leaves it to the checkpoint. ``min_pixels`` and ``max_pixels`` bound an image's size where the processor
+    keeps its resolution (Qwen-VL).
     """
 
     pretrained: str = "HuggingFaceM4/idefics2-8b"
@@ -58,6 +64,9 @@ class HfConfig:
     trust_remote_code: bool = False
     prompt_style: str = "raw"
     fewshot_as_multiturn: bool = True
+    do_image_splitting: bool | None = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     image_placeholder: str | None = None
     batch_size: int = 1
 
@@ -106,7 +115,10 @@ class Hf:
         try:
             settings = AutoConfig.from_pretrained(source, **options)
             multimodal = type(settings) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            self._processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(source, **options)
+            if multimodal:
+                self._processor = _processor(source, config, options)
+            else:
+                self._processor = AutoTokenizer.from_pretrained(source, **options)
             loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
             model = loader.from_pretrained(
                 source,
@@ -115,6 +127,8 @@ class Hf:
                 device_map=config.device_map,
                 **options,
             )
+        except MtvError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise ArgumentError(
                 f"pretrained={config.pretrained} cannot be loaded: {one_line(error)} (give the name of a model on "
@@ -274,3 +288,18 @@ def revision_of(source: str, commit: str | None) -> str | None:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
+
+
+def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any:
+    """The processor, with what the configuration says of images. Raises :class:`ArgumentError` if it cannot have it."""
+    given = {name: getattr(config, name) for name in _IMAGE_SETTINGS if getattr(config, name) is not None}
+    images = getattr(AutoProcessor.from_pretrained(source, **options), "image_processor", None)
+    known = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
+    # Not to cut images into crops is what a processor does that cannot.
+    settings = {name: value for name, value in given.items() if name in known or value is not False}
+    if lacking := sorted(settings.keys() - set(known)):
+        raise ArgumentError(
+            f"{', '.join(lacking)}: the image processor of {config.pretrained} ({type(images).__name__}) has no such "
+            "setting, leave it out"
+        )
+    return AutoProcessor.from_pretrained(source, **options, **settings)
