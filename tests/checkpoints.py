@@ -10,8 +10,6 @@ from transformers import (
     Idefics2ForConditionalGeneration,
     Idefics2ImageProcessor,
     Idefics2Processor,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -60,12 +58,6 @@ def _save(model: PreTrainedModel, processor, folder: Path) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-def llama(folder: Path) -> Path:
-    """A text model of words."""
-    tokenizer = tiny.tokenizer()
-    return _save(LlamaForCausalLM(LlamaConfig(**_text(tokenizer))), tokenizer, folder)
 
 
 def idefics2(folder: Path) -> Path:

@@ -6,10 +6,47 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
+import torch
 import zoo
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lmms_mtv.shapes import tiny as words
 
 
 @pytest.fixture(scope="module", params=zoo.ARCHITECTURES, ids=lambda architecture: architecture.__name__)
 def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
     return zoo.build(request.param)
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama of words, saved as any text model is; token 0 is the unknown word."""
+    folder = tmp_path_factory.mktemp("models") / "text-model"
+    tokenizer = words.tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] | capitalize }}: {{ message['content'] }}"
+        "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>Assistant: {% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -258,24 +258,6 @@ def test_half_precision_runs(recorded, dtype):
     assert run["shapes_color_en"]["heads"]
 
 
-@pytest.fixture
-def text_model(tmp_path) -> Path:
-    """A tiny random Llama of words, saved as any text model is."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from lmms_mtv.shapes import tiny
-
-    folder = tmp_path / "text-model"
-    tokenizer = tiny.tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_a_text_model_on_a_text_task(recorded, text_model, tmp_path):
     folder = task_file(tmp_path / "task", doc_to_visual=None)
     for arguments in (SHORT, "method=none,shots=3"):
