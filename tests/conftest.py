@@ -8,12 +8,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import official_files
 import pytest
 import torch
 import zoo
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lmms_mtv import data
 from lmms_mtv.shapes import tiny as words
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-snapshots", action="store_true", help="store the texts of golden tests anew")
+
+
+@pytest.fixture(scope="session")
+def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small data of all tasks, built as the official archives are and prepared from them."""
+    root = tmp_path_factory.mktemp("prepared")
+    for task in official_files.TASKS:
+        source = official_files.build(task, root / "official" / task)
+        data.prepare(data.source(task), data.Official(task, source, root / task, partial=True, progress=False))
+    return root
 
 
 @pytest.fixture(scope="module", params=zoo.ARCHITECTURES, ids=lambda architecture: architecture.__name__)

@@ -1,0 +1,307 @@
+"""The paper's tasks: their prompts, their scores, and whole runs on small data in the official layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import golden
+import official_files
+import pytest
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager, get_task_dict
+
+from lmms_mtv import data
+from lmms_mtv.fitting import Episode
+from lmms_mtv.harness.hf import Hf, HfConfig
+from lmms_mtv.harness.paths import tasks_folder
+from lmms_mtv.harness.task import TaskPrompts
+
+FOLDERS = ("vqa", "episodes", "words")
+TASKS = (*official_files.TASKS, "english_spanish_colon", "antonyms_colon")
+IMAGES = ("vizwiz", "okvqa", "flowers", "cub", "dtd")
+SPLITS = {"vizwiz": "val", "okvqa": "val2014"}
+SHORT = "iterations=4,fit_shots=2,steps=4,samples=4,examples=4,candidate_examples=2,candidates=2"
+
+
+@pytest.fixture(autouse=True)
+def small_data(prepared_data, monkeypatch):
+    monkeypatch.setenv(data.FOLDER, str(prepared_data))
+
+
+def prompts(task: str) -> TaskPrompts:
+    folders = [str(tasks_folder() / folder) for folder in FOLDERS]
+    manager = TaskManager("ERROR", include_path=folders, include_defaults=False)
+    return TaskPrompts(get_task_dict([task], manager, "chat")[task], None)
+
+
+def utils(folder: str):
+    spec = importlib.util.spec_from_file_location(f"utils_of_{folder}", tasks_folder() / folder / "utils.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestPrompts:
+    @pytest.fixture(scope="class")
+    def bases(self) -> dict[str, Hf]:
+        configs = {
+            "raw": HfConfig(pretrained="tiny"),
+            "chat": HfConfig(pretrained="tiny", prompt_style="chat"),
+            "chat, demonstrations inline": HfConfig(pretrained="tiny", prompt_style="chat", fewshot_as_multiturn=False),
+        }
+        return {name: Hf(config) for name, config in configs.items()}
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_golden(self, task, bases, request):
+        """What the processor gets, for a zero-shot, a two-shot and a fitting prompt."""
+        made = prompts(task)
+        split = SPLITS.get(task, "test")
+        shown = []
+        for shots in (0, 2):
+            prompt = made.evaluation(0, split, shots, seed=0)
+            for style, base in bases.items():
+                if shots or "inline" not in style:
+                    shown.append((f"{shots}-shot, {style}, {len(prompt.images())} images", base.rendered(prompt)))
+        prompt = made.prompt(Episode(0, (1, 2)))
+        shown.append(("fitting, 2-shot, raw", bases["raw"].rendered(prompt)))
+        shown.append(("its target", prompt.target_delimiter + prompt.target + prompt.fewshot_delimiter))
+        text = "".join(f"=== {title}\n{body}⏎\n" for title, body in shown)
+        golden.check(f"{task}.txt", text, request.config.getoption("--update-snapshots"))
+
+    @pytest.mark.parametrize("shots", [0, 2])
+    def test_the_authors_vizwiz_prompt(self, shots):
+        made = prompts("vizwiz")
+        prompt = made.prompt(Episode(5, tuple(range(shots))))
+        rows = data.documents("vizwiz", "train")
+        expected = (
+            "First carefully understand the given examples. \n"
+            "Then use the given image and answer the question in the same way as the examples. \n"
+            "If the question can not be answered, respond unanswerable. "
+        )
+        for row in rows.select(range(shots)):
+            expected += f"<image>{row['question']} Answer: {row['answer']}"
+        expected += f"<image>{rows[5]['question']} Answer:"
+        assert prompt.raw("<image>") == expected
+        assert prompt.target == rows[5]["answer"]
+
+    @pytest.mark.parametrize("shots", [0, 2])
+    def test_the_authors_okvqa_prompt(self, shots):
+        prompt = prompts("okvqa").prompt(Episode(5, tuple(range(shots))))
+        rows = data.documents("okvqa", "train")
+        # No space before the answer, nothing between demonstrations.
+        expected = "".join(f"<image>{row['question']} Answer:{row['answer']}" for row in rows.select(range(shots)))
+        assert prompt.raw("<image>") == expected + f"<image>{rows[5]['question']} Answer:"
+
+    @pytest.mark.parametrize(("task", "noun"), [("flowers", "flower"), ("cub", "bird"), ("dtd", "texture")])
+    def test_the_authors_episode(self, task, noun, prepared_data):
+        stated = json.loads(next((prepared_data / "official" / task).glob("*_train.json")).read_text())
+        made = prompts(task)
+        seen = set()
+        for number, episode in enumerate(stated):
+            prompt = made.prompt(Episode(number, ()))
+            swapped = prompt.target == "B"
+            seen.add(swapped)
+            x, y = (episode[f"{side}_label"] for side in (("neg", "pos") if swapped else ("pos", "neg")))
+            asked = (
+                f"<image>What is the type of {noun} in the image? A.{x} B.{y}\n"
+                "Answer with the option's letter from the given choice directly. Answer:"
+            )
+            assert prompt.raw("<image>") == f"{asked} A\n{asked} B\n{asked}"
+            order = ("neg", "pos", "query") if swapped else ("pos", "neg", "query")
+            expected = [data.image(task, f"images/{Path(episode[side]).name}").tobytes() for side in order]
+            assert [image.tobytes() for image in prompt.images()] == expected
+        assert seen == {True, False}
+
+    def test_the_word_pair_prompts(self):
+        rows = data.documents("english_spanish", "train")
+        first, second, query = (rows[i] for i in (0, 1, 5))
+        prompt = prompts("english_spanish").prompt(Episode(5, (0, 1)))
+        assert (
+            prompt.raw("")
+            == "".join(f"Q: {row['input']}\nA: {row['output']}\n\n" for row in (first, second))
+            + f"Q: {query['input']}\nA:"
+        )
+        prompt = prompts("english_spanish_colon").prompt(Episode(5, (0, 1)))
+        assert (
+            prompt.raw("")
+            == "".join(f"{row['input']}:{row['output']}, " for row in (first, second)) + f"{query['input']}:"
+        )
+
+    def test_other_chat_models_get_the_instruction_before_the_image(self):
+        made = prompts("vizwiz")
+        config = made._task.config
+        (message,) = made._task.doc_to_messages(made._task.dataset["val"][0])
+        assert [part["type"] for part in message["content"]] == ["text", "image", "text"]
+        assert message["content"][0]["text"] == config.description
+
+    @pytest.mark.parametrize("task", IMAGES)
+    def test_demonstrations_are_loaded_only_when_they_are_needed(self, task):
+        made = prompts(task)
+        made.evaluation(0, SPLITS.get(task, "test"), 0, seed=0)
+        assert made._task.dataset["train"].column_names == ["data"]
+        assert len(made) == 24
+        assert made.training.split == "train"
+
+
+# Answer, the ten annotators, and the accuracy worked out by hand from the definition: the mean over the ten subsets of
+# nine annotators of min(1, matches / 3).
+VQA_CASES = [
+    ("cat", ["cat"] * 10, 1.0),
+    ("cat", ["cat"] * 4 + ["dog"] * 6, 1.0),
+    # Three agree: seven subsets keep all three (1), three keep two (2/3).
+    ("cat", ["cat"] * 3 + ["dog"] * 7, (7 + 3 * 2 / 3) / 10),
+    # Two agree: eight subsets with two (2/3), two with one (1/3).
+    ("cat", ["cat"] * 2 + ["dog"] * 8, (8 * 2 / 3 + 2 / 3) / 10),
+    ("cat", ["cat"] + ["dog"] * 9, 9 / 10 / 3),
+    ("cat", ["dog"] * 10, 0.0),
+    # A tie of five and five: both are right.
+    ("cat", ["cat"] * 5 + ["dog"] * 5, 1.0),
+    ("dog", ["cat"] * 5 + ["dog"] * 5, 1.0),
+    ("Unanswerable", ["unanswerable"] * 9 + ["cat"], 1.0),
+    ("unanswerable.", ["unanswerable"] * 3 + ["cat"] * 7, 0.9),
+    ("The cat!", ["a cat"] * 10, 1.0),
+    ("two", ["2"] * 10, 1.0),
+    ("yes, it is", ["yes it is"] * 10, 1.0),
+    ("dont know", ["don't know"] * 10, 1.0),
+    ("", ["cat"] * 10, 0.0),
+]
+
+
+class TestScores:
+    @pytest.mark.parametrize(("answer", "annotators", "expected"), VQA_CASES)
+    def test_vqa_accuracy(self, answer, annotators, expected):
+        assert utils("vqa").vqa_accuracy(answer, annotators) == pytest.approx(expected, abs=1e-12)
+
+    def test_the_answer_ends_at_a_full_stop_or_line_break(self):
+        score = utils("vqa").score
+        doc = {"answers": ["cat"] * 10}
+        for text, expected in ((" cat. It sits", 1.0), ("cat\ndog", 1.0), ("dog. cat", 0.0), ("", 0.0), ("\ncat", 0.0)):
+            assert score(doc, [text]) == {"vqa_accuracy": expected}
+
+    def test_raw_and_stemmed_answers_are_two_scores_and_the_document_stays_as_it_is(self):
+        doc = {"answers": ["racing"] * 10, "answers_stemmed": ["race"] * 10}
+        before = json.dumps(doc)
+        scores = utils("vqa").scores
+        assert scores(doc, ["Racing"]) == {"vqa_accuracy_raw": 1.0, "vqa_accuracy_stemmed": 0.0}
+        assert scores(doc, ["race."]) == {"vqa_accuracy_raw": 0.0, "vqa_accuracy_stemmed": 1.0}
+        assert json.dumps(doc) == before
+
+    def test_vqa_accuracy_is_lmms_evals(self):
+        from lmms_eval.tasks.ok_vqa.utils import ok_vqa_process_results
+
+        for answer, annotators, _ in VQA_CASES:
+            theirs = ok_vqa_process_results({"answers": list(annotators), "question_id": 0}, [answer])["exact_match"]
+            assert utils("vqa").vqa_accuracy(answer, annotators) == pytest.approx(theirs, abs=1e-12)
+
+    def test_letters_and_words(self):
+        episode, word = utils("episodes").score, utils("words").score
+        for text, expected in (("B", 1.0), (" b.", 1.0), ("B\nA", 1.0), ("A", 0.0), ("Both", 0.0), ("", 0.0)):
+            assert episode({"answer": "B"}, [text]) == {"exact_match": expected}
+        for text, expected in ((" Perra", 1.0), ("perra ", 1.0), ("la perra", 0.0), ("", 0.0)):
+            assert word({"output": "perra"}, [text]) == {"exact_match": expected}
+
+
+def run(model: str, arguments: str, tasks: tuple[str, ...], output: Path, *more: str) -> dict[str, dict]:
+    """The harness's own command in a process of its own; the results of each task."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments),
+            *("--tasks", ",".join(tasks), "--output_path", str(output), *more),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=output.parent,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = output.rglob("*_results.json")
+    results = json.loads(path.read_text())["results"]
+    assert set(tasks) <= results.keys()
+    for task in tasks:
+        scores = {key: value for key, value in results[task].items() if key.endswith(",none") and "stderr" not in key}
+        assert scores
+        assert all(0 <= value <= 1 for value in scores.values())
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [SHORT, "method=none,shots=2"], ids=["mtv", "2-shot"])
+def test_every_task_runs_with_the_plugins_model(arguments, tmp_path):
+    results = run("mtv", f"pretrained=tiny,batch_size=4,{arguments}", TASKS, tmp_path / "out")
+    assert {"vqa_accuracy_raw,none", "vqa_accuracy_stemmed,none"} <= results["okvqa"].keys()
+    (record,) = (tmp_path / "out").rglob("*_mtv.json")
+    found = json.loads(record.read_text())["tasks"]
+    assert found.keys() == set(TASKS)
+    if arguments == SHORT:
+        assert all(entry["heads"] and entry["split"] == "train" for entry in found.values())
+
+
+@pytest.mark.slow
+def test_every_task_runs_with_a_chat_model_of_lmms_eval(tmp_path):
+    folder = checkpoints.qwen2_5_vl(tmp_path / "model")
+    arguments = f"pretrained={folder},device=cpu,device_map=cpu,min_pixels=64,max_pixels=1024"
+    run("qwen2_5_vl", arguments, official_files.TASKS, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_every_task_with_images_runs_with_a_simple_model_of_lmms_eval(tmp_path):
+    folder = checkpoints.idefics2(tmp_path / "model")
+    arguments = f"pretrained={folder},device=cpu,device_map=cpu,dtype=float32"
+    run("idefics2", arguments, IMAGES, tmp_path / "out", "--log_samples")
+    (samples,) = (tmp_path / "out").rglob("*_samples_vizwiz.jsonl")
+    first = json.loads(samples.read_text().splitlines()[0])
+    assert first["input"].startswith("First carefully understand the given examples. \nThen use")
+    question = data.documents("vizwiz", "val")[first["doc_id"]]["question"]
+    assert first["input"].endswith(f"respond unanswerable. {question} Answer:")
+
+
+def test_the_base_answers_as_lmms_evals_own_idefics2_does(tmp_path):
+    """Same checkpoint, same prompts, same answers, one by one."""
+    folder = checkpoints.idefics2(tmp_path / "model")
+    arguments = {
+        "idefics2": f"pretrained={folder},device=cpu,device_map=cpu,dtype=float32",
+        "mtv": f"pretrained={folder},method=none,prompt_style=chat,batch_size=3",
+    }
+    tasks = ["shapes_color_en", "shapes_phrase_en", "shapes_position_es"]
+    answers: dict[str, list[str]] = {}
+    for model, given in arguments.items():
+        manager = TaskManager("ERROR", model_name=model)
+        samples = simple_evaluate(model, given, tasks=tasks, task_manager=manager, limit=12)["samples"]
+        answers[model] = [
+            sample["filtered_resps"][0]
+            for task in tasks
+            for sample in sorted(samples[task], key=lambda sample: sample["doc_id"])
+        ]
+    # Their wrapper does not stop at the task's "until".
+    theirs = [answer.split("\n")[0].strip() for answer in answers["idefics2"]]
+    assert [answer.strip() for answer in answers["mtv"]] == theirs
+    assert len(set(theirs)) > 3
+    assert sum(mine.strip() == other.strip() for mine, other in zip(*answers.values(), strict=True)) > 6
+
+
+def test_missing_data_ends_the_command_with_the_line_that_mends_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(data.FOLDER, str(tmp_path))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lmms_eval", "--model", "mtv", "--model_args", "pretrained=tiny,method=none"),
+            *("--tasks", "dtd", "--output_path", str(tmp_path / "out")),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("lmms-mtv: DataError: ")
+    assert "lmms-mtv prepare dtd --source FOLDER --output DATA" in last
+    assert not (tmp_path / "out").exists()
