@@ -490,7 +490,9 @@ class TestFits:
         lm, _ = run(text_model, folder, ["arc"], **(SHORT | {"steps": 5}))
         settings = lm._record["own_arc"]["settings"]
         assert (settings["iterations"], settings["steps"]) == (8, 5)
-        lm, _ = run(text_model, folder, ["arc"], **{key: SHORT[key] for key in ("samples", "examples", "fit_shots")})
+        lm, _ = run(
+            text_model, folder, ["arc"], **{key: SHORT[key] for key in SHORT if key not in ("steps", "iterations")}
+        )
         assert lm._record["own_arc"]["settings"]["steps"] == 4
 
     def test_caches_keep_working_and_never_mix_tasks(self, text_model, folder, tmp_path):

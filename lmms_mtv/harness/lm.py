@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -26,6 +26,7 @@ from lmms_mtv.harness.lm_evaluation import Evaluation, current
 from lmms_mtv.harness.lm_task import LmPrompt, LmPrompts, Turns
 from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.hooks import applied, find_sites
+from lmms_mtv.methods import Method
 from lmms_mtv.vector import TaskVector
 
 # A child of the harness's logger: its command line shows no others.
@@ -58,6 +59,20 @@ _BASE: Final = (
 )
 
 
+def divided(given: Mapping[str, Any]) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
+    """Model arguments by whom they are for: see :func:`~lmms_mtv.harness.arguments.divide`.
+
+    Raises :class:`ArgumentError` for one that nobody knows or that is lm-eval's to take, or if there is no model.
+    """
+    for name, instead in _ELSEWHERE.items():
+        if name in given:
+            raise ArgumentError(f"{name}={given[name]} is no argument of mtv in lm-eval; {instead}")
+    parts = divide(given, _BASE, _OWN)
+    if "pretrained" not in given:
+        raise ArgumentError("pretrained= is missing: give the name of a model on the hub, or a folder")
+    return parts
+
+
 class _Row(NamedTuple):
     """A row of a forward that scores: its input tokens, and how many of the last ones predict a scored token."""
 
@@ -77,12 +92,7 @@ class Mtv(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, evaluation: Evaluation | None = None, **given: Any) -> None:
-        for name, instead in _ELSEWHERE.items():
-            if name in given:
-                raise ArgumentError(f"{name}={given[name]} is no argument of mtv in lm-eval; {instead}")
-        self._arguments, method, settings, for_base = divide(given, _BASE, _OWN)
-        if "pretrained" not in for_base:
-            raise ArgumentError("pretrained= is missing: give the name of a model on the hub, or a folder")
+        self._arguments, method, settings, for_base = divided(given)
         # A file that cannot be used is better known before the model is loaded.
         loaded = TaskVector.load(self._arguments.vector) if self._arguments.vector is not None else None
         self._plain = loaded is None and method.name == "none"

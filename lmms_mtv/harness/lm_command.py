@@ -71,6 +71,8 @@ def _folders(given: Namespace) -> list[str]:
 
 def _evaluation(given: Namespace) -> Evaluation:
     config = EvaluatorConfig.from_cli(given)
+    # Better known before lm-eval has read all of its task files.
+    lm.divided(config.model_args)
     return Evaluation(
         task=_tasks(config),
         system_instruction=config.system_instruction,
