@@ -19,15 +19,17 @@ import torch
 import yaml
 import zoo
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmms_mtv import Edit, Episode, TaskVector, VectorCard, find_sites
+from lmms_mtv import Edit, Episode, TaskVector, VectorCard, data, find_sites
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, GeometryError, HookError, LeakageError
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.lm import Mtv, _Runner
 from lmms_mtv.harness.lm_evaluation import Evaluation, Tasks
 from lmms_mtv.harness.lm_task import LmPrompts
+from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.vector import HEADS
 
 SHORT = {"iterations": 8, "fit_shots": 2, "steps": 10, "samples": 4, "examples": 6, "candidate_examples": 4}
@@ -142,14 +144,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(model: Path, folder: Path, kinds, evaluation: dict | None = None, library: bool = False, **given):
+def run(
+    model: Path, folder: Path, kinds, evaluation: dict | None = None, library: bool = False, prefix="own_", **given
+):
     """An evaluation in this process. Gives the model, and the answers of each task."""
     tasks = Tasks(include_path=str(folder), include_defaults=False)
     evaluation = evaluation or {}
     form = {key: evaluation[key] for key in evaluation.keys() & {"system_instruction", "apply_chat_template"}}
     given = {"pretrained": str(model), "device": "cpu"} | given
     lm = HFLM(**given) if library else Mtv(Evaluation(tasks.of, fewshot_as_multiturn=True, **form), **given)
-    names = [kind if kind.startswith("own_") else f"own_{kind}" for kind in kinds]
+    names = [kind if kind.startswith(prefix) else f"{prefix}{kind}" for kind in kinds]
     results = simple_evaluate(lm, tasks=names, task_manager=tasks, bootstrap_iters=0, **evaluation)
     answers = {
         name: [(sample["arguments"], sample["resps"]) for sample in results["samples"][name]]
@@ -511,6 +515,61 @@ class TestFits:
             simple_evaluate(
                 lm, tasks=["own_arc", "own_arc_again"], task_manager=twice, use_cache=str(tmp_path / "other")
             )
+
+
+class TestTextTasks:
+    """The project's own text tasks, on small data in the official layout."""
+
+    NAMES = ("english_spanish", "english_spanish_colon", "antonyms", "antonyms_colon")
+
+    @pytest.fixture(autouse=True)
+    def _small_data(self, prepared_data, monkeypatch):
+        monkeypatch.setenv(data.FOLDER, str(prepared_data))
+
+    @pytest.mark.parametrize("shots", [0, 2])
+    def test_method_none_is_the_librarys_model(self, text_model, shots):
+        options = {"evaluation": {"num_fewshot": shots}, "prefix": "", "batch_size": 4}
+        own, answers = run(text_model, tasks_folder() / LM_EVAL, self.NAMES, method="none", **options)
+        library, expected = run(text_model, tasks_folder() / LM_EVAL, self.NAMES, library=True, **options)
+        assert answers == expected
+        for name in self.NAMES:
+            form = (
+                ("{input}:", "{input}:{output}, ")
+                if "colon" in name
+                else ("Q: {input}\nA:", "Q: {input}\nA: {output}\n\n")
+            )
+            shown = {form[1].format(**row) for row in data.documents(name.removesuffix("_colon"), "train")}
+            requests = []
+            for index, row in enumerate(data.documents(name.removesuffix("_colon"), "test")):
+                context = answers[name][index][0][0][0]
+                # The form of lmms-eval's prompts; each harness draws demonstrations of its own.
+                asked = form[0].format(**row)
+                assert context.endswith(asked)
+                assert sum(context.startswith(one) for one in shown) == (shots > 0)
+                assert context.count(form[0].format(input="")[-2:]) == shots + 1
+                arguments = (context, f" {row['output']}")
+                requests.append(Instance("loglikelihood", row, arguments, 0, (name, index, 1)))
+            mine, theirs = own.loglikelihood(requests), library.loglikelihood(requests)
+            assert [greedy for _, greedy in mine] == [greedy for _, greedy in theirs]
+            assert [score for score, _ in mine] == pytest.approx([score for score, _ in theirs], abs=1e-5)
+
+    @pytest.mark.slow
+    def test_the_command(self, text_model, tmp_path):
+        settings = ",".join(f"{key}={value}" for key, value in SHORT.items())
+        scores = {}
+        for model, arguments in (("hf", ""), ("mtv", ",method=none"), ("mtv", f",{settings}")):
+            output = tmp_path / f"{model}{len(arguments)}"
+            done = command(
+                *("--model", model, "--model_args", f"pretrained={text_model}{arguments}", "--device", "cpu"),
+                *("--tasks", ",".join(self.NAMES), "--num_fewshot", "2", "--output_path", str(output)),
+                cwd=tmp_path,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            (path,) = output.rglob("results_*.json")
+            results = json.loads(path.read_text())["results"]
+            assert results.keys() == set(self.NAMES)
+            scores[model + arguments] = {name: results[name]["exact_match,none"] for name in self.NAMES}
+        assert scores["hf"] == scores["mtv,method=none"]
 
 
 class TestBadInput:
