@@ -64,7 +64,8 @@ class FitSession(Generic[P]):
     """One fit: a model, the training examples of one task, a seed.
 
     ``shots`` is the number of demonstrations in the prompts that the vector will be used with: losses are of such
-    prompts. ``memory`` is how many bytes of prefilled prompts are kept. All randomness comes from ``seed`` and the
+    prompts. ``memory`` is how many bytes of prefilled prompts are kept, and how many the copies of one may
+    take in a replay. All randomness comes from ``seed`` and the
     purpose it is drawn for, so that nothing depends on the order of calls or on ``batch_size``.
     """
 
@@ -167,10 +168,12 @@ class FitSession(Generic[P]):
         if self._replays is None:
             self._replays = self._compared(prefill, edit, target)
         run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
-        logits = run(self._runner.model, self.sites, edit, target)
-        self.forwards += 1
+        # A replay copies the cache for each of its rows.
+        size = max(1, self._memory // max(prefill.bytes, 1))
         try:
-            return _cross_entropy(logits, target)
+            parts = [run(self._runner.model, self.sites, part, target) for part in edit.parts(size)]
+            self.forwards += len(parts)
+            return torch.cat([_cross_entropy(logits, target) for logits in parts])
         except NumericsError:
             # Once more, to name the layer if it is one.
             with record(self.sites) as recording:

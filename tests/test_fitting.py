@@ -132,8 +132,11 @@ def test_prefilled_prompts_are_kept_within_the_memory_budget():
     forwards = roomy.forwards
     for episode, expected in zip(episodes, first, strict=True):
         assert torch.equal(roomy.losses(episode, edit), expected)
-        assert torch.equal(tight.losses(episode, edit), expected)
-        assert torch.equal(tight.losses(episode, edit), expected)
+        for _ in range(2):
+            # One row at a time: the copies of a cache stay within the budget too.
+            before = tight.forwards
+            assert (tight.losses(episode, edit) - expected).abs().max() < 1e-5
+            assert tight.forwards - before >= 4
     assert roomy.forwards == forwards + len(episodes), "one replay each, no prefill"
     assert len(tight._prefills) == 1
 

@@ -218,8 +218,9 @@ def test_few_shot_prompts_tell_the_task_and_num_fewshot_is_shots(recorded, style
         shots["shapes_background_es"]["evaluation"]["input_tokens"]
         > 4 * plain["shapes_background_es"]["evaluation"]["input_tokens"]
     )
-    with pytest.raises(ArgumentError, match="--num_fewshot 4 disagree"):
-        evaluate(f"{base},shots=2", ["shapes_background_es"], num_fewshot=4)
+    # A task file may ask for demonstrations: an argument wins.
+    none = recorded(f"{base},shots=0", ["shapes_background_es"], limit=24, num_fewshot=4)
+    assert answers(none["results"]) == answers(plain["results"])
 
 
 def test_model_arguments_win_over_the_flags_defaults():
@@ -238,18 +239,38 @@ def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):
     assert answers(loaded["results"]) == answers(fitted["results"])
 
 
-def test_until_is_honoured(recorded):
-    """Without a stop the tiny model goes on after the line break; with it, the answer is cut there."""
-    base = "pretrained=tiny,method=none,shots=2"
-    cut = recorded(base, ["shapes_color_en"], limit=4)
-    tokens = cut["shapes_color_en"]["evaluation"]["output_tokens"]
-    assert tokens == 2, "the word and the line break"
-    long = recorded(base, ["shapes_color_en"], limit=4, gen_kwargs="until=never,max_new_tokens=5")
-    assert long["shapes_color_en"]["evaluation"]["output_tokens"] > tokens
-    for short, whole in zip(
-        answers(cut["results"])["shapes_color_en"], answers(long["results"])["shapes_color_en"], strict=True
-    ):
-        assert str(whole[0]).startswith(str(short[0]).strip())
+def test_an_answer_ends_at_until_or_where_a_demonstration_would_begin(recorded, tmp_path):
+    """Without a stop the tiny model goes on; at either of the two the answer is cut."""
+    ends = {"until": {"fewshot_delimiter": ""}, "delimiter": {"fewshot_delimiter": "\n"}, "neither": {}}
+    asked = {"until": "\n", "delimiter": "never", "neither": "never"}
+    tokens, texts = {}, {}
+    for name, changes in ends.items():
+        settings = {"until": [asked[name]], "max_new_tokens": 5, "do_sample": False}
+        changes = {"fewshot_delimiter": ""} | changes
+        folder = task_file(
+            tmp_path / name, name, target_delimiter=" ", generation_kwargs=settings, doc_to_text="shown", **changes
+        )
+        # The question ends like a prompt with demonstrations, so that all three are asked the same.
+        (folder / "utils.py").write_text(
+            (folder / "utils.py").read_text() + "\n\ndef shown(doc):\n    return 'What is it? red\\nWhat is it?'\n"
+        )
+        run = recorded("pretrained=tiny,method=none", [name], include=folder)
+        tokens[name] = run[name]["evaluation"]["output_tokens"]
+        texts[name] = [str(answer[0]) for answer in answers(run["results"])[name]]
+    assert tokens["until"] == tokens["delimiter"] < tokens["neither"] == 5
+    assert texts["until"] == texts["delimiter"]
+    assert all(long.startswith(short.strip()) for long, short in zip(texts["neither"], texts["until"], strict=True))
+
+
+def test_a_checkpoints_own_penalties_do_not_shape_answers(recorded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(CHECKPOINT, copy)
+    path = copy / "generation_config.json"
+    settings = {"repetition_penalty": 5.0, "num_beams": 3, "no_repeat_ngram_size": 1, "length_penalty": -4.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    base = "method=none,shots=2,batch_size=8"
+    runs = [recorded(f"pretrained={name},{base}", ["shapes_phrase_en"], limit=16) for name in ("tiny", copy)]
+    assert answers(runs[0]["results"]) == answers(runs[1]["results"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -301,6 +322,10 @@ class TestBadInput:
             ("prompt_style=poem", "unknown prompt_style"),
             ("batch_size=none", "batch_size='none'"),
             ("loss=last", "one of first, all"),
+            ("samples=1", "samples=1, expected at least 2"),
+            ("vector=somewhere,method=random,steps=3", "leave out method, steps, or vector= to fit anew"),
+            ("fewshot_as_multiturn=3", "expected True or False"),
+            ("max_pixels=64", "max_pixels: the image processor of tiny .* has no such setting"),
             ("decoder=nowhere", "decoder='nowhere'"),
         ],
     )

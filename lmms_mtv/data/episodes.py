@@ -246,7 +246,7 @@ SETS: Sequence[EpisodeSet] = (
     ),
     EpisodeSet(
         "dtd",
-        {s: File(f"dtd_{s}.json", f"{_URL}dtd/{s}.json") for s in ("train", "test")},
+        {s: File(f"dtd_{s}.json", f"{_URL}dtd/{s}.json", f"dtd/{s}.json") for s in ("train", "test")},
         {"train": (4_000, 10, 10), "test": (3_000, 37, 37)},
         File(
             "dtd-r1.0.1.tar.gz",

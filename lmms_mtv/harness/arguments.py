@@ -67,5 +67,10 @@ def divide(
             listed = "; ".join(f"{owner}: {', '.join(group) or 'nothing'}" for owner, group in known.items())
             raise ArgumentError(f"unknown model argument {key!r}.{hint} Known to {listed}.")
     settings = {key: given[key] for key in method.settings() if key in given}
+    if arguments.vector is not None and (fixed := [key for key in ("method", *settings) if key in given]):
+        raise ArgumentError(
+            f"vector={arguments.vector} carries its own method and settings: leave out {', '.join(fixed)}, or vector= "
+            "to fit anew"
+        )
     method.configure(settings)
     return arguments, method, settings, {key: given[key] for key in base if key in given}

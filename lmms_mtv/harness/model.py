@@ -17,7 +17,7 @@ from lmms_eval.utils import sanitize_model_name, simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 
-from lmms_mtv.errors import ArgumentError, DataError, HookError
+from lmms_mtv.errors import DataError, HookError
 from lmms_mtv.harness import bases, record
 from lmms_mtv.harness.arguments import Arguments, divide, names
 from lmms_mtv.harness.failure import reported
@@ -153,7 +153,8 @@ class Mtv(lmms):  # type: ignore[misc]
     def _shots(self, task: Any) -> int:
         asked, of_harness = self._arguments.shots, task.config.num_fewshot or 0
         if asked is not None and of_harness not in (0, asked):
-            raise ArgumentError(f"shots={asked} and --num_fewshot {of_harness} disagree: give one of them")
+            # A task file can say so too, and that cannot be told from the command line.
+            logger.warning(f"shots={asked} is used, not the {of_harness} of --num_fewshot or of the task file")
         return of_harness if asked is None else asked
 
 

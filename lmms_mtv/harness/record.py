@@ -26,15 +26,15 @@ def vector_path(folder: Path, vector: TaskVector) -> Path:
     return folder / vector.card.task / f"{vector.card.method}-{vector.id}" / "vector.safetensors"
 
 
-def of_task(vector: TaskVector, source: str, seed: int) -> dict[str, Any]:
-    """The entry of one task. ``source`` is the file of the vector, or how it came about."""
+def of_task(vector: TaskVector, source: str, seed: int, shots: int) -> dict[str, Any]:
+    """The entry of one task. ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated."""
     card = dataclasses.asdict(vector.card)
     return {
         "method": card["method"],
         "vector": vector.id,
         "source": source,
         "heads": [list(head) for head in vector.heads],
-        "shots": card["shots"],
+        "shots": shots,
         "seed": seed,
         "settings": dict(card["config"]),
         "fit_seconds": card["seconds"],

@@ -87,6 +87,8 @@ class Vectors(Generic[P]):
                     f"vector {loaded.id} was fitted for revision {loaded.card.revision} of {model.name}, this is "
                     f"{model.revision}"
                 )
+            if loaded.card.dtype != model.dtype:
+                logger.warning(f"vector {loaded.id} was fitted in {loaded.card.dtype}, this is {model.dtype}")
 
     def of(self, prompts: Prompts[P], shots: int, folder: Path | None) -> TaskVector:
         """The vector of a task that is evaluated with ``shots`` demonstrations.
@@ -102,7 +104,7 @@ class Vectors(Generic[P]):
                 self._logger.warning(
                     f"vector {self._loaded.id} was fitted for prompts of {card.shots} shots and is used with {shots}"
                 )
-            self.record[name] = record.of_task(self._loaded, str(self._arguments.vector), self._arguments.seed)
+            self.record[name] = record.of_task(self._loaded, str(self._arguments.vector), self._arguments.seed, shots)
             return self._loaded
         vector = self._fit(prompts, shots)
         source = "nothing to fit"
@@ -110,7 +112,7 @@ class Vectors(Generic[P]):
             source = "fitted"
             if folder is not None and self._rank == 0:
                 source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
-        self.record[name] = record.of_task(vector, source, self._arguments.seed)
+        self.record[name] = record.of_task(vector, source, self._arguments.seed, shots)
         return vector
 
     def _fit(self, prompts: Prompts[P], shots: int) -> TaskVector:

@@ -48,9 +48,12 @@ class Config:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "samples", "examples", "candidates", "candidate_examples"):
+        for name in ("iterations", "examples", "candidates", "candidate_examples"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.samples < 2:
+            # A single loss has no mean to be better than.
+            raise ArgumentError(f"samples={self.samples}, expected at least 2: masks are compared with each other")
         if self.fit_shots < 0 or self.steps < 0 or self.lr <= 0 or not 0 <= self.floor < 1:
             raise ArgumentError("expected fit_shots and steps of at least 0, lr above 0, floor in [0, 1)")
 
