@@ -440,7 +440,8 @@ class TestFits:
         from lmms_mtv.harness.task import TaskPrompts
 
         settings = SHORT | {"loss": "all", "seed": 5}
-        folder = task_file(tmp_path, "answers", description="red circle.\n")
+        # Without a line break at its end, which lmms-eval's templates drop and lm-eval's keep.
+        folder = task_file(tmp_path, "answers", description="red circle. ")
         lm, _ = run(text_model, folder, ["answers"], **settings)
         manager = LmmsTasks("ERROR", include_path=str(folder), include_defaults=False, model_name="mtv")
         other = LmmsMtv(pretrained=str(text_model), **settings)
