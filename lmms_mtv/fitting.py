@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lmms_mtv.errors import DataError, HookError, NumericsError
 from lmms_mtv.hooks import Prefill, Sites, capture, record, verify
+from lmms_mtv.ranks import Ranks
 from lmms_mtv.vector import Edit
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class FitSession(Generic[P]):
 
     ``shots`` is the number of demonstrations in the prompts that the vector will be used with: losses are of such
     prompts. ``memory`` is how many bytes of prefilled prompts are kept, and how many the copies of one may
-    take in a replay. All randomness comes from ``seed`` and the
+    take in a replay. ``ranks`` are the processes that fit together, each with a session of its own: prompts and edits
+    are shared out among them, and all get the same results. All randomness comes from ``seed`` and the
     purpose it is drawn for, so that nothing depends on the order of calls or on ``batch_size``.
     """
 
@@ -80,6 +82,7 @@ class FitSession(Generic[P]):
         batch_size: int = 1,
         memory: int = 4 << 30,
         progress: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         self.sites = sites
         self.seed = seed
@@ -90,6 +93,7 @@ class FitSession(Generic[P]):
         self._batch_size = batch_size
         self._memory = memory
         self._progress = progress
+        self._ranks = ranks or Ranks()
         self._prefills: OrderedDict[Episode, tuple[Prefill, list[int]]] = OrderedDict()
         self._replays: bool | None = None
 
@@ -144,29 +148,43 @@ class FitSession(Generic[P]):
         MTV, arXiv 2406.15334, section 3.1: ``mu_l = (1/T) sum_t z_l``.
         """
         total = torch.zeros(self.shape, dtype=torch.float64)
-        batches = [episodes[i : i + self._batch_size] for i in range(0, len(episodes), self._batch_size)]
-        for batch in self.bar(batches, "Extracting activations"):
-            with record(self.sites) as recording:
-                self._runner.run([self._examples.prompt(episode) for episode in batch])
-            rows = recording.last()
-            if rows.shape[0] != len(batch):
-                raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
-            total += rows.to("cpu", torch.float64).sum(0)
-            self.forwards += 1
-        return (total / len(episodes)).float()
+        own = self._ranks.share(episodes)
+        batches = [own[i : i + self._batch_size] for i in range(0, len(own), self._batch_size)]
+        with self._ranks.together():
+            for batch in self.bar(batches, "Extracting activations"):
+                with record(self.sites) as recording:
+                    self._runner.run([self._examples.prompt(episode) for episode in batch])
+                rows = recording.last()
+                if rows.shape[0] != len(batch):
+                    raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
+                total += rows.to("cpu", torch.float64).sum(0)
+                self.forwards += 1
+        return (self._ranks.total(total) / len(episodes)).float()
 
     @torch.no_grad()
     def losses(self, episode: Episode, edit: Edit, tokens: Tokens = "first") -> Tensor:
-        """Cross-entropy of the query's target under each of the K edits, float32 [K].
+        """Cross-entropy of the query's target under each of the K edits, float32 [K], on the CPU.
 
         ``tokens`` is ``first`` for the first target token, or ``all`` for the mean over all of them. The first call
         compares one replay with full forwards; if they differ, this session uses full forwards and says so.
         """
-        prefill, target = self._prefill(episode)
-        if tokens == "first":
-            target = target[:1]
+        with self._ranks.together():
+            prefill, target = self._prefill(episode)
+            if tokens == "first":
+                target = target[:1]
+            replays = self._compared(prefill, edit, target) if self._replays is None else self._replays
         if self._replays is None:
-            self._replays = self._compared(prefill, edit, target)
+            # One rank that cannot replay is enough: all of them have to do the same.
+            self._replays = self._ranks.total(torch.tensor(float(replays))).item() == self._ranks.count
+        if edit.batch is None:
+            return self._losses(prefill, edit, target)
+        found = torch.zeros(edit.batch)
+        with self._ranks.together():
+            if edit.batch > self._ranks.rank:
+                found[self._ranks.mine] = self._losses(prefill, edit.taken(self._ranks.mine), target).cpu()
+        return self._ranks.total(found)
+
+    def _losses(self, prefill: Prefill, edit: Edit, target: list[int]) -> Tensor:
         run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
         # A replay copies the cache for each of its rows.
         size = max(1, self._memory // max(prefill.bytes, 1))

@@ -81,16 +81,17 @@ class Edit:
 
     def row(self, index: int) -> Edit:
         """Edit ``index`` of a batch of K; an edit without a batch is itself."""
-        return self._taken(index)
+        return self.taken(index)
 
     def parts(self, size: int) -> list[Edit]:
         """A batch of K edits as batches of at most ``size``; an edit without a batch is itself."""
         count = self.batch
         if count is None or count <= size:
             return [self]
-        return [self._taken(slice(start, start + size)) for start in range(0, count, size)]
+        return [self.taken(slice(start, start + size)) for start in range(0, count, size)]
 
-    def _taken(self, index: int | slice) -> Edit:
+    def taken(self, index: int | slice) -> Edit:
+        """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
         return Edit(
             self.value[index] if self.value.dim() > 3 else self.value,
             self.keep[index] if self.keep.dim() > 2 else self.keep,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,11 +44,12 @@ class HfConfig:
     """Arguments of the base.
 
     ``pretrained``: name on the hub, folder, or ``tiny``; ``revision``: of the hub. ``device``: default is the GPU if
-    there is one; ``device_map``: passed to transformers, to spread a model over devices. ``dtype``: ``auto`` (the
-    checkpoint's), ``float32``, ``bfloat16`` or ``float16``. ``prompt_style``: ``raw`` writes the task's text alone,
-    as the MTV authors do, ``chat`` uses the model's chat template; there, demonstrations are turns of their own
-    (``fewshot_as_multiturn``), or stand in the query's turn, written as in a raw prompt. ``image_placeholder``: the
-    text for an image in a raw prompt, where it cannot be told from the processor.
+    there is one, with several processes each its own; ``device_map``: passed to transformers, to spread a model over
+    devices. ``dtype``: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. ``prompt_style``:
+    ``raw`` writes the task's text alone, as the MTV authors do, ``chat`` uses the model's chat template; there,
+    demonstrations are turns of their own (``fewshot_as_multiturn``), or stand in the query's turn, written as in a
+    raw prompt. ``image_placeholder``: the text for an image in a raw prompt, where it cannot be told from the
+    processor.
 
     An image costs what its processor makes of it. ``do_image_splitting`` cuts large images into crops where the
     processor can (Idefics 2 and 3, SmolVLM); it is off, as in the MTV authors' code, so that few-shot prompts fit;
@@ -134,7 +136,7 @@ class Hf:
                 f"pretrained={config.pretrained} cannot be loaded: {one_line(error)} (give the name of a model on "
                 f"the hub, a folder, or {TINY!r}; without network, the model has to be in the local cache)"
             ) from error
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(config.device)
         if config.device_map is None:
             model.to(self.device)
         else:
@@ -288,6 +290,14 @@ def revision_of(source: str, commit: str | None) -> str | None:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
+
+
+def _device(name: str | None) -> torch.device:
+    """The device ``name``, or the GPU of this process if there is one; each of several processes has its own."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
 
 
 def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any:

@@ -113,9 +113,7 @@ class Mtv(HFLM):  # type: ignore[misc]
                 "edit: use method=none"
             )
         self._sites = find_sites(self.model, self._arguments.decoder)
-        self._vectors = Vectors[LmPrompt](
-            self._arguments, method, settings, _Runner(self), self._sites, loaded, logger, self.rank
-        )
+        self._vectors = Vectors[LmPrompt](self._arguments, method, settings, _Runner(self), self._sites, loaded, logger)
         self._record = self._vectors.record
 
     @classmethod

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import Task
@@ -17,6 +18,7 @@ from lmms_eval.utils import sanitize_model_name, simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 
+from lmms_mtv import ranks
 from lmms_mtv.errors import DataError, HookError
 from lmms_mtv.harness import bases, record
 from lmms_mtv.harness.arguments import Arguments, divide, names
@@ -46,7 +48,7 @@ class Mtv(lmms):  # type: ignore[misc]
         self._base = bases.build(base, for_base)
         self._sites = find_sites(self._base.model, self._arguments.decoder)
         self._vectors = Vectors[Prompt](
-            self._arguments, method, settings, self._base, self._sites, loaded, logger, self.rank
+            self._arguments, method, settings, self._base, self._sites, loaded, logger, ranks.current
         )
         self._pretrained = given.get("pretrained", "")
 
@@ -119,7 +121,8 @@ class Mtv(lmms):  # type: ignore[misc]
         answers: dict[int, GenerationResult] = {}
         began = time.perf_counter()
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
-        with edited as fired:
+        together = ranks.current()
+        with together.together(), edited as fired:
             for batch in tqdm(batches, desc=f"Evaluating {prompts.name}", disable=self.rank != 0, dynamic_ncols=True):
                 before = fired.count
                 made = [
@@ -138,11 +141,13 @@ class Mtv(lmms):  # type: ignore[misc]
                         "model: pass decoder= with the module that its forward calls"
                     )
         counted = [answer.token_counts for answer in answers.values()]
+        tokens = [[1, counts.input_tokens, counts.output_tokens] for counts in counted]
+        count, taken, given = together.total(torch.tensor(tokens, dtype=torch.float64).sum(0)).tolist()
         self._vectors.record[prompts.name]["evaluation"] = {
-            "requests": len(answers),
+            "requests": int(count),
             "seconds": time.perf_counter() - began,
-            "input_tokens": sum(counts.input_tokens for counts in counted) / len(counted),
-            "output_tokens": sum(counts.output_tokens for counts in counted) / len(counted),
+            "input_tokens": taken / count,
+            "output_tokens": given / count,
         }
         return answers
 

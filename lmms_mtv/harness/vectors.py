@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.training import Training
 from lmms_mtv.hooks import Sites
 from lmms_mtv.methods import Fitted, Method
+from lmms_mtv.ranks import Ranks
 from lmms_mtv.vector import TaskVector, VectorCard
 
 P = TypeVar("P")
@@ -55,7 +56,8 @@ class Prompts(Examples[P_co], Protocol[P_co]):
 class Vectors(Generic[P]):
     """The task vectors of one run. ``loaded``, if there is one, stands for all that would be fitted.
 
-    ``record`` has an entry for each task that :meth:`of` was asked for. Only rank 0 writes files and messages.
+    ``record`` has an entry for each task that :meth:`of` was asked for. ``ranks`` gives the processes that fit
+    together, known when the first fit begins; only rank 0 of them writes files and messages, and none if ``quiet``.
 
     Raises :class:`GeometryError` if ``loaded`` was made for another model.
     """
@@ -69,7 +71,8 @@ class Vectors(Generic[P]):
         sites: Sites,
         loaded: TaskVector | None,
         logger: Logger,
-        rank: int = 0,
+        ranks: Callable[[], Ranks] = Ranks,
+        quiet: bool = False,
     ) -> None:
         self.record: dict[str, dict[str, Any]] = {}
         self._arguments = arguments
@@ -79,7 +82,8 @@ class Vectors(Generic[P]):
         self._sites = sites
         self._loaded = loaded
         self._logger = logger
-        self._rank = rank
+        self._ranks = ranks
+        self._quiet = quiet
         if loaded is not None:
             loaded.check(sites.geometry, model.name)
             if loaded.card.revision != model.revision:
@@ -110,10 +114,14 @@ class Vectors(Generic[P]):
         source = "nothing to fit"
         if vector.edits:
             source = "fitted"
-            if folder is not None and self._rank == 0:
+            if folder is not None and self._leads:
                 source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
         self.record[name] = record.of_task(vector, source, self._arguments.seed, shots)
         return vector
+
+    @property
+    def _leads(self) -> bool:
+        return not self._quiet and self._ranks().rank == 0
 
     def _fit(self, prompts: Prompts[P], shots: int) -> TaskVector:
         training = prompts.training
@@ -131,7 +139,8 @@ class Vectors(Generic[P]):
             shots=shots,
             batch_size=self._model.batch_size,
             memory=int(self._arguments.cache_gb * 2**30),
-            progress=self._rank == 0,
+            progress=self._leads,
+            ranks=self._ranks(),
         )
         fitted: Fitted = self._method.fit(session, config)
         card = VectorCard(
@@ -152,7 +161,7 @@ class Vectors(Generic[P]):
             seconds=time.perf_counter() - began,
         )
         vector = TaskVector(dict(fitted.edits), card)
-        if fits and self._rank == 0:
+        if fits and self._leads:
             self._logger.info(_summary(vector, session))
         return vector
 

@@ -1,0 +1,74 @@
+"""Several processes that fit one vector together: who does what, and what they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from lmms_mtv.errors import MtvError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run: number ``rank`` of ``count``. All of them make the same calls.
+
+    One process alone communicates with nobody.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def mine(self) -> slice:
+        """The share of this rank in any sequence: every ``count``-th element."""
+        return slice(self.rank, None, self.count)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The elements of ``items`` that this rank works on; there may be none."""
+        return items[self.mine]
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over all ranks of ``part``, which has the same shape and dtype on each, on the CPU."""
+        if self.count == 1:
+            return part.cpu()
+        gathered = part.to(_device())
+        distributed.all_reduce(gathered)
+        return gathered.cpu()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all ranks finish, or none: an exception in one of them raises in all.
+
+        Without it the others would wait for a rank that has given up. Raises :class:`MtvError` on the others.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        failed = self.total(torch.tensor(float(error is not None)))
+        if error is not None:
+            raise error
+        if failed:
+            raise MtvError(f"{int(failed)} of {self.count} processes failed: their own messages say why")
+
+
+def current() -> Ranks:
+    """The ranks of this run: of torch.distributed where it is set up, as ``accelerate launch`` and torchrun do."""
+    if distributed.is_available() and distributed.is_initialized():
+        return Ranks(distributed.get_rank(), distributed.get_world_size())
+    return Ranks()
+
+
+def _device() -> torch.device:
+    """Where collectives run: NCCL needs the GPU of this process, gloo takes the CPU."""
+    if distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

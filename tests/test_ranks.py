@@ -1,0 +1,135 @@
+"""Several processes: each does a share, all get what one process alone gets, and none waits for one that failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sessions
+import torch
+import zoo
+from torch import distributed, multiprocessing
+
+from lmms_mtv import Edit, Episode, find_sites, methods
+from lmms_mtv.errors import MtvError
+from lmms_mtv.ranks import Ranks, current
+
+SHORT = "iterations=7,fit_shots=2,steps=12,samples=5,examples=6,candidate_examples=4,candidates=3"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def work(rank: int, count: int, port: int, folder: str) -> None:
+    """One process: a fit on a tiny model, and a step at which one rank fails; what came out goes to a file."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+    assert current() == Ranks(rank, count)
+    try:
+        result = fitted(current())
+        try:
+            with current().together():
+                if rank == count - 1:
+                    raise ValueError("only here")
+        except (ValueError, MtvError) as error:
+            result["failure"] = f"{type(error).__name__}: {error}"
+        torch.save(result, Path(folder, f"{rank}.pt"))
+    finally:
+        distributed.destroy_process_group()
+
+
+def fitted(ranks: Ranks) -> dict:
+    tiny = zoo.build(zoo.llama)
+    session = sessions.session(tiny, ranks=ranks, batch_size=2)
+    method = methods.get("mtv")
+    config = method.configure(
+        {"iterations": 7, "fit_shots": 2, "steps": 6, "samples": 5, "examples": 3, "candidate_examples": 2}
+    )
+    edit = method.fit(session, config).edits["heads"]
+    sites = find_sites(tiny.model)
+    masks = torch.rand(2, *sites.shape[:2], generator=torch.Generator().manual_seed(1)) < 0.5
+    losses = session.losses(Episode(0, (1,)), Edit.replace(edit.value, masks), "all")
+    alone = session.losses(Episode(0, (1,)), edit)
+    return {"value": edit.value, "heads": edit.heads, "losses": losses, "alone": alone.cpu()}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_fit_is_the_same_and_a_failure_is_everyones(count, tmp_path):
+    """Seven prompts, five masks and then two: shares are uneven, and with three processes one gets none."""
+    expected = fitted(Ranks())
+    multiprocessing.start_processes(work, (count, free_port(), str(tmp_path)), nprocs=count, start_method="fork")
+    for rank in range(count):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        torch.testing.assert_close(found["value"], expected["value"], rtol=1e-6, atol=1e-7)
+        assert found["heads"] == expected["heads"]
+        assert (found["losses"] - expected["losses"]).abs().max() < 1e-5
+        assert (found["alone"] - expected["alone"]).abs().max() < 1e-5
+        last = "ValueError: only here" if rank == count - 1 else f"MtvError: 1 of {count} processes failed"
+        assert found["failure"].startswith(last)
+
+
+def test_one_process_talks_to_nobody():
+    ranks = current()
+    assert ranks == Ranks(0, 1)
+    assert ranks.share([1, 2, 3]) == [1, 2, 3]
+    assert torch.equal(ranks.total(torch.ones(2)), torch.ones(2))
+    with pytest.raises(KeyError), ranks.together():
+        raise KeyError("own")
+
+
+def test_shares_cover_everything_once():
+    for count in (1, 2, 3, 5):
+        shares = [Ranks(rank, count).share(list(range(7))) for rank in range(count)]
+        assert sorted(index for share in shares for index in share) == list(range(7))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def launched(processes: int, output: Path, limit: int, arguments: str = SHORT) -> tuple[dict, dict]:
+    """The harness's command, in one process or started by accelerate; the record and the results."""
+    start = ["-m", "lmms_eval"]
+    if processes > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        start = [*launcher, "--main_process_port", str(free_port()), *start]
+    done = subprocess.run(
+        [
+            *(sys.executable, *start, "--model", "mtv", "--model_args", f"pretrained=tiny,{arguments}"),
+            *("--tasks", "shapes_color_en,shapes_phrase_en", "--limit", str(limit), "--output_path", str(output)),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=output.parent,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (record,) = output.rglob("*_mtv.json")
+    (results,) = output.rglob("*_results.json")
+    return json.loads(record.read_text())["tasks"], json.loads(results.read_text())["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "limit"), [(2, 9), (3, 4)])
+def test_the_command_gives_the_same_with_several_processes(processes, limit, tmp_path):
+    one, one_results = launched(1, tmp_path / "one", limit)
+    several, several_results = launched(processes, tmp_path / "several", limit)
+    assert len(list((tmp_path / "several").rglob("vector.safetensors"))) == 2
+    for task in one:
+        for key in ("vector", "heads", "settings", "split"):
+            assert several[task][key] == one[task][key], key
+        assert several_results[task]["exact_match,none"] == one_results[task]["exact_match,none"]
+
+
+@pytest.mark.slow
+def test_an_error_in_several_processes_ends_them_all(tmp_path):
+    with pytest.raises(AssertionError, match="fit_shots"):
+        launched(2, tmp_path / "out", 4, "fit_shots=5000")
