@@ -42,6 +42,10 @@ class LeakageError(DataError):
     """Examples that are evaluated would have been used for fitting."""
 
 
+class MemoryLimitError(MtvError):
+    """A forward does not fit the memory."""
+
+
 class ContextLengthError(MtvError):
     """A prompt is longer than the model's context."""
 

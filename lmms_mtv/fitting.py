@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from lmms_mtv.batches import BatchSize, alone
 from lmms_mtv.errors import DataError, HookError, NumericsError
 from lmms_mtv.hooks import Prefill, Sites, capture, record, verify
 from lmms_mtv.ranks import Ranks
@@ -24,6 +26,9 @@ P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
 P_contra = TypeVar("P_contra", contravariant=True)
 T = TypeVar("T")
+
+Run = Callable[[nn.Module, Sites, Edit, Sequence[int]], Tensor]
+"""How a prompt is run with edits: from its cache or whole."""
 
 Tokens = Literal["first", "all"]
 """Which tokens of the target count in a loss."""
@@ -65,10 +70,11 @@ class FitSession(Generic[P]):
     """One fit: a model, the training examples of one task, a seed.
 
     ``shots`` is the number of demonstrations in the prompts that the vector will be used with: losses are of such
-    prompts. ``memory`` is how many bytes of prefilled prompts are kept, and how many the copies of one may
-    take in a replay. ``ranks`` are the processes that fit together, each with a session of its own: prompts and edits
-    are shared out among them, and all get the same results. All randomness comes from ``seed`` and the
-    purpose it is drawn for, so that nothing depends on the order of calls or on ``batch_size``.
+    prompts. ``batch_size`` is the rows of an extracting forward. ``memory`` is how many bytes of prefilled prompts
+    are kept, and how many the copies of one may take in a replay. ``ranks`` are the processes that fit together, each
+    with a session of its own: prompts and edits are shared out among them, and all get the same results. All
+    randomness comes from ``seed`` and the purpose it is drawn for, so that nothing depends on the order of calls, on
+    ``batch_size`` or on ``ranks``.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class FitSession(Generic[P]):
         *,
         seed: int,
         shots: int = 0,
-        batch_size: int = 1,
+        batch_size: int | BatchSize = 1,
         memory: int = 4 << 30,
         progress: bool = True,
         ranks: Ranks | None = None,
@@ -90,7 +96,9 @@ class FitSession(Generic[P]):
         self.forwards = 0
         self._runner = runner
         self._examples = examples
-        self._batch_size = batch_size
+        self._batch_size = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size.copy()
+        # Fewer rows in a replay change nothing but the time it takes.
+        self._replay_rows = BatchSize(sys.maxsize, automatic=True)
         self._memory = memory
         self._progress = progress
         self._ranks = ranks or Ranks()
@@ -117,7 +125,10 @@ class FitSession(Generic[P]):
 
     def bar(self, items: Iterable[T], description: str) -> Iterable[T]:
         """A progress bar over ``items``."""
-        return tqdm(items, desc=description, disable=not self._progress, dynamic_ncols=True, leave=False)
+        return tqdm(items, **self._bar_options(description))
+
+    def _bar_options(self, description: str) -> dict[str, Any]:
+        return {"desc": description, "disable": not self._progress, "dynamic_ncols": True, "leave": False}
 
     def episodes(self, count: int, shots: int, purpose: str) -> list[Episode]:
         """``count`` random queries, each with ``shots`` random demonstrations, the query never among them.
@@ -149,16 +160,20 @@ class FitSession(Generic[P]):
         """
         total = torch.zeros(self.shape, dtype=torch.float64)
         own = self._ranks.share(episodes)
-        batches = [own[i : i + self._batch_size] for i in range(0, len(own), self._batch_size)]
-        with self._ranks.together():
-            for batch in self.bar(batches, "Extracting activations"):
-                with record(self.sites) as recording:
-                    self._runner.run([self._examples.prompt(episode) for episode in batch])
-                rows = recording.last()
-                if rows.shape[0] != len(batch):
-                    raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
-                total += rows.to("cpu", torch.float64).sum(0)
+
+        def extracted(batch: Sequence[Episode]) -> Tensor:
+            with record(self.sites) as recording:
+                self._runner.run([self._examples.prompt(episode) for episode in batch])
+            rows = recording.last()
+            if rows.shape[0] != len(batch):
+                raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
+            return rows.to("cpu", torch.float64).sum(0)
+
+        with self._ranks.together(), tqdm(total=len(own), **self._bar_options("Extracting activations")) as bar:
+            for batch, rows in self._batch_size.over(own, extracted):
+                total += rows
                 self.forwards += 1
+                bar.update(len(batch))
         return (self._ranks.total(total) / len(episodes)).float()
 
     @torch.no_grad()
@@ -168,7 +183,7 @@ class FitSession(Generic[P]):
         ``tokens`` is ``first`` for the first target token, or ``all`` for the mean over all of them. The first call
         compares one replay with full forwards; if they differ, this session uses full forwards and says so.
         """
-        with self._ranks.together():
+        with self._ranks.together(), alone():
             prefill, target = self._prefill(episode)
             if tokens == "first":
                 target = target[:1]
@@ -186,18 +201,27 @@ class FitSession(Generic[P]):
 
     def _losses(self, prefill: Prefill, edit: Edit, target: list[int]) -> Tensor:
         run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
-        # A replay copies the cache for each of its rows.
-        size = max(1, self._memory // max(prefill.bytes, 1))
         try:
-            parts = [run(self._runner.model, self.sites, part, target) for part in edit.parts(size)]
+            parts = self._in_batches(run, prefill, edit, target)
             self.forwards += len(parts)
-            return torch.cat([_cross_entropy(logits, target) for logits in parts])
+            return torch.cat(parts)
         except NumericsError:
             # Once more, to name the layer if it is one.
             with record(self.sites) as recording:
                 run(self._runner.model, self.sites, edit, target)
             recording.last()
             raise
+
+    def _in_batches(self, run: Run, prefill: Prefill, edit: Edit, target: list[int]) -> list[Tensor]:
+        """The losses of ``edit``, as many rows at a time as the memory takes."""
+
+        def of_rows(rows: Sequence[int]) -> Tensor:
+            part = edit.taken(slice(rows[0], rows[-1] + 1))
+            return _cross_entropy(run(self._runner.model, self.sites, part, target), target)
+
+        # A replay copies the cache for each of its rows.
+        limit = self._memory // max(prefill.bytes, 1)
+        return [found for _, found in self._replay_rows.over(range(edit.batch or 1), of_rows, limit)]
 
     def _prefill(self, episode: Episode) -> tuple[Prefill, list[int]]:
         if episode in self._prefills:
@@ -225,8 +249,8 @@ class FitSession(Generic[P]):
         if prefill.cache is None:
             logger.warning("the cache of this model cannot be replayed: losses come from full forwards, more slowly")
             return False
-        full = _cross_entropy(prefill.forward(model, self.sites, edit, target), target)
-        replayed = _cross_entropy(prefill.replay(model, self.sites, edit, target), target)
+        full = torch.cat(self._in_batches(prefill.forward, prefill, edit, target))
+        replayed = torch.cat(self._in_batches(prefill.replay, prefill, edit, target))
         parameter = next(model.parameters())
         tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
         gap = (full - replayed).abs().max().item()

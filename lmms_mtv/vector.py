@@ -83,13 +83,6 @@ class Edit:
         """Edit ``index`` of a batch of K; an edit without a batch is itself."""
         return self.taken(index)
 
-    def parts(self, size: int) -> list[Edit]:
-        """A batch of K edits as batches of at most ``size``; an edit without a batch is itself."""
-        count = self.batch
-        if count is None or count <= size:
-            return [self]
-        return [self.taken(slice(start, start + size)) for start in range(0, count, size)]
-
     def taken(self, index: int | slice) -> Edit:
         """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
         return Edit(

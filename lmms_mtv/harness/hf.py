@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from lmms_mtv.batches import AUTO, BatchSize
 from lmms_mtv.errors import ArgumentError, ContextLengthError, MtvError, unknown
 from lmms_mtv.harness import prompts as writing
 from lmms_mtv.harness.prompts import Message, Prompt
@@ -51,6 +52,8 @@ class HfConfig:
     raw prompt. ``image_placeholder``: the text for an image in a raw prompt, where it cannot be told from the
     processor.
 
+    ``batch_size``: rows of a forward, or ``auto``: 16, halved each time the memory runs out.
+
     An image costs what its processor makes of it. ``do_image_splitting`` cuts large images into crops where the
     processor can (Idefics 2 and 3, SmolVLM); it is off, as in the MTV authors' code, so that few-shot prompts fit;
     None leaves it to the checkpoint. ``min_pixels`` and ``max_pixels`` bound an image's size where the processor
@@ -70,7 +73,7 @@ class HfConfig:
     min_pixels: int | None = None
     max_pixels: int | None = None
     image_placeholder: str | None = None
-    batch_size: int = 1
+    batch_size: int | str = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -79,8 +82,8 @@ class HfConfig:
             raise unknown("prompt_style", str(self.prompt_style), writing.STYLES)
         if not isinstance(self.fewshot_as_multiturn, bool):
             raise ArgumentError(f"fewshot_as_multiturn={self.fewshot_as_multiturn!r}, expected True or False")
-        if not str(self.batch_size).isdigit() or int(self.batch_size) < 1:
-            raise ArgumentError(f"batch_size={self.batch_size!r}, expected a number, 1 or more")
+        if self.batch_size != "auto" and (not str(self.batch_size).isdigit() or int(self.batch_size) < 1):
+            raise ArgumentError(f"batch_size={self.batch_size!r}, expected a number, 1 or more, or auto")
 
 
 class Answer(NamedTuple):
@@ -111,7 +114,8 @@ class Hf:
 
     def __init__(self, config: HfConfig) -> None:
         self.config = config
-        self.batch_size = int(config.batch_size)
+        automatic = config.batch_size == "auto"
+        self.batch_size = BatchSize(AUTO if automatic else int(config.batch_size), automatic)
         source = str(CHECKPOINT) if config.pretrained == TINY else config.pretrained
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         try:

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 
+from lmms_mtv.batches import BatchSize
 from lmms_mtv.errors import ArgumentError, ContextLengthError, HookError
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments, divide, names
@@ -285,7 +286,7 @@ class _Runner:
         self.revision = revision_of(source, getattr(lm.config, "_commit_hash", None))
         self.dtype = str(lm.model.dtype).removeprefix("torch.")
         # An automatic batch size is one of evaluation; activations do not depend on it.
-        self.batch_size = lm.batch_size if isinstance(lm.batch_size, int) else 1
+        self.batch_size = BatchSize(lm.batch_size if isinstance(lm.batch_size, int) else 1)
 
     def written(self, prompt: LmPrompt) -> list[str]:
         """The context, and what stands before, in and after the target."""

@@ -23,6 +23,7 @@ from lmms_mtv.errors import DataError, HookError
 from lmms_mtv.harness import bases, record
 from lmms_mtv.harness.arguments import Arguments, divide, names
 from lmms_mtv.harness.failure import reported
+from lmms_mtv.harness.hf import Answer
 from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.task import TaskPrompts
 from lmms_mtv.harness.vectors import Vectors
@@ -110,36 +111,37 @@ class Mtv(lmms):  # type: ignore[misc]
         vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
 
         # Requests of a batch share their generation settings.
-        batches: list[list[int]] = []
         by_settings: dict[str, list[int]] = {}
         for position, request in enumerate(requests):
             by_settings.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(position)
-        for positions in by_settings.values():
-            size = self._base.batch_size
-            batches += [positions[i : i + size] for i in range(0, len(positions), size)]
 
         answers: dict[int, GenerationResult] = {}
         began = time.perf_counter()
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
+        bar = tqdm(total=len(requests), desc=f"Evaluating {prompts.name}", disable=self.rank != 0, dynamic_ncols=True)
         together = ranks.current()
-        with together.together(), edited as fired:
-            for batch in tqdm(batches, desc=f"Evaluating {prompts.name}", disable=self.rank != 0, dynamic_ncols=True):
+        with together.together(), edited as fired, bar:
+
+            def answered(batch: Sequence[int]) -> list[Answer]:
                 before = fired.count
-                made = [
-                    prompts.evaluation(request.args[3], request.args[5], shots, self._arguments.seed)
-                    for request in (requests[position] for position in batch)
-                ]
-                settings = requests[batch[0]].args[2]
-                for position, answer in zip(batch, self._base.generate(made, settings), strict=True):
-                    request = requests[position]
-                    self.cache_hook.add_partial("generate_until", (request.args[0], settings), answer.text)
-                    counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
-                    answers[indices[position]] = GenerationResult(answer.text, counts)
+                args = [requests[position].args for position in batch]
+                made = [prompts.evaluation(arg[3], arg[5], shots, self._arguments.seed) for arg in args]
+                found = self._base.generate(made, args[0][2])
                 if vector.edits and fired.count == before:
                     raise HookError(
                         "the edit never ran while the base generated, so that the answers are those of the plain "
                         "model: pass decoder= with the module that its forward calls"
                     )
+                return found
+
+            size = self._base.batch_size.copy()
+            for batch, found in (part for same in by_settings.values() for part in size.over(same, answered)):
+                bar.update(len(batch))
+                for position, answer in zip(batch, found, strict=True):
+                    request = requests[position]
+                    self.cache_hook.add_partial("generate_until", request.args[:1] + request.args[2:3], answer.text)
+                    counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+                    answers[indices[position]] = GenerationResult(answer.text, counts)
         counted = [answer.token_counts for answer in answers.values()]
         tokens = [[1, counts.input_tokens, counts.output_tokens] for counts in counted]
         count, taken, given = together.total(torch.tensor(tokens, dtype=torch.float64).sum(0)).tolist()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from lmms_mtv import methods
+from lmms_mtv.batches import BatchSize
 from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
@@ -39,7 +40,7 @@ class Model(Runner[P_contra], Protocol[P_contra]):
     name: str
     revision: str | None
     dtype: str
-    batch_size: int
+    batch_size: BatchSize
 
     def written(self, prompt: P_contra) -> list[str]:
         """All that is written of a prompt with its target, in pieces."""
