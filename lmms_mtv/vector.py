@@ -216,7 +216,10 @@ class TaskVector:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file with the card in its metadata. The file appears whole or not at all."""
+        """Write one safetensors file with the card in its metadata. The file appears whole or not at all.
+
+        Raises :class:`VectorFileError` if there is no room or no permission, :class:`NumericsError` on NaN.
+        """
         path = Path(path)
         tensors = {
             f"{name}.{part}": getattr(edit, part).detach().to("cpu", torch.float32).contiguous()
@@ -228,17 +231,13 @@ class TaskVector:
                 raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
         card = self.card.to_json()
         metadata = {"format": "lmms-mtv", "card": card, "checksum": checksum(card, tensors)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(serialized(tensors, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+            _written(path, serialized(tensors, metadata))
+        except OSError as error:
+            raise VectorFileError(
+                f"{path} cannot be written ({error.strerror or error}): make room or choose another place; what was "
+                "there before is as it was"
+            ) from error
         return path
 
     @classmethod
@@ -285,3 +284,18 @@ def checksum(card: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _written(path: Path, content: bytes) -> None:
+    """Make ``path`` a file of ``content``, all at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

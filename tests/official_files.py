@@ -41,6 +41,12 @@ def tarred(path: Path, members: Mapping[str, bytes]) -> None:
             archive.addfile(info, io.BytesIO(content))
 
 
+def members(path: Path, ending: str) -> list[str]:
+    """Names inside a tar."""
+    with tarfile.open(path) as archive:
+        return [name for name in archive.getnames() if name.endswith(ending)]
+
+
 def build(task: str, folder: Path) -> Path:
     """The official files of ``task``, small, in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import os
@@ -14,6 +15,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import official_files
 import pytest
 from hypothesis import given
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 
 from lmms_mtv import cli, data
 from lmms_mtv.data import episodes, hub, vqa, words
+from lmms_mtv.data.official import checksum
 from lmms_mtv.errors import ArgumentError, DataError
 
 EPISODES = {known.task: known for known in episodes.SETS}
@@ -210,7 +213,66 @@ def test_the_split_of_words_is_the_seeds_and_of_the_authors_sizes():
     assert {name: len(part) for name, part in made.items()} == data.source("english_spanish").rows
 
 
+PUBLISHED = os.environ.get("LMMS_MTV_PUBLISHED")
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="LMMS_MTV_PUBLISHED names no folder with the published JSON files")
+def test_the_published_files_are_what_the_tasks_say(tmp_path):
+    """On the real word pairs and episodes, which are not in this repository."""
+    for task, known in (("english_spanish", words), ("antonyms", words)):
+        path = data.Official(task, Path(PUBLISHED), tmp_path, progress=False).find(known._FILES[task])
+        pairs = json.loads(path.read_text())
+        made = words.split(pairs, words.SEED)
+        assert {name: len(part) for name, part in made.items()} == data.source(task).rows
+        side = {(pair["input"], pair["output"]): name for name, part in made.items() for pair in part}
+        assert not [key for key, name in side.items() if side.get(key[::-1], name) != name]
+    for known in episodes.SETS:
+        official = data.Official(known.task, Path(PUBLISHED), tmp_path, progress=False)
+        for split, file in known.files.items():
+            stated = json.loads(official.find(file).read_text())
+            assert len(episodes.checked(stated, known, split, file.name)) == known.counts[split][0]
+
+
+def test_characters_that_look_like_line_breaks_stay_inside_their_row(files, used):
+    folder = files("english_spanish")
+    pairs = [{"input": f"a\u2028b\x85c\u2029{i}", "output": f"\u00e9\x0c{i}"} for i in range(20)]
+    (folder / "english-spanish.json").write_text(json.dumps(pairs))
+    prepared("english_spanish", folder, used)
+    found = [row for split in ("train", "validation", "test") for row in data.documents("english_spanish", split)]
+    assert sorted(map(str, found)) == sorted(map(str, pairs))
+
+
 class TestBadData:
+    def test_a_damaged_image_of_the_right_size_is_mended_by_the_command_it_names(self, files, used):
+        folder = files("vizwiz")
+        prepared("vizwiz", folder, used)
+        path = used / "vizwiz" / "images" / "VizWiz_val_00000001.jpg"
+        whole = path.read_bytes()
+        path.write_bytes(bytes(len(whole)))
+        with pytest.raises(DataError, match=r"does not open.*lmms-mtv prepare vizwiz"):
+            data.image("vizwiz", "images/VizWiz_val_00000001.jpg")
+        prepared("vizwiz", folder, used)
+        assert path.read_bytes() == whole
+
+    def test_two_archives_of_one_name_are_not_guessed_between(self, files, used, tmp_path):
+        source = tmp_path / "downloads"
+        shutil.copytree(files("vizwiz"), source / "vizwiz")
+        (source / "coco").mkdir()
+        official_files.zipped(source / "coco" / "train.zip", {"other.jpg": b""})
+        with pytest.raises(DataError, match=r"more than one train\.zip .*pass --source"):
+            prepared("vizwiz", source, used)
+        prepared("vizwiz", source / "vizwiz", used)
+
+    def test_linked_folders_are_followed(self, files, used, tmp_path):
+        with tarfile.open(files("dtd") / "dtd-r1.0.1.tar.gz") as archive:
+            archive.extractall(tmp_path / "far", filter="data")
+        source = tmp_path / "source"
+        (source / "dtd").mkdir(parents=True)
+        (source / "dtd" / "images").symlink_to(tmp_path / "far" / "dtd" / "images")
+        for path in files("dtd").glob("*.json"):
+            shutil.copy(path, source)
+        assert prepared("dtd", source, used) == {"train": 24, "test": 5}
+
     def test_a_missing_archive(self, files, used):
         folder = files("vizwiz")
         (folder / "train.zip").unlink()
@@ -321,44 +383,104 @@ class TestBadData:
 
 
 class TestHub:
-    """Copies in the hub's own layout, in a local folder: parquet files, images as bytes with a name."""
+    """Copies in the hub's own layout, in local folders: parquet files, images as bytes with a name."""
 
     @pytest.fixture
-    def copy(self, tmp_path):
-        import datasets
+    def copied(self, tmp_path):
+        """Make a copy of a split in the hub's layout; gives its folder."""
 
-        names = [f"VizWiz_train_{i:08d}.jpg" for i in range(3)]
-        folder = tmp_path / "copy"
-        table = datasets.Dataset.from_dict(
-            {
-                "image": [{"bytes": official_files.picture(name), "path": name} for name in names],
-                "question": ["one?", "two?", "three?"],
-                "answers": [["a"] * 10, ["b"] * 10, ["c"] * 10],
-                "caption": ["never read"] * 3,
-            }
-        ).cast_column("image", datasets.Image())
-        (folder / "data").mkdir(parents=True)
-        table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-        return folder, names
+        def make(name: str, split: str, **columns) -> str:
+            folder = tmp_path / "copies" / name
+            images = [{"bytes": official_files.picture(image), "path": image} for image in columns.pop("image")]
+            table = datasets.Dataset.from_dict({"image": images, "caption": ["never read"] * len(images), **columns})
+            (folder / "data").mkdir(parents=True, exist_ok=True)
+            table = table.cast_column("image", datasets.Image())
+            table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+            return str(folder)
 
-    def test_only_the_needed_columns_and_lazy_images(self, copy):
-        folder, names = copy
-        source = hub.Copy("vizwiz", str(folder), "train", ("question", "answers"))
-        table = hub.table(source)
-        assert table.column_names == ["question", "answers"]
-        reference = hub.reference(source, 1)
-        assert hub.image(reference) == official_files.picture(names[1])
-        assert data.image("vizwiz", reference).mode == "RGB"
+        return make
 
-    def test_images_are_found_by_their_official_names(self, copy):
-        folder, names = copy
-        found = episodes._references((hub.Copy("dtd", str(folder), "train", ("image",)),))
-        assert list(found) == names
-        assert hub.image(found[names[2]]) == official_files.picture(names[2])
+    def test_the_hub_gives_what_official_files_give(self, copied, files, used, monkeypatch):
+        """Same rows in the same order, whatever the order of the copy; only the references to images differ."""
+        expected, folders = {}, {}
+        for task, splits in (("vizwiz", ("train", "val")), ("okvqa", ("train", "val2014"))):
+            prepared(task, files(task), used)
+            for split in splits:
+                expected[task, split] = rows = data.documents(task, split).to_list()
+                mixed = sorted(rows, key=lambda row: row["answer"])
+                names = [Path(row["image"]).name for row in mixed]
+                columns = {"question": [row["question"] for row in mixed], "image": names}
+                if task == "vizwiz":
+                    columns |= {"question_id": [row["question_id"] for row in mixed], "filename": names}
+                else:
+                    columns["question_id"] = [int(row["question_id"]) for row in mixed]
+                    columns["answers_original"] = [
+                        [
+                            {"answer": a, "raw_answer": b, "answer_id": 0, "answer_confidence": "yes"}
+                            for a, b in zip(row["answers_stemmed"], row["answers"], strict=True)
+                        ]
+                        for row in mixed
+                    ]
+                columns["answers"] = [row["answers"] for row in mixed]
+                folders[task, split] = copied(f"{task}-{split}", split, **columns)
+        monkeypatch.delenv(data.FOLDER)
+        for (task, split), folder in folders.items():
+            copy = dataclasses.replace(vqa.COPIES[f"{task}/{split}"], path=folder, revision="")
+            monkeypatch.setitem(vqa.COPIES, f"{task}/{split}", copy)
+        annotations = files("okvqa") / "mscoco_val2014_annotations.json.zip"
+        monkeypatch.setattr(hub, "downloaded", lambda file, task: annotations)
+        for (task, split), rows in expected.items():
+            known = dataclasses.replace(data.source(task), rows={split: len(rows)})
+            monkeypatch.setitem(data.SOURCES, task, known)
+            found = data.documents(task, split)
+            without = [{key: value for key, value in row.items() if key != "image"} for row in rows]
+            assert found.remove_columns("image").to_list() == without
+            for row, official in zip(found, rows, strict=True):
+                assert data.image(task, row["image"]) == data.image(task, str(used / task / official["image"]))
+            assert "caption" not in hub.table(vqa.COPIES[f"{task}/{split}"]).column_names
 
-    def test_a_copy_without_the_columns(self, copy):
-        with pytest.raises(DataError, match=r"cannot be loaded.*lmms-mtv prepare okvqa"):
-            hub.table(hub.Copy("okvqa", str(copy[0]), "train", ("answers_original",)))
+    def test_episodes_find_their_images_by_official_names(self, copied, files, used, monkeypatch):
+        folder = files("dtd")
+        prepared("dtd", folder, used)
+        (known,) = (one for one in episodes.SETS if one.task == "dtd")
+        every = official_files.members(folder / "dtd-r1.0.1.tar.gz", ".jpg")
+        path = copied("dtd", "train", image=sorted(Path(name).name for name in every))
+        local = {s: dataclasses.replace(known.files[s], url=str(folder / f"dtd_{s}.json")) for s in known.files}
+        stated = {s: json.loads((folder / f"dtd_{s}.json").read_text()) for s in local}
+        counts = {s: (len(e), *(len({x[k] for x in e}) for k in ("pos_label", "neg_label"))) for s, e in stated.items()}
+        copy = dataclasses.replace(known.copies[0], path=path)
+        changed = dataclasses.replace(known, files=local, counts=counts, copies=(copy,))
+        monkeypatch.setattr(episodes, "SETS", (changed,))
+        for split in ("train", "test"):
+            found, expected = episodes._fetch(changed, split), data.documents("dtd", split).to_list()
+            for row, official in zip(found, expected, strict=True):
+                assert {k: row[k] for k in ("a", "b", "answer")} == {k: official[k] for k in ("a", "b", "answer")}
+                for reference, name in zip(row["images"], official["images"], strict=True):
+                    assert hub.image(copy, int(reference.rpartition(":")[2])) == official_files.picture(name)
+                    assert data.image("dtd", reference) == data.image("dtd", name)
+        stated["train"][0]["query"] = "./dtd/images/else/else_0000.jpg"
+        (folder / "dtd_train.json").write_text(json.dumps(stated["train"]))
+        with pytest.raises(DataError, match=r"lacks 1 of the .* such as else_0000\.jpg: .*lmms-mtv prepare dtd"):
+            episodes._fetch(changed, "train")
+
+    def test_word_pairs_come_from_the_published_file_and_are_kept(self, files, monkeypatch, tmp_path):
+        path = files("antonyms") / "antonym.json"
+        file = dataclasses.replace(words._FILES["antonyms"], url=str(path), sha256=checksum(path, "sha256"))
+        found = [pair for split in ("train", "validation", "test") for pair in words._fetch("antonyms", file, split)]
+        assert sorted(map(str, found)) == sorted(map(str, json.loads(path.read_text())))
+        with pytest.raises(DataError, match=r"has sha256 \w{64}, expected ba66"):
+            words._fetch("antonyms", dataclasses.replace(file, sha256=words._FILES["antonyms"].sha256), "test")
+
+    def test_a_copy_that_is_not_what_it_was(self, copied, monkeypatch):
+        folder = copied("other", "val", question_id=["1"], question=["?"], answers=[[]], image=["x.jpg"])
+        copy = dataclasses.replace(vqa.COPIES["vizwiz/val"], path=folder)
+        monkeypatch.setitem(vqa.COPIES, "vizwiz/val", copy)
+        monkeypatch.delenv(data.FOLDER, raising=False)
+        with pytest.raises(DataError, match=r"is not what it was .*lmms-mtv prepare vizwiz"):
+            data.documents("vizwiz", "val")
+        monkeypatch.setitem(vqa.COPIES, "vizwiz/val", dataclasses.replace(copy, columns=("image", "text")))
+        with pytest.raises(DataError, match=r"cannot be loaded.*lmms-mtv prepare vizwiz"):
+            data.documents("vizwiz", "val")
 
 
 class TestCommand:

@@ -17,6 +17,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from lmms_mtv import data
+from lmms_mtv.errors import DataError
 from lmms_mtv.fitting import Episode
 from lmms_mtv.harness.hf import Hf, HfConfig
 from lmms_mtv.harness.paths import tasks_folder
@@ -140,6 +141,12 @@ class TestPrompts:
         assert [part["type"] for part in message["content"]] == ["text", "image", "text"]
         assert message["content"][0]["text"] == config.description
 
+    def test_demonstrations_of_another_data_set_are_refused(self, prepared_data):
+        made = prompts("dtd")
+        other = TaskPrompts(made._task, f"{prepared_data / 'vizwiz'}:train")
+        with pytest.raises(DataError, match="takes its demonstrations from its own data"):
+            len(other)
+
     @pytest.mark.parametrize("task", IMAGES)
     def test_demonstrations_are_loaded_only_when_they_are_needed(self, task):
         made = prompts(task)
@@ -203,8 +210,21 @@ class TestScores:
         episode, word = utils("episodes").score, utils("words").score
         for text, expected in (("B", 1.0), (" b.", 1.0), ("B\nA", 1.0), ("A", 0.0), ("Both", 0.0), ("", 0.0)):
             assert episode({"answer": "B"}, [text]) == {"exact_match": expected}
-        for text, expected in ((" Perra", 1.0), ("perra ", 1.0), ("la perra", 0.0), ("", 0.0)):
+        for text, expected in ((" Perra", 1.0), ("perra \n\nQ: cat\nA: gata", 1.0), ("la perra", 0.0), ("", 0.0)):
             assert word({"output": "perra"}, [text]) == {"exact_match": expected}
+        assert utils("words").score_colon({"output": "perra"}, ["perra, cat:gata"]) == {"exact_match": 1.0}
+        assert utils("words").score_colon({"output": "perra"}, ["gata, perra"]) == {"exact_match": 0.0}
+
+    def test_a_missing_image_ends_a_command_even_inside_a_wrapper_that_swallows_errors(self, monkeypatch):
+        doc = {"data": "vizwiz", "image": "images/none.jpg", "images": ["images/none.jpg"], "question": "?"}
+        doc |= {"a": "x", "b": "y"}
+        for folder, name in (("vqa", "visual"), ("vqa", "vizwiz_messages"), ("episodes", "bird_messages")):
+            with pytest.raises(DataError, match=r"none\.jpg"):
+                getattr(utils(folder), name)(doc)
+        monkeypatch.setitem(sys.modules, "lmms_eval.__main__", sys)
+        for folder, name in (("vqa", "visual"), ("vqa", "vizwiz_messages"), ("episodes", "bird_messages")):
+            with pytest.raises(SystemExit, match=r"lmms-mtv: DataError: .*none\.jpg"):
+                getattr(utils(folder), name)(doc)
 
 
 def run(model: str, arguments: str, tasks: tuple[str, ...], output: Path, *more: str) -> dict[str, dict]:
@@ -240,6 +260,8 @@ def test_every_task_runs_with_the_plugins_model(arguments, tmp_path):
     (record,) = (tmp_path / "out").rglob("*_mtv.json")
     found = json.loads(record.read_text())["tasks"]
     assert found.keys() == set(TASKS)
+    # Answers came out, whatever they are worth.
+    assert all(entry["evaluation"]["output_tokens"] > 1 for entry in found.values())
     if arguments == SHORT:
         assert all(entry["heads"] and entry["split"] == "train" for entry in found.values())
 
@@ -248,7 +270,10 @@ def test_every_task_runs_with_the_plugins_model(arguments, tmp_path):
 def test_every_task_runs_with_a_chat_model_of_lmms_eval(tmp_path):
     folder = checkpoints.qwen2_5_vl(tmp_path / "model")
     arguments = f"pretrained={folder},device=cpu,device_map=cpu,min_pixels=64,max_pixels=1024"
-    run("qwen2_5_vl", arguments, official_files.TASKS, tmp_path / "out")
+    run("qwen2_5_vl", arguments, official_files.TASKS, tmp_path / "out", "--log_samples")
+    for path in (tmp_path / "out").rglob("*_samples_*.jsonl"):
+        answers = [json.loads(line)["filtered_resps"] for line in path.read_text().splitlines()]
+        assert len(set(map(str, answers))) > 1, path.name
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import Dataset
@@ -16,11 +15,11 @@ from PIL import Image
 from lmms_mtv.data import episodes, hub, prepared, vqa, words
 from lmms_mtv.data.official import Official
 from lmms_mtv.data.source import FOLDER, Source, mended_by
-from lmms_mtv.errors import DataError, unknown
+from lmms_mtv.errors import DataError, MtvError, unknown
 
 __all__ = ["FOLDER", "SOURCES", "Official", "documents", "image", "prepare", "source"]
 
-SOURCES: Mapping[str, Source] = {source.task: source for source in (*vqa.SOURCES, *episodes.SOURCES, *words.SOURCES)}
+SOURCES: dict[str, Source] = {source.task: source for source in (*vqa.SOURCES, *episodes.SOURCES, *words.SOURCES)}
 
 prepare = prepared.prepare
 
@@ -41,7 +40,14 @@ def documents(task: str, split: str) -> Dataset:
     if root := os.environ.get(FOLDER):
         rows = prepared.rows(known, Path(root).expanduser(), split)
     else:
-        rows = known.fetch(split)
+        try:
+            rows = known.fetch(split)
+        except MtvError:
+            raise
+        except prepared.FORM_ERRORS as error:
+            raise DataError(
+                f"the copy of {task} on the hub is not what it was ({error!r}): {mended_by(task)}"
+            ) from error
         prepared.check_count(known, split, len(rows), "the copy on the hub")
     return Dataset.from_list(rows)
 
@@ -51,7 +57,14 @@ def image(task: str, reference: str) -> Image.Image:
     stored = reference.startswith(hub.PREFIX)
     path = Path(os.environ.get(FOLDER, ""), task, reference).expanduser()
     try:
-        return Image.open(io.BytesIO(hub.image(reference)) if stored else path).convert("RGB")
-    except (OSError, SyntaxError) as error:
+        return Image.open(io.BytesIO(_stored(task, reference)) if stored else path).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         name = reference if stored else path
         raise DataError(f"image {name} of task {task} does not open ({error}): {mended_by(task)}") from error
+
+
+def _stored(task: str, reference: str) -> bytes:
+    """The encoded image that a reference into a copy on the hub names."""
+    path, split, row = reference.removeprefix(hub.PREFIX).rsplit(":", 2)
+    copies = [*vqa.COPIES.values(), *(copy for known in episodes.SETS for copy in known.copies)]
+    return hub.image(next(c for c in copies if (c.task, c.path, c.split) == (task, path, split)), int(row))

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lmms_mtv.data import hub
-from lmms_mtv.data.official import File, Official, parsed
+from lmms_mtv.data.official import File, Official, checksum, parsed
 from lmms_mtv.data.source import Row, Source, mended_by
 from lmms_mtv.errors import DataError
 
@@ -110,7 +110,7 @@ def regenerated(classes: Classes, repeats: int, seed: int) -> list[dict[str, str
 def _fetch(data: EpisodeSet, split: str) -> list[Row]:
     path = hub.downloaded(data.files[split], data.task)
     episodes = checked(parsed(path.read_bytes(), path), data, split, data.files[split].url)
-    references = _hub_images(data)
+    references = _references(data.copies)
     needed = {PurePosixPath(episode[key]).name for episode in episodes for key in ("pos", "neg", "query")}
     if missing := sorted(needed - references.keys()):
         raise DataError(
@@ -120,18 +120,14 @@ def _fetch(data: EpisodeSet, split: str) -> list[Row]:
     return [row(episode, references) for episode in episodes]
 
 
-@functools.lru_cache(maxsize=4)
 def _references(copies: Sequence[hub.Copy]) -> dict[str, str]:
     """References to the images of hub copies, by the names of the official files."""
-    found: dict[str, str] = {}
-    for copy in copies:
-        paths = hub.table(copy).data.column("image").combine_chunks().field("path").to_pylist()
-        found |= {Path(path).name: hub.reference(copy, index) for index, path in enumerate(paths) if path}
-    return found
-
-
-def _hub_images(data: EpisodeSet) -> dict[str, str]:
-    return _references(tuple(data.copies))
+    return {
+        Path(name).name: hub.reference(copy, index)
+        for copy in copies
+        for index, name in enumerate(hub.names(copy))
+        if name
+    }
 
 
 def _prepare(data: EpisodeSet, official: Official) -> Mapping[str, list[Row]]:
@@ -159,6 +155,7 @@ def _given(data: EpisodeSet, split: str, official: Official) -> list[dict[str, s
     else:
         try:
             path = hub.downloaded(file, data.task)
+            official.used[file.url] = f"sha256:{checksum(path, 'sha256')}"
         except DataError as error:
             raise DataError(
                 f"{official.source} has no {file.name}, and {error.__cause__}: put {file.url} there, or pass "
@@ -168,7 +165,7 @@ def _given(data: EpisodeSet, split: str, official: Official) -> list[dict[str, s
     return checked(parsed(path.read_bytes(), path), data, split, str(path), counted=not official.partial)
 
 
-def _flowers_classes(official: Official, archive: File) -> dict[str, dict[str, list[str]]]:
+def _flowers_classes(official: Official, _: File) -> dict[str, dict[str, list[str]]]:
     from scipy.io import loadmat
     from torchvision.datasets import Flowers102
 

@@ -61,20 +61,28 @@ class Official:
     _planned: dict[File, dict[str, None]] = field(default_factory=dict)
 
     def find(self, file: File) -> Path:
-        """The file, or the folder it unpacks to. Raises :class:`DataError` if neither is there, or it is another."""
+        """The file, or the folder it unpacks to: in the source folder, or in one folder inside it.
+
+        Raises :class:`DataError` if there is none, or more than one, or it is another file than expected.
+        """
         for name in filter(None, (file.name, file.unpacked)):
-            for path in (self.source / name, *sorted(self.source.glob(f"*/{name}"))):
-                if path.is_file():
-                    self._check(file, path)
-                if path.exists():
-                    return path
+            here = self.source / name
+            found = [here] if here.exists() else sorted(self.source.glob(f"*/{name}"))
+            if len(found) > 1:
+                raise DataError(
+                    f"{self.source} has more than one {name} ({', '.join(map(str, found))}): pass --source with the "
+                    "folder of the one that is meant"
+                )
+            if found:
+                self._check(file, found[0])
+                return found[0]
         unpacked = f", nor {file.unpacked}" if file.unpacked else ""
         raise DataError(
             f"{self.source} has no {file.name}{unpacked}: download {file.url} into it and run the same command again"
         )
 
     def has(self, file: File) -> bool:
-        """Whether :meth:`find` would find it."""
+        """Whether there is one for :meth:`find` to find."""
         names = filter(None, (file.name, file.unpacked))
         return any((self.source / name).exists() or any(self.source.glob(f"*/{name}")) for name in names)
 
@@ -130,6 +138,9 @@ class Official:
     def _check(self, file: File, path: Path) -> None:
         if str(path) in self.used:
             return
+        if path.is_dir():
+            self.used[str(path)] = "unpacked"
+            return
         kind, expected = ("md5", file.md5) if file.md5 else ("sha256", file.sha256)
         if not expected or self.partial:
             self.used[str(path)] = f"{path.stat().st_size} bytes"
@@ -179,7 +190,8 @@ def _members(path: Path) -> Iterator[Iterator[Member]]:
     """The files of a folder, a zip or a tar, in its own order."""
     try:
         if path.is_dir():
-            files = (p for p in sorted(path.rglob("*")) if p.is_file())
+            # Folders may be links, as they often are where data sets are shared.
+            files = (Path(at, name) for at, _, names in os.walk(path, followlinks=True) for name in sorted(names))
             yield (Member(p.name, p.stat().st_size, functools.partial(p.open, "rb")) for p in files)
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -200,9 +212,16 @@ def _taken(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     return stream
 
 
+def _same(member: Member, path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size != member.size:
+        return False
+    with member.open() as stream, path.open("rb") as file:
+        return all(stream.read(1 << 20) == block for block in iter(lambda: file.read(1 << 20), b""))
+
+
 def _place(member: Member, path: Path) -> None:
-    """Write a member to ``path``, whole or not at all."""
-    if path.is_file() and path.stat().st_size == member.size:
+    """Make ``path`` a copy of a member, whole or not at all; one that is there already is left."""
+    if _same(member, path):
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -12,11 +12,14 @@ from typing import Any
 
 from lmms_mtv.data.official import Official, checksum, parsed
 from lmms_mtv.data.source import FOLDER, Row, Source, mended_by
-from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv.errors import ArgumentError, DataError, MtvError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+FORM_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)
+"""What reading a file raises that is not in the form it was published in."""
+
 _SCHEMA = 1
 
 
@@ -31,7 +34,9 @@ def prepare(source: Source, official: Official) -> dict[str, int]:
     output = official.output
     try:
         splits = source.prepare(official)
-    except (KeyError, TypeError, IndexError) as error:
+    except MtvError:
+        raise
+    except FORM_ERRORS as error:
         raise DataError(
             f"the official files of {source.task} in {official.source} are not in the form they were published in "
             f"({error!r}): download them again"
@@ -75,7 +80,8 @@ def rows(source: Source, root: Path, split: str) -> list[Row]:
         raise DataError(f"{path} is missing: {mended_by(source.task)}")
     if checksum(path, "sha256") != expected["sha256"]:
         raise DataError(f"{path} is not what `lmms-mtv prepare` wrote (its checksum differs): {mended_by(source.task)}")
-    found: list[Row] = [parsed(line.encode(), path) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines, which also breaks at characters that JSON leaves inside a text.
+    found: list[Row] = [parsed(line, path) for line in path.read_bytes().split(b"\n") if line]
     if manifest["compared"]:
         check_count(source, split, len(found), str(path))
     for remark in manifest["remarks"]:

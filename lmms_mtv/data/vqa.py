@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lmms_mtv.data import hub
@@ -22,27 +22,51 @@ def modal(answers: Sequence[str]) -> str:
     return Counter(answers).most_common(1)[0][0]
 
 
+COPIES: dict[str, hub.Copy] = {
+    "vizwiz/train": hub.Copy(
+        "vizwiz",
+        "Multimodal-Fatima/VizWiz_train",
+        "train",
+        ("filename", "image", "question", "answers"),
+        "0398414ffdf6ca445b9e90204ce5d0def5d73da2",
+    ),
+    "vizwiz/val": hub.Copy(
+        "vizwiz", "lmms-lab-encoder/VizWiz-VQA", "val", ("question_id", "image", "question", "answers")
+    ),
+    "okvqa/train": hub.Copy(
+        "okvqa",
+        "Multimodal-Fatima/OK-VQA_train",
+        "train",
+        ("question_id", "image", "question", "answers_original"),
+        "78e937b0afc333cfe8fee21c4d56aa405b4d0682",
+    ),
+    "okvqa/val2014": hub.Copy(
+        "okvqa", "lmms-lab-encoder/OK-VQA", "val2014", ("question_id", "image", "question", "answers")
+    ),
+}
+
+
+def _sorted(rows: Iterable[Row]) -> list[Row]:
+    """Rows in an order that does not depend on where they come from: a seed draws the same of both."""
+    return sorted(rows, key=lambda row: str(row["question_id"]))
+
+
+def _vizwiz_row(name: str, image: str, question: str, answers: Sequence[str]) -> Row:
+    return {
+        "question_id": name.removesuffix(".jpg"),
+        "image": image,
+        "question": question,
+        "answers": list(answers),
+        "answer": modal(answers),
+    }
+
+
 def _vizwiz_fetch(split: str) -> list[Row]:
-    copy = {
-        "train": hub.Copy(
-            "vizwiz",
-            "Multimodal-Fatima/VizWiz_train",
-            "train",
-            ("question", "answers"),
-            "0398414ffdf6ca445b9e90204ce5d0def5d73da2",
-        ),
-        "val": hub.Copy("vizwiz", "lmms-lab-encoder/VizWiz-VQA", "val", ("question", "answers")),
-    }[split]
-    return [
-        {
-            "question_id": f"{split}/{index}",
-            "image": hub.reference(copy, index),
-            "question": row["question"],
-            "answers": row["answers"],
-            "answer": modal(row["answers"]),
-        }
-        for index, row in enumerate(hub.table(copy))
-    ]
+    copy = COPIES[f"vizwiz/{split}"]
+    return _sorted(
+        _vizwiz_row(row[copy.columns[0]], hub.reference(copy, index), row["question"], row["answers"])
+        for index, row in enumerate(hub.texts(copy))
+    )
 
 
 def _vizwiz_prepare(official: Official) -> Mapping[str, list[Row]]:
@@ -51,17 +75,12 @@ def _vizwiz_prepare(official: Official) -> Mapping[str, list[Row]]:
         items = official.json(VIZWIZ_ANNOTATIONS, f"{split}.json")
         images = File(f"{split}.zip", f"{_VIZWIZ}images/{split}.zip", unpacked=split)
         paths = official.images(images, (item["image"] for item in items))
-        answers = [[given["answer"] for given in item["answers"]] for item in items]
-        splits[split] = [
-            {
-                "question_id": item["image"].rpartition(".")[0],
-                "image": paths[item["image"]],
-                "question": item["question"],
-                "answers": given,
-                "answer": modal(given),
-            }
-            for item, given in zip(items, answers, strict=True)
-        ]
+        splits[split] = _sorted(
+            _vizwiz_row(
+                item["image"], paths[item["image"]], item["question"], [given["answer"] for given in item["answers"]]
+            )
+            for item in items
+        )
     return splits
 
 
@@ -84,27 +103,20 @@ def _okvqa_row(question_id: int, image: str, question: str, answers: Sequence[Ma
 
 
 def _okvqa_fetch(split: str) -> list[Row]:
+    copy = COPIES[f"okvqa/{split}"]
+    table = hub.texts(copy)
     if split == "train":
-        copy = hub.Copy(
-            "okvqa",
-            "Multimodal-Fatima/OK-VQA_train",
-            "train",
-            ("question_id", "question", "answers_original"),
-            "78e937b0afc333cfe8fee21c4d56aa405b4d0682",
-        )
-        return [
-            _okvqa_row(row["question_id"], hub.reference(copy, index), row["question"], row["answers_original"])
-            for index, row in enumerate(hub.table(copy))
-        ]
-    copy = hub.Copy("okvqa", "lmms-lab-encoder/OK-VQA", "val2014", ("question_id", "question", "answers"))
-    # That copy has the raw answers alone: the stemmed ones come with the official annotations.
-    file = _okvqa_annotations("val2014")
-    annotations = json_in(hub.downloaded(file, "okvqa"), file.unpacked, file.url)["annotations"]
-    answers = {str(item["question_id"]): item["answers"] for item in annotations}
-    return [
-        _okvqa_row(row["question_id"], hub.reference(copy, index), row["question"], answers[str(row["question_id"])])
-        for index, row in enumerate(hub.table(copy))
-    ]
+        answers = {row["question_id"]: row["answers_original"] for row in table}
+    else:
+        # That copy has the raw answers alone: the stemmed ones come with the official annotations.
+        file = _okvqa_annotations(split)
+        items = json_in(hub.downloaded(file, "okvqa"), file.unpacked, file.url)["annotations"]
+        given = {str(item["question_id"]): item["answers"] for item in items}
+        answers = {row["question_id"]: given[str(row["question_id"])] for row in table}
+    return _sorted(
+        _okvqa_row(row["question_id"], hub.reference(copy, index), row["question"], answers[row["question_id"]])
+        for index, row in enumerate(table)
+    )
 
 
 def _okvqa_prepare(official: Official) -> Mapping[str, list[Row]]:
@@ -118,11 +130,11 @@ def _okvqa_prepare(official: Official) -> Mapping[str, list[Row]]:
         images = {item["question_id"]: f"COCO_{split}_{item['image_id']:012d}.jpg" for item in items}
         archive = File(f"{split}.zip", f"{_COCO}{split}.zip", unpacked=split)
         paths = official.images(archive, images.values())
-        splits["train" if split == "train2014" else split] = [
+        splits["train" if split == "train2014" else split] = _sorted(
             _okvqa_row(key, paths[images[key]], asked[key], item["answers"])
             for item in items
             for key in (item["question_id"],)
-        ]
+        )
     return splits
 
 

@@ -47,27 +47,24 @@ def _prepare(file: File, official: Official) -> Mapping[str, list[Row]]:
     return split(official.json(file), official.seed)
 
 
-def _source(task: str, file: File, rows: Mapping[str, int]) -> Source:
-    return Source(task, rows, functools.partial(_fetch, task, file), functools.partial(_prepare, file))
-
-
-SOURCES: Sequence[Source] = (
-    _source(
-        "english_spanish",
-        File(
-            "english-spanish.json",
-            f"{_URL}english-spanish.json",
-            sha256="d79388dd79b2871ce31caa5ab162900f888285bde80f626d9dd3be494ab63bf4",
-        ),
-        {"train": 3_639, "validation": 468, "test": 1_092},
+_FILES: Mapping[str, File] = {
+    "english_spanish": File(
+        "english-spanish.json",
+        f"{_URL}english-spanish.json",
+        sha256="d79388dd79b2871ce31caa5ab162900f888285bde80f626d9dd3be494ab63bf4",
     ),
-    _source(
-        "antonyms",
-        File(
-            "antonym.json",
-            f"{_URL}antonym.json",
-            sha256="ba66e8e399944b557251b11a37b11f9ba7a50f0a57286f7021a8a7b26b469e8d",
-        ),
-        {"train": 1_678, "validation": 216, "test": 504},
+    "antonyms": File(
+        "antonym.json",
+        f"{_URL}antonym.json",
+        sha256="ba66e8e399944b557251b11a37b11f9ba7a50f0a57286f7021a8a7b26b469e8d",
     ),
+}
+_ROWS: Mapping[str, Mapping[str, int]] = {
+    "english_spanish": {"train": 3_639, "validation": 468, "test": 1_092},
+    "antonyms": {"train": 1_678, "validation": 216, "test": 504},
+}
+
+SOURCES: Sequence[Source] = tuple(
+    Source(task, _ROWS[task], functools.partial(_fetch, task, file), functools.partial(_prepare, file))
+    for task, file in _FILES.items()
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datasets import Dataset
 
 from lmms_mtv import data
+from lmms_mtv.errors import DataError
 from lmms_mtv.harness.failure import reported
 
 
@@ -14,7 +15,14 @@ def documents(named: Dataset) -> Dataset:
 
     A task names such a stand-in as its data set and this function as its ``process_docs``, which the harness calls
     for the splits that it needs: a split that nothing needs is not loaded. The rows keep the name, in ``data``.
+
+    Raises :class:`DataError` if ``named`` is no stand-in, or the rows cannot be had.
     """
+    if named.column_names != ["data"] or len(named) != 1:
+        raise DataError(
+            f"found columns {', '.join(named.column_names)} and {len(named)} rows where one row with the name of the "
+            "data was expected: this task takes its demonstrations from its own data, leave out PATH of demonstrations="
+        )
     (row,) = named
     found = data.documents(row["data"], str(named.split))
     return found.add_column("data", [row["data"]] * len(found))

@@ -11,6 +11,7 @@ from PIL import Image
 from lmms_mtv import data
 from lmms_mtv.data.answers import cut
 from lmms_mtv.harness.documents import documents
+from lmms_mtv.harness.failure import reported
 
 __all__ = ["documents"]
 
@@ -24,6 +25,7 @@ VIZWIZ = (
 """The authors' instruction, before the first image of a prompt. The task file has it too, as its description."""
 
 
+@reported
 def visual(doc: Doc) -> list[Image.Image]:
     return [data.image(doc["data"], doc["image"])]
 

@@ -13,5 +13,10 @@ Doc = dict[str, Any]
 
 
 def score(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """Whether the answer is the other word, in either case."""
-    return {"exact_match": float(results[0].strip().lower() == doc["output"].strip().lower())}
+    """Whether the first line of the answer is the other word, in either case."""
+    return {"exact_match": float(results[0].strip().split("\n")[0].strip().lower() == doc["output"].strip().lower())}
+
+
+def score_colon(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """The same for an answer that a comma ends."""
+    return score(doc, [results[0].split(",")[0]])
