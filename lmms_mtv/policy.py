@@ -46,7 +46,7 @@ def reinforce(
 
     ``losses(step, masks)`` gives the float [samples] losses of the bool [samples, L, H] masks. Each step minimises
     the sum over samples of ``log p(mask) * (loss - mean) / (std + 1e-3)`` with Adam. Returns the policy and the mean
-    loss of each step. Raises :class:`NumericsError` on a loss that is not finite.
+    loss of each step. ``samples`` is at least 2. Raises :class:`NumericsError` on a loss that is not finite.
     """
     logits = torch.full(shape, initial_logit, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=lr)
@@ -56,11 +56,13 @@ def reinforce(
         found = losses(step, masks).detach().to("cpu", torch.float32)
         if not found.isfinite().all():
             raise NumericsError(f"a loss of selection step {step} is NaN or infinite: use dtype=float32 or bfloat16")
-        advantage = (found - found.mean()) / (found.std() + EDGE) if samples > 1 else torch.zeros_like(found)
-        probabilities = logits.sigmoid().clamp(EDGE, 1 - EDGE)
-        chosen = torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
+        advantage = (found - found.mean()) / (found.std() + EDGE)
         optimizer.zero_grad()
-        torch.autograd.backward((chosen * advantage).sum())
+        # Also where the caller evaluates and has turned gradients off.
+        with torch.enable_grad():
+            probabilities = logits.sigmoid().clamp(EDGE, 1 - EDGE)
+            chosen = torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
+            torch.autograd.backward((chosen * advantage).sum())
         optimizer.step()
         history.append(found.mean().item())
     return Policy(logits.detach()), history

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
-from lmms_mtv import data
+from lmms_mtv import TaskVector, data
 from lmms_mtv.errors import DataError
 from lmms_mtv.fitting import Episode
 from lmms_mtv.harness.hf import Hf, HfConfig
@@ -330,3 +332,19 @@ def test_missing_data_ends_the_command_with_the_line_that_mends_it(tmp_path, mon
     assert last.startswith("lmms-mtv: DataError: ")
     assert "lmms-mtv prepare dtd --source FOLDER --output DATA" in last
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_that_fails_keeps_the_fitted_vector(prepared_data, tmp_path, monkeypatch):
+    """An image vanishes between the preparation and the run: the error names it, the fit is not lost."""
+    from lmms_eval.api.task import Task
+
+    monkeypatch.setattr(Task, "args", None, raising=False)
+    shutil.copytree(prepared_data / "vizwiz", tmp_path / "data" / "vizwiz")
+    (tmp_path / "data" / "vizwiz" / "images" / "VizWiz_val_00000004.jpg").unlink()
+    monkeypatch.setenv(data.FOLDER, str(tmp_path / "data"))
+    given = argparse.Namespace(output_path=str(tmp_path / "out"), process_with_media=False, reasoning_tags=None)
+    manager = TaskManager("ERROR", model_name="mtv")
+    with pytest.raises(DataError, match=r"VizWiz_val_00000004\.jpg of task vizwiz .*lmms-mtv prepare vizwiz"):
+        simple_evaluate("mtv", f"pretrained=tiny,{SHORT}", tasks=["vizwiz"], task_manager=manager, cli_args=given)
+    (saved,) = (tmp_path / "out").rglob("vector.safetensors")
+    assert TaskVector.load(saved).card.task == "vizwiz"
