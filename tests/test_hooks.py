@@ -1,4 +1,4 @@
-"""Sites, recording and editing, on tiny random models of eight architectures."""
+"""Sites, recording and editing, on tiny random models of ten architectures."""
 
 from __future__ import annotations
 
