@@ -13,6 +13,7 @@ import zoo
 from torch import Tensor, nn
 
 from lmms_mtv import Edit, applied, find_sites, record, verify
+from lmms_mtv.errors import DiscoveryError
 
 TEXT = {
     "vocab_size": zoo.VOCABULARY,
@@ -168,6 +169,13 @@ FAMILIES = (
         NESTED,
         head_dim=12,
     ),
+    Family(
+        "Mistral3ForConditionalGeneration",
+        _seen(_text("ministral3", WIDE), VISION | {"model_type": "pixtral"}),
+        NESTED,
+        head_dim=12,
+        variant="-ministral3",
+    ),
     Family("Qwen2ForCausalLM", TEXT, SELF),
     Family("Qwen2MoeForCausalLM", TEXT | MOE | {"shared_expert_intermediate_size": 24}, SELF),
     Family("Qwen3ForCausalLM", WIDE, SELF, head_dim=12),
@@ -286,6 +294,7 @@ FAMILIES = (
     Family("StableLmForCausalLM", TEXT, SELF),
     Family("OlmoForCausalLM", TEXT, SELF),
     Family("Olmo2ForCausalLM", TEXT, SELF),
+    Family("Olmo3ForCausalLM", TEXT | {"sliding_window": 4}, SELF),
     Family("OlmoeForCausalLM", TEXT | {"num_experts": 4, "num_experts_per_tok": 2}, SELF),
     Family("GraniteForCausalLM", TEXT, SELF),
     Family("GraniteMoeForCausalLM", TEXT | {"num_local_experts": 4}, SELF),
@@ -458,3 +467,168 @@ def test_a_tiny_model_of_a_family_computes_with_its_sites(family: Family):
             expected = model(**single).logits[0, -1]
         torch.testing.assert_close(batch[row, single["input_ids"].shape[1] - 1], expected, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(together.last()[row], alone.last()[0], rtol=1e-3, atol=1e-3)
+
+
+class QwenVLAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 6, 8
+        self.c_attn, self.c_proj = nn.Linear(48, 144), nn.Linear(48, 48, bias=False)
+        self.attn_dropout = nn.Dropout(0.0)
+
+
+class QwenVLVisualAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads_per_partition, self.hidden_size_per_attention_head = 4, 8
+        self.in_proj, self.out_proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+
+class QwenVLResampler(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv_proj, self.attn = nn.Linear(32, 48, bias=False), nn.MultiheadAttention(48, 6)
+
+
+def qwen_vl() -> nn.Module:
+    """The module tree of Qwen-VL's remote code: attention is ``transformer.h.*.attn``, the ViT is inside."""
+    model = nn.Module()
+    model.transformer = nn.Module()
+    model.transformer.wte = nn.Embedding(zoo.VOCABULARY, 48)
+    model.transformer.h = nn.ModuleList(nn.ModuleDict({"attn": QwenVLAttention()}) for _ in LAYERS)
+    visual = model.transformer.visual = nn.Module()
+    visual.transformer = nn.Module()
+    visual.transformer.resblocks = nn.ModuleList(nn.ModuleDict({"attn": QwenVLVisualAttention()}) for _ in range(3))
+    visual.attn_pool = QwenVLResampler()
+    model.lm_head = nn.Linear(48, zoo.VOCABULARY)
+    model.get_input_embeddings = lambda: model.transformer.wte
+    return model
+
+
+class Vila(nn.Module):
+    """The module tree of VILA: a whole language model below ``llm``, and no embeddings of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = nn.Module()
+        self.vision_tower.vision_tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION))
+        self.llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDE))
+        self.mm_projector = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 48), nn.GELU(), nn.Linear(48, 48))
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("build", "names", "head_dim"),
+    [
+        (qwen_vl, "transformer.h.{}.attn.c_proj", 8),
+        (Vila, "llm.model.layers.{}.self_attn.o_proj", 12),
+    ],
+)
+def test_the_sites_of_models_outside_transformers(build, names, head_dim):
+    with torch.device("meta"):
+        sites = find_sites(build())
+    assert sites.geometry == tuple((layer, names.format(layer), 6, head_dim) for layer in LAYERS)
+
+
+def meta(architecture: str, options: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return Family(architecture, options, "").build()
+
+
+BART = {
+    "vocab_size": zoo.VOCABULARY,
+    "d_model": 48,
+    "encoder_layers": 3,
+    "decoder_layers": 5,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "decoder", "names", "head_dim"),
+    [
+        ("BartForConditionalGeneration", BART, "model.decoder", "model.decoder.layers.{}.self_attn.out_proj", 8),
+        ("T5ForConditionalGeneration", _T5, "decoder", "decoder.block.{}.layer.0.SelfAttention.o", 12),
+        (
+            "Blip2ForConditionalGeneration",
+            _seen(_T5, qformer_config=_QFORMER, num_query_tokens=4),
+            "language_model.decoder",
+            "language_model.decoder.block.{}.layer.0.SelfAttention.o",
+            12,
+        ),
+        (
+            "InstructBlipForConditionalGeneration",
+            _seen(_T5, qformer_config=_QFORMER, num_query_tokens=4),
+            "language_model.decoder",
+            "language_model.decoder.block.{}.layer.0.SelfAttention.o",
+            12,
+        ),
+    ],
+)
+def test_an_encoder_decoder_needs_the_decoder_named(architecture, options, decoder, names, head_dim):
+    """Its self-attention counts, the attention to the encoder does not."""
+    model = meta(architecture, options)
+    with pytest.raises(DiscoveryError, match="has an encoder and a decoder: pass decoder="):
+        find_sites(model)
+    sites = find_sites(model, decoder)
+    assert sites.geometry == tuple((layer, names.format(layer), 6, head_dim) for layer in LAYERS)
+
+
+def test_the_named_decoder_of_an_encoder_decoder_computes_with_its_sites():
+    tiny = zoo.build(lambda: zoo.Tiny("t5", Family("T5ForConditionalGeneration", _T5, "").build()))
+    inputs = tiny.inputs([[5, 6, 7, 8], [9, 10]]) | {"decoder_input_ids": torch.tensor([[0, 11, 12], [0, 13, 14]])}
+    sites = find_sites(tiny.model, "decoder")
+    verify(tiny.model, sites, inputs)
+
+
+def test_a_q_former_is_no_decoder():
+    model = meta("Blip2ForConditionalGeneration", _seen(_OPT, qformer_config=_QFORMER, num_query_tokens=4))
+    with pytest.raises(DiscoveryError, match=r"decoder='qformer\.encoder' holds no list of blocks with attention"):
+        find_sites(model, "qformer.encoder")
+
+
+def test_a_decoder_that_no_module_resembles_is_not_replaced_by_the_vision_tower():
+    """GIT's text blocks have their output projection outside their attention; its ViT's look like a decoder's."""
+    options = TEXT | {"num_hidden_layers": 5, "vision_config": VISION}
+    with pytest.raises(DiscoveryError, match=r"3 blocks with attention.*configuration tells of 5: pass decoder="):
+        find_sites(meta("GitForCausalLM", options))
+
+
+def test_a_pruned_model_needs_its_decoder_named():
+    model = meta("LlamaForCausalLM", WIDE)
+    del model.model.layers[4]
+    with pytest.raises(DiscoveryError, match=r"4 blocks .*tells of 5: pass decoder="):
+        find_sites(model)
+    assert find_sites(model, "model").shape == (4, 6, 12)
+
+
+def test_linear_attention_is_skipped_and_reported(caplog):
+    kinds = ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"]
+    model = meta("MiniMaxForCausalLM", WIDE | {"layer_types": kinds, "num_local_experts": 4})
+    with caplog.at_level("INFO", "lmms_mtv"):
+        sites = find_sites(model)
+    assert [(site.layer, site.name) for site in sites] == [(i, SELF.format(i)) for i in (1, 4)]
+    assert sites.skipped == (0, 2, 3)
+    assert "left alone: [0, 2, 3]" in caplog.text
+    model.config.layer_types = None  # from the modules alone
+    assert find_sites(model).geometry == sites.geometry
+
+
+def test_attention_that_the_configuration_tells_of_has_to_be_found():
+    model = meta("Qwen3ForCausalLM", WIDE)
+    model.model.layers[2].self_attn = nn.Identity()
+    with pytest.raises(DiscoveryError, match=r"says that block 2 of model has attention.*pass decoder="):
+        find_sites(model)
+    assert find_sites(model, "model").skipped == (2,)
+
+
+def test_blocks_that_share_one_attention_are_refused():
+    model = meta("LlamaForCausalLM", WIDE)
+    model.model.layers[3].self_attn = model.model.layers[1].self_attn
+    with pytest.raises(DiscoveryError, match=r"share one attention module.*decoder="):
+        find_sites(model)

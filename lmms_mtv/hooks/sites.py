@@ -86,14 +86,8 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
     number or size. The message names the argument that settles it.
     """
     name, owner, blocks = _named_decoder(model, decoder) if decoder is not None else _search(model)
-    config = _text_config(owner if hasattr(owner, "config") else model)
-    hidden = _first_integer(config, _HIDDEN)
-    kinds = _kinds(config, len(blocks))
-    if decoder is None and (count := _first_integer(config, _BLOCKS)) not in (None, len(blocks)):
-        raise DiscoveryError(
-            f"{name or 'the model'} has {len(blocks)} blocks with attention, but the configuration tells of {count}: "
-            "pass decoder= with the dotted name of the module that holds the decoder's blocks"
-        )
+    config = _text_config(owner) or _text_config(model)
+    hidden, kinds = _first_integer(config, _HIDDEN), _kinds(config, len(blocks))
     sites, skipped = [], []
     for layer, ((block_name, block), kind) in enumerate(zip(blocks, kinds, strict=True)):
         found = [] if kind is False else _attentions(block, hidden)
@@ -175,7 +169,14 @@ def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
         path = path.rpartition(".")[0]
         owner = model.get_submodule(path)
         if lists := _block_lists(owner):
-            return path, owner, _nearest(path, lists)
+            blocks = _nearest(path, lists)
+            count = _first_integer(_text_config(owner) or _text_config(model), _BLOCKS)
+            if count not in (None, len(blocks)):
+                raise DiscoveryError(
+                    f"{path or 'the model'} has {len(blocks)} blocks with attention, but the configuration tells of "
+                    f"{count}: pass decoder= with the dotted name of the module that holds the decoder's blocks"
+                )
+            return path, owner, blocks
     raise DiscoveryError(
         f"no list of blocks with attention next to the token embedding of {type(model).__name__}: pass decoder= with "
         "the dotted name of the module that holds the decoder's blocks"
