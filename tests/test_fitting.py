@@ -84,11 +84,14 @@ def test_session_losses_equal_full_forwards_with_and_without_replay(tiny, tokens
     assert fallback.replays is False
 
 
-def test_a_full_sliding_window_falls_back_and_says_so(caplog):
+def mistral(window: int) -> zoo.Tiny:
+    return zoo.Tiny("mistral", MistralForCausalLM(MistralConfig(**zoo._text(sliding_window=window))))
+
+
+@pytest.mark.parametrize("architecture", [mistral, zoo.gemma2, zoo.gemma3])
+def test_a_full_sliding_window_falls_back_and_says_so(architecture, caplog):
     """A window shorter than the prompt has forgotten what a replay would need."""
-    torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**zoo._text(sliding_window=4))).eval()
-    tiny = zoo.Tiny("mistral", model)
+    tiny = zoo.build(lambda: architecture(4))
     edit, episode = edits(tiny, 4), Episode(3, (1, 2, 4))
     windowed = session(tiny)
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""Sites, recording and editing, on tiny random models of eight architectures."""
+"""Sites, recording and editing, on tiny random models of ten architectures."""
 
 from __future__ import annotations
 
@@ -267,9 +267,29 @@ def test_last_real_positions(mask, tail, expected):
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
 
 
-def test_a_mask_that_hides_the_padding_is_refused():
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (2, 4), (1, 3)])
+def test_a_mask_that_hides_the_padding_is_refused(shape):
     with pytest.raises(HookError, match="dynamic cache"):
-        last_real(torch.ones(1, 1, 4, 4), 1, 4)
+        last_real(torch.ones(shape), 1, 4)
+
+
+def test_masks_that_are_ready_for_the_attention_need_a_model_that_tells_the_padding():
+    """Gemma 3 hands its decoder a dict of masks: padding is known from the model's own mask, or not at all."""
+    tiny = zoo.build(zoo.gemma3)
+    sites, edit, inputs = find_sites(tiny.model), random_edit(tiny), tiny.inputs(TEXTS)
+    assert sites.model is tiny.model
+    assert sites.decoder is not tiny.model
+    refused = pytest.raises(HookError, match=r"type dict.*cache_implementation")
+    with refused, applied(sites, edit):
+        tiny.model.generate(**inputs, max_new_tokens=2, cache_implementation="static", do_sample=False, pad_token_id=0)
+    with pytest.raises(HookError, match="type dict"), record(sites):
+        tiny.model.model(**inputs)  # around the model that was given to find_sites
+    with record(find_sites(tiny.model.model)) as inner:
+        tiny.model.model(**inputs)
+    with record(sites) as outer:
+        tiny.model(**inputs)
+    assert torch.equal(inner.last(), outer.last())
+    assert zoo.hooks(tiny.model) == 0
 
 
 class Block(nn.Module):

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     Idefics2Config,
@@ -117,6 +121,26 @@ def gpt2() -> Tiny:
         vocab_size=VOCABULARY, n_positions=256, n_embd=32, n_layer=LAYERS, n_head=HEADS, bos_token_id=1, eos_token_id=2
     )
     return Tiny("gpt2", GPT2LMHeadModel(config), absolute=True)
+
+
+def gemma2(window: int = 64) -> Tiny:
+    return Tiny("gemma2", Gemma2ForCausalLM(Gemma2Config(**_text(head_dim=12, sliding_window=window))), head_dim=12)
+
+
+def gemma3(window: int = 64) -> Tiny:
+    """With images, and layers of sliding and full attention; its decoder is handed a dict of masks."""
+    config = Gemma3Config(
+        text_config=_text(
+            head_dim=12,
+            sliding_window=window,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        vision_config={"model_type": "siglip_vision_model", **_vision(patch_size=4)},
+        mm_tokens_per_image=4,
+        image_token_id=IMAGE,
+    )
+    media = lambda seeds: {"pixel_values": _noise(seeds, 3, 16, 16)}  # noqa: E731
+    return Tiny("gemma3", Gemma3ForConditionalGeneration(config), 4, media, head_dim=12)
 
 
 def idefics2() -> Tiny:
@@ -228,7 +252,7 @@ def qwen3_vl() -> Tiny:
     return Tiny("qwen3_vl", model, 4, lambda seeds: _patches(seeds, 4), head_dim=12, framed=True)
 
 
-ARCHITECTURES = (idefics2, idefics3, llava, qwen2_5_vl, qwen3_vl, qwen3, llama, gpt2)
+ARCHITECTURES = (idefics2, idefics3, llava, qwen2_5_vl, qwen3_vl, gemma3, gemma2, qwen3, llama, gpt2)
 
 
 def build(architecture: Callable[[], Tiny]) -> Tiny:

@@ -55,7 +55,7 @@ def record(sites: Sites) -> Iterator[Recording]:
     recording, positions = Recording(sites), Positions()
     hooks = [(site.module, recording._hook(i, site, positions)) for i, site in enumerate(sites)]
     with ExitStack() as stack:
-        stack.enter_context(positions.watching(sites.decoder))
+        stack.enter_context(positions.watching(sites.decoder, sites.model))
         for module, hook in hooks:
             stack.callback(module.register_forward_pre_hook(hook).remove)
         yield recording
@@ -103,7 +103,7 @@ def applied(
     fired, positions = Fired(len(sites)), Positions(tail, real)
     hooks = [(site.module, _editing(edit, index, positions, fired)) for index, site in enumerate(sites)]
     with ExitStack() as stack:
-        stack.enter_context(positions.watching(sites.decoder))
+        stack.enter_context(positions.watching(sites.decoder, sites.model))
         for module, hook in hooks:
             stack.callback(module.register_forward_pre_hook(hook).remove)
         yield fired

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lmms_mtv.errors import HookError
+
+_UNKNOWN: Final = object()
 
 
 def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 1) -> tuple[Tensor, Tensor]:
@@ -20,12 +22,12 @@ def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 
     positions in this forward. ``tail`` is one number, or one for each row. A row without a real position counts as
     all real: nothing reads it.
 
-    Raises :class:`HookError` if the mask is not two-dimensional: then it does not say which tokens are real.
+    Raises :class:`HookError` if the mask is not of these rows and positions.
     """
-    if mask is not None and mask.dim() != 2:
+    if mask is not None and (mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < length):
         raise HookError(
-            f"the decoder got an attention mask of shape {tuple(mask.shape)}, expected [rows, tokens]: generate with "
-            "a dynamic cache (cache_implementation left unset)"
+            f"an attention mask of shape {tuple(mask.shape)} does not tell which tokens of {rows} rows of {length} "
+            "positions are real: generate with a dynamic cache (cache_implementation left unset)"
         )
     if mask is None or length == 1:
         real = torch.ones(rows, length, dtype=torch.bool, device=None if mask is None else mask.device)
@@ -52,6 +54,7 @@ class Positions:
         self._tail = tail
         self._real = real
         self._mask: Tensor | None = None
+        self._outer: object = _UNKNOWN
         self._found: tuple[Tensor, Tensor] | None = None
         self._running = False
 
@@ -74,14 +77,30 @@ class Positions:
         return row.to(activation.device), column.to(activation.device)
 
     @contextmanager
-    def watching(self, decoder: nn.Module) -> Iterator[None]:
-        """Follow every forward of ``decoder`` inside the block."""
-        names = tuple(inspect.signature(decoder.forward).parameters)
+    def watching(self, decoder: nn.Module, model: nn.Module) -> Iterator[None]:
+        """Follow every forward of ``decoder`` inside the block.
+
+        Some models hand their decoder masks that are ready for the attention, a dict or one of four dimensions, in
+        which padding cannot be told from causality. Then what counts is the mask that ``model`` itself was given.
+        """
+        given_to_decoder, given_to_model = _mask_argument(decoder), _mask_argument(model)
+
+        def entered(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self._outer = given_to_model(args, kwargs)
+
+        def left(*_: Any) -> None:
+            self._outer = _UNKNOWN
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            given = dict(zip(names, args, strict=False)) | dict(kwargs)
-            mask = given.get("attention_mask")
-            self._mask = mask if isinstance(mask, Tensor) or mask is None else _refuse(mask)
+            mask = given_to_decoder(args, kwargs)
+            told = mask if _tells(mask) else self._outer
+            if not _tells(told):
+                what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
+                raise HookError(
+                    f"the decoder got an attention mask {what}, and the model around it none of [rows, tokens] that "
+                    "tells which tokens are real: generate with a dynamic cache (cache_implementation left unset)"
+                )
+            self._mask = told
             self._found = None
             self._running = True
 
@@ -89,13 +108,24 @@ class Positions:
             self._running = False
 
         with ExitStack() as stack:
+            stack.callback(model.register_forward_pre_hook(entered, with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(left, always_call=True).remove)
             stack.callback(decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(decoder.register_forward_hook(after, always_call=True).remove)
             yield
 
 
-def _refuse(mask: object) -> Tensor:
-    raise HookError(
-        f"the decoder got an attention mask of type {type(mask).__name__}, expected a tensor [rows, tokens]: generate "
-        "with a dynamic cache (cache_implementation left unset)"
-    )
+def _mask_argument(module: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, Any]], object]:
+    """What tells the attention mask of the tokens from the arguments of a forward of ``module``.
+
+    Where an encoder has the mask of that name and the decoder another, it tells nothing.
+    """
+    names = tuple(inspect.signature(module.forward).parameters)
+    if "decoder_attention_mask" in names:
+        return lambda args, kwargs: _UNKNOWN
+    return lambda args, kwargs: (dict(zip(names, args, strict=False)) | dict(kwargs)).get("attention_mask")
+
+
+def _tells(mask: object) -> TypeGuard[Tensor | None]:
+    """Whether a mask tells which tokens are real: [rows, tokens], or none at all."""
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)

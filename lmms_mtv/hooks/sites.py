@@ -19,10 +19,14 @@ from lmms_mtv.vector import Geometry
 
 logger = logging.getLogger(__name__)
 
-_PROJECTION: Final = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
+_PROJECTION: Final = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "o")
 _HEAD_DIM: Final = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")
 _HEADS: Final = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _INPUT: Final = re.compile(r"(^|_)(q|k|v|qkv|query|key|value|attn|pack|kv)(_|$)|qkv", re.IGNORECASE)
+_CROSS: Final = re.compile(r"cross|enc(oder)?_?(dec|att)", re.IGNORECASE)
+_RECURRENT: Final = re.compile(r"conv1d|^A_log$|decay|slope")
+_HIDDEN: Final = ("hidden_size", "n_embd", "d_model")
+_BLOCKS: Final = ("decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 class Site(NamedTuple):
@@ -36,17 +40,24 @@ class Site(NamedTuple):
 
 
 class Sites(tuple[Site, ...]):
-    """The sites of a model in the order of its blocks, and the decoder module that runs them.
+    """The sites of a model in the order of its blocks, the decoder module that runs them, and the whole model.
 
     The decoder is the module whose ``forward`` receives the attention mask of the tokens: hooks learn there which
-    positions of a batch are real.
+    positions of a batch are real, or from what ``model`` receives where it hands its decoder something else.
+    ``skipped`` are the indices of the blocks without softmax self-attention.
     """
 
     decoder: nn.Module
+    model: nn.Module
+    skipped: tuple[int, ...]
 
-    def __new__(cls, sites: Iterable[Site], decoder: nn.Module) -> Sites:
+    def __new__(
+        cls, sites: Iterable[Site], decoder: nn.Module, model: nn.Module | None = None, skipped: Iterable[int] = ()
+    ) -> Sites:
         made = super().__new__(cls, sites)
         made.decoder = decoder
+        made.model = decoder if model is None else model
+        made.skipped = tuple(skipped)
         return made
 
     @property
@@ -66,19 +77,26 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
     ``decoder`` is the dotted name, inside ``model``, of the module that holds the decoder's list of blocks; it is
     needed only when it cannot be told from the modules. Works without weights, on the meta device.
 
-    Raises :class:`DiscoveryError` when there is no such module, none or several equally good candidates, or blocks
-    whose heads differ in number or size. The message names the argument that settles it.
+    Only softmax self-attention over the tokens counts. Blocks without it (recurrent, convolutional, cross-attention)
+    are left out and reported; the others keep their index among all blocks. Cross-attention inside a block is passed
+    over.
+
+    Raises :class:`DiscoveryError` when there is no such module, none or several equally good candidates, a model with
+    an encoder of its own, blocks that are not those that the configuration tells of, or blocks whose heads differ in
+    number or size. The message names the argument that settles it.
     """
     name, owner, blocks = _named_decoder(model, decoder) if decoder is not None else _search(model)
-    hidden = _hidden_size(model)
+    config = _text_config(owner) or _text_config(model)
+    hidden, kinds = _first_integer(config, _HIDDEN), _kinds(config, len(blocks))
     sites, skipped = [], []
-    for layer, (block_name, block) in enumerate(blocks):
-        found = [
-            (part_name, attention, projection)
-            for part_name, attention in block.named_modules()
-            if (projection := _projection(part_name, attention, hidden)) is not None
-        ]
+    for layer, ((block_name, block), kind) in enumerate(zip(blocks, kinds, strict=True)):
+        found = [] if kind is False else _attentions(block, hidden)
         if not found:
+            if kind and decoder is None:
+                raise DiscoveryError(
+                    f"the configuration says that block {layer} of {name or 'the model'} has attention, but no module "
+                    "in it looks like one: pass decoder= if its heads are to be left alone"
+                )
             skipped.append(layer)
             continue
         if len(found) > 1:
@@ -95,12 +113,23 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
         raise DiscoveryError(f"no attention output projection in the blocks of {name or 'the model'}: pass decoder=")
     if skipped:
         logger.info("blocks without softmax self-attention are left alone: %s", skipped)
+    _make_sure(sites)
+    return Sites(sites, owner, model, skipped)
+
+
+def _make_sure(sites: list[Site]) -> None:
+    """Every block has a projection of its own, and all have heads of one number and size."""
+    if len({id(site.module) for site in sites}) < len(sites):
+        raise DiscoveryError(
+            f"blocks share one attention module ({sites[0].name}, ...), whose runs cannot be told apart: pass decoder= "
+            "with the name of a module whose blocks have their own"
+        )
     if len({(site.heads, site.head_dim) for site in sites}) > 1:
         raise DiscoveryError(
-            "the blocks of the decoder differ in number or size of heads: "
+            "the blocks of the decoder differ in number or size of heads, which a vector cannot have: "
             + ", ".join(f"{site.name} {site.heads} x {site.head_dim}" for site in sites)
+            + "; pass decoder= if this is not the language decoder"
         )
-    return Sites(sites, owner)
 
 
 def in_features(module: nn.Module) -> int:
@@ -129,13 +158,25 @@ def _named_decoder(model: nn.Module, name: str) -> tuple[str, nn.Module, Blocks]
 
 def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
     """The innermost module around the token embedding that holds a list of blocks with attention."""
+    if any(getattr(config, "is_encoder_decoder", False) for config in (_config(model), _text_config(model))):
+        raise DiscoveryError(
+            f"{type(model).__name__} has an encoder and a decoder: pass decoder= with the dotted name of the module "
+            "that holds the decoder's blocks"
+        )
     embedding = _token_embedding(model)
     path = next((name for name, module in model.named_modules() if module is embedding), "")
     while path:
         path = path.rpartition(".")[0]
         owner = model.get_submodule(path)
         if lists := _block_lists(owner):
-            return path, owner, _nearest(path, lists)
+            blocks = _nearest(path, lists)
+            count = _first_integer(_text_config(owner) or _text_config(model), _BLOCKS)
+            if count not in (None, len(blocks)):
+                raise DiscoveryError(
+                    f"{path or 'the model'} has {len(blocks)} blocks with attention, but the configuration tells of "
+                    f"{count}: pass decoder= with the dotted name of the module that holds the decoder's blocks"
+                )
+            return path, owner, blocks
     raise DiscoveryError(
         f"no list of blocks with attention next to the token embedding of {type(model).__name__}: pass decoder= with "
         "the dotted name of the module that holds the decoder's blocks"
@@ -164,18 +205,27 @@ def _block_lists(owner: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _has_attention(block: nn.Module) -> bool:
-    return any(_projection(name, module, None) is not None for name, module in block.named_modules())
+    return bool(_attentions(block, None))
+
+
+def _attentions(block: nn.Module, hidden: int | None) -> list[tuple[str, nn.Module, str]]:
+    """Softmax self-attention modules of a block: dotted name, module, name of the output projection in it."""
+    return [
+        (name, module, projection)
+        for name, module in block.named_modules()
+        if (projection := _projection(name, module, hidden)) is not None
+    ]
 
 
 def _projection(name: str, module: nn.Module, hidden: int | None) -> str | None:
     """Name of the output projection if ``module`` is softmax self-attention, else None."""
-    own_name = name.rpartition(".")[2].lower()
-    called = f"{own_name} {type(module).__name__}".lower()
-    if "att" not in called or "cross" in called:
-        return None
+    own_name, kind = name.rpartition(".")[2], type(module).__name__
     children = dict(module.named_children())
-    recurrent = "conv1d" in children or any(parameter in dict(module.named_parameters()) for parameter in ("A_log",))
-    if recurrent or not any(_INPUT.search(child) for child in children):
+    if "att" not in f"{own_name} {kind}".lower() or not any(map(_INPUT.search, children)):
+        return None
+    if _CROSS.search(own_name) or "cross" in kind.lower() or getattr(module, "is_cross_attention", None) is True:
+        return None
+    if any(map(_RECURRENT.search, (*children, *module._parameters, *module._buffers))):
         return None
     for projection in _PROJECTION:
         if projection in children and (hidden is None or _out_features(children[projection]) in (hidden, None)):
@@ -205,15 +255,21 @@ def _token_embedding(model: nn.Module) -> nn.Module:
     return max(tables, key=lambda table: table.num_embeddings)
 
 
-def _hidden_size(model: nn.Module) -> int | None:
-    """Width of the residual stream, or None where the model's configuration does not say."""
-    return _first_integer(_text_config(model), ("hidden_size", "n_embd", "d_model"))
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    getter = getattr(config, "get_text_config", None)
-    return getter() if callable(getter) else config
+    getter = getattr(_config(model), "get_text_config", None)
+    return getter() if callable(getter) else _config(model)
+
+
+def _kinds(config: Any, blocks: int) -> list[bool | None]:
+    """Whether each block has softmax self-attention as the configuration tells, or None where it does not."""
+    kinds = getattr(config, "layer_types", None)
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != blocks:
+        return [None] * blocks
+    return ["linear" not in kind if kind.endswith("attention") else None for kind in kinds]
 
 
 def _heads(attention: nn.Module, module: nn.Module, name: str) -> tuple[int, int]:
