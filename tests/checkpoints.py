@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import zoo
 from transformers import (
     Idefics2Config,
     Idefics2ForConditionalGeneration,
@@ -76,14 +77,7 @@ def idefics2(folder: Path) -> Path:
             "image_size": 32,
             "patch_size": 8,
         },
-        perceiver_config={
-            "resampler_n_latents": 3,
-            "resampler_depth": 1,
-            "resampler_n_heads": 2,
-            "resampler_head_dim": 8,
-            "num_key_value_heads": 1,
-            "hidden_size": 32,
-        },
+        perceiver_config=zoo.PERCEIVER,
     )
     return _save(Idefics2ForConditionalGeneration(config), processor, folder)
 

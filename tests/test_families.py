@@ -341,14 +341,7 @@ FAMILIES = (
         "Idefics2ForConditionalGeneration",
         _seen(
             _text("mistral", WIDE),
-            perceiver_config={
-                "resampler_n_latents": 3,
-                "resampler_depth": 1,
-                "resampler_n_heads": 2,
-                "resampler_head_dim": 8,
-                "num_key_value_heads": 1,
-                "hidden_size": 48,
-            },
+            perceiver_config={**zoo.PERCEIVER, "hidden_size": 48},
         ),
         "model.text_model.layers.{}.self_attn.o_proj",
         head_dim=12,

@@ -143,19 +143,23 @@ def gemma3(window: int = 64) -> Tiny:
     return Tiny("gemma3", Gemma3ForConditionalGeneration(config), 4, media, head_dim=12)
 
 
+PERCEIVER = {
+    "resampler_n_latents": 3,
+    "resampler_depth": 1,
+    "resampler_n_heads": 2,
+    "resampler_head_dim": 8,
+    "num_key_value_heads": 1,
+    "hidden_size": 32,
+}
+"""A resampler that makes three tokens of an image."""
+
+
 def idefics2() -> Tiny:
     config = Idefics2Config(
         image_token_id=IMAGE,
         text_config={"model_type": "mistral", **_text()},
         vision_config=_vision(patch_size=8),
-        perceiver_config={
-            "resampler_n_latents": 3,
-            "resampler_depth": 1,
-            "resampler_n_heads": 2,
-            "resampler_head_dim": 8,
-            "num_key_value_heads": 1,
-            "hidden_size": 32,
-        },
+        perceiver_config=PERCEIVER,
     )
     media = lambda seeds: {"pixel_values": _noise(seeds, 1, 3, 16, 16)}  # noqa: E731
     return Tiny("idefics2", Idefics2ForConditionalGeneration(config), 3, media)
@@ -198,21 +202,22 @@ def _patches(seeds: list[int], patch: int) -> dict[str, Tensor]:
     }
 
 
+_QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
 def qwen2_5_vl() -> Tiny:
     config = Qwen2_5_VLConfig(
         text_config=_text(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
+        vision_config={**_QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
         image_token_id=IMAGE,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
@@ -232,18 +237,7 @@ def qwen3_vl() -> Tiny:
                 "mrope_interleaved": True,
             },
         ),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-        },
+        vision_config={**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         image_token_id=IMAGE,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
