@@ -320,6 +320,12 @@ FAMILIES = (
         SELF,
         head_dim=10,
     ),
+    Family(
+        "MiMoV2FlashForCausalLM",
+        WIDE | MOE | {"v_head_dim": 10, "n_routed_experts": 4, "num_key_value_heads": 3},
+        SELF,
+        head_dim=10,
+    ),
     Family("DeepseekVLForConditionalGeneration", _seen(_text("llama"), _SIGLIP), NESTED),
     Family("CohereForCausalLM", TEXT, SELF),
     Family("Cohere2ForCausalLM", WIDE | {"sliding_window": 4}, SELF, head_dim=12),
@@ -610,6 +616,38 @@ def test_linear_attention_is_skipped_and_reported(caplog):
     assert "left alone: [0, 2, 3]" in caplog.text
     model.config.layer_types = None  # from the modules alone
     assert find_sites(model).geometry == sites.geometry
+
+
+def test_linear_attention_that_looks_like_any_other_is_known_from_the_configuration():
+    model = meta("Qwen3ForCausalLM", WIDE)
+    model.config.layer_types[1] = "linear_attention"
+    for decoder in (None, "model"):
+        sites = find_sites(model, decoder)
+        assert [site.layer for site in sites] == [0, 2, 3, 4]
+        assert sites.skipped == (1,)
+
+
+class CrossAttention(QwenVLAttention):
+    pass
+
+
+def test_cross_attention_is_known_by_its_class_too():
+    with torch.device("meta"):
+        model = qwen_vl()
+        for block in model.transformer.h[1:]:
+            block["attn_to_image"] = CrossAttention()
+        model.transformer.h[2]["attn"] = CrossAttention()
+    sites = find_sites(model)
+    assert [site.name for site in sites] == [f"transformer.h.{layer}.attn.c_proj" for layer in (0, 1, 3, 4)]
+    assert sites.skipped == (2,)
+
+
+def test_two_attentions_in_a_block_are_a_doubt():
+    with torch.device("meta"):
+        model = qwen_vl()
+        model.transformer.h[3]["attn_too"] = QwenVLAttention()
+    with pytest.raises(DiscoveryError, match=r"block 3 of transformer.*h\.3\.attn, h\.3\.attn_too.*pass decoder="):
+        find_sites(model)
 
 
 def test_attention_that_the_configuration_tells_of_has_to_be_found():

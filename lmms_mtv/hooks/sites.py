@@ -223,7 +223,7 @@ def _projection(name: str, module: nn.Module, hidden: int | None) -> str | None:
     children = dict(module.named_children())
     if "att" not in f"{own_name} {kind}".lower() or not any(map(_INPUT.search, children)):
         return None
-    if _CROSS.search(own_name) or "cross" in kind.lower() or getattr(module, "is_cross_attention", None) is True:
+    if _CROSS.search(own_name) or "cross" in kind.lower():
         return None
     if any(map(_RECURRENT.search, (*children, *module._parameters, *module._buffers))):
         return None
