@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import Task
 from lmms_eval.utils import sanitize_model_name, simple_parse_args_string
@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from lmms_mtv.errors import DataError, HookError
 from lmms_mtv.harness import bases, record
-from lmms_mtv.harness.arguments import Arguments, divide, names
+from lmms_mtv.harness.arguments import Arguments, divide
 from lmms_mtv.harness.failure import reported
 from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.task import TaskPrompts
 from lmms_mtv.harness.vectors import Vectors
-from lmms_mtv.hooks import Fired, applied, find_sites
+from lmms_mtv.harness.wrapped import Wrapped
+from lmms_mtv.hooks import Fired, applied
 from lmms_mtv.vector import TaskVector
 
 
@@ -40,11 +41,15 @@ class Mtv(lmms):  # type: ignore[misc]
     def __init__(self, **given: Any) -> None:
         super().__init__()
         base = given.get("base", Arguments.base)
-        self._arguments, method, settings, for_base = divide(given, names(bases.config(base)))
+        known = bases.known(base, bool(given.get("force_simple", False)))
+        self._arguments, method, settings, for_base = divide(given, known)
         # A file that cannot be used is better known before the model is loaded.
         loaded = TaskVector.load(self._arguments.vector) if self._arguments.vector is not None else None
-        self._base = bases.build(base, for_base)
-        self._sites = find_sites(self._base.model, self._arguments.decoder)
+        self._base, self._sites = bases.build(base, for_base, self._arguments.decoder)
+        if isinstance(self._base, Wrapped):
+            # The harness asks as it asks the base: a simple one with a text and its images, a chat one with messages.
+            self.is_simple = self._base.is_simple
+            self._base.share(self)
         self._vectors = Vectors[Prompt](
             self._arguments, method, settings, self._base, self._sites, loaded, logger, self.rank
         )
@@ -103,48 +108,59 @@ class Mtv(lmms):  # type: ignore[misc]
     def _answers(
         self, task: Any, requests: Sequence[Instance], indices: Sequence[int], output: str | None
     ) -> dict[int, GenerationResult]:
-        prompts = TaskPrompts(task, self._arguments.demonstrations)
+        prompts = TaskPrompts(task, self._arguments.demonstrations, as_sent=isinstance(self._base, Wrapped))
         shots = self._shots(task)
         vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
 
-        # Requests of a batch share their generation settings.
-        batches: list[list[int]] = []
-        by_settings: dict[str, list[int]] = {}
-        for position, request in enumerate(requests):
-            by_settings.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(position)
-        for positions in by_settings.values():
-            size = self._base.batch_size
-            batches += [positions[i : i + size] for i in range(0, len(positions), size)]
-
+        # An lmms-eval model gets the harness's own requests at once, and makes its own batches of them.
+        as_sent = isinstance(self._base, Wrapped) and not shots and not task.config.num_fewshot
+        batches = [list(range(len(requests)))] if as_sent else self._batches(requests)
         answers: dict[int, GenerationResult] = {}
+        input_tokens = 0
         began = time.perf_counter()
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
         with edited as fired:
-            for batch in tqdm(batches, desc=f"Evaluating {prompts.name}", disable=self.rank != 0, dynamic_ncols=True):
+            quiet = as_sent or self.rank != 0
+            for batch in tqdm(batches, desc=f"Evaluating {prompts.name}", disable=quiet, dynamic_ncols=True):
                 before = fired.count
-                made = [
-                    prompts.evaluation(request.args[3], request.args[5], shots, self._arguments.seed)
-                    for request in (requests[position] for position in batch)
-                ]
-                settings = requests[batch[0]].args[2]
-                for position, answer in zip(batch, self._base.generate(made, settings), strict=True):
-                    request = requests[position]
-                    self.cache_hook.add_partial("generate_until", (request.args[0], settings), answer.text)
-                    counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
-                    answers[indices[position]] = GenerationResult(answer.text, counts)
+                asked = [requests[position] for position in batch]
+                if isinstance(self._base, Wrapped):
+                    self._base.share(self)
+                if isinstance(self._base, Wrapped) and as_sent:
+                    given, tokens = self._base.answers(asked, self.cache_hook, edited=bool(vector.edits))
+                else:
+                    made = [prompts.evaluation(*_document(request), shots, self._arguments.seed) for request in asked]
+                    given, tokens = self._base.generate(made, _settings(asked[0]), edited=bool(vector.edits))
+                input_tokens += tokens
+                for position, answer in zip(batch, given, strict=True):
+                    if not as_sent:
+                        request = requests[position]
+                        self.cache_hook.add_partial(
+                            "generate_until", (request.args[0], _settings(request)), answer.text
+                        )
+                    answers[indices[position]] = answer
                 if vector.edits and fired.count == before:
                     raise HookError(
                         "the edit never ran while the base generated, so that the answers are those of the plain "
                         "model: pass decoder= with the module that its forward calls"
                     )
-        counted = [answer.token_counts for answer in answers.values()]
+        counted = [answer.token_counts.output_tokens for answer in answers.values() if answer.token_counts is not None]
+        output_tokens = [count for count in counted if count is not None]
         self._vectors.record[prompts.name]["evaluation"] = {
             "requests": len(answers),
             "seconds": time.perf_counter() - began,
-            "input_tokens": sum(counts.input_tokens for counts in counted) / len(counted),
-            "output_tokens": sum(counts.output_tokens for counts in counted) / len(counted),
+            "input_tokens": input_tokens / len(answers),
+            "output_tokens": sum(output_tokens) / len(output_tokens) if output_tokens else None,
         }
         return answers
+
+    def _batches(self, requests: Sequence[Instance]) -> list[list[int]]:
+        """Positions of the requests, batch by batch. Requests of a batch share their generation settings."""
+        by_settings: dict[str, list[int]] = {}
+        for position, request in enumerate(requests):
+            by_settings.setdefault(json.dumps(_settings(request), sort_keys=True, default=str), []).append(position)
+        size = self._base.batch_size
+        return [positions[i : i + size] for positions in by_settings.values() for i in range(0, len(positions), size)]
 
     def _folder(self, output: str) -> Path:
         """The folder into which the harness writes the results of this run."""
@@ -159,11 +175,22 @@ class Mtv(lmms):  # type: ignore[misc]
 
 
 def _task_of(request: Instance) -> Any:
-    """The harness's task behind a request: the owner of its bound ``doc_to_messages``."""
-    task = getattr(request.args[1], "__self__", None)
-    if not isinstance(task, Task):
-        raise _only_generation([request])
-    return task
+    """The harness's task behind a request: the owner of its bound ``doc_to_messages`` or ``doc_to_visual``."""
+    for argument in request.args[1:3]:
+        if isinstance(task := getattr(argument, "__self__", None), Task):
+            return task
+    raise _only_generation([request])
+
+
+def _settings(request: Instance) -> dict[str, Any]:
+    """The generation settings of a request: before its images for a simple model, after its messages for a chat one."""
+    settings: dict[str, Any] = next(argument for argument in request.args[1:3] if isinstance(argument, dict))
+    return settings
+
+
+def _document(request: Instance) -> tuple[int, str]:
+    """Number and split of the document that a request is about."""
+    return request.args[3], request.args[5]
 
 
 def _only_generation(requests: Sequence[Instance]) -> DataError:

@@ -42,6 +42,17 @@ def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 
     return row, column
 
 
+def cached_tokens(cache: Any) -> int:
+    """Number of tokens in what a decoder was given as ``past_key_values``: a cache, nested tuples, or None."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    while isinstance(cache, list | tuple) and cache:
+        cache = cache[0]
+    return int(cache.shape[-2]) if isinstance(cache, Tensor) else 0
+
+
 class Positions:
     """The last real positions of the forward that is running, worked out once for all sites.
 
@@ -54,6 +65,8 @@ class Positions:
         self._mask: Tensor | None = None
         self._found: tuple[Tensor, Tensor] | None = None
         self._running = False
+        self.continues = False
+        """Whether the running forward goes on from tokens that are already in a cache."""
 
     def of(self, activation: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns in ``activation``, which is [rows, length, width], on its device."""
@@ -84,6 +97,7 @@ class Positions:
             self._mask = mask if isinstance(mask, Tensor) or mask is None else _refuse(mask)
             self._found = None
             self._running = True
+            self.continues = cached_tokens(given.get("past_key_values")) > 0
 
         def after(*_: Any) -> None:
             self._running = False
