@@ -35,8 +35,6 @@ class Base:
     checkpoint: str | None = None
     simple: bool = False
     batches: tuple[int, ...] = (1, 3)
-    image_tokens: int | None = None
-    """Tokens of one image of shapes, as the wrapper has it processed."""
 
     @property
     def label(self) -> str:
@@ -48,8 +46,15 @@ BASES = (
     Base("idefics2", "device_map=cpu,dtype=float32,attn_implementation=eager", simple=True),
     Base("qwen2_5_vl", QWEN),
     Base("qwen2_5_vl", QWEN, simple=True),
+    Base("qwen2_vl", QWEN, simple=True),
+    Base("qwen3_vl", "device_map=cpu,min_pixels=1024,max_pixels=4096"),
+    Base("llava_hf", "device_map=cpu,dtype=float32", "llava", batches=(1,)),
+    Base("llava_hf", "device_map=cpu,dtype=float32", "llava", simple=True, batches=(1,)),
+    Base("internvl_hf", "device_map=cpu,max_patches=1", "internvl", batches=(1,)),
+    Base("mistral3_vl", "device_map=cpu", "mistral3", simple=True),
+    Base("gemma3", "device_map=cpu", simple=True),
 )
-BOTH = {"qwen2_5_vl"}
+BOTH = {"qwen2_5_vl", "llava_hf"}
 """Those with a chat wrapper and a simple one."""
 
 
@@ -91,7 +96,7 @@ def evaluated(model: str, model_args: str, **options) -> list[str]:
 def built(base: Base, folders, **more) -> Wrapped:
     given = dict(pair.split("=") for pair in base.arguments.split(","))
     given |= {"pretrained": str(folders[base.checkpoint or base.name]), "device": "cpu"}
-    for name in ("min_pixels", "max_pixels"):
+    for name in ("min_pixels", "max_pixels", "max_patches"):
         if name in given:
             given[name] = int(given[name])
     own = {"force_simple": True} if base.simple and base.name in BOTH else {}
