@@ -58,7 +58,7 @@ class Runner(Protocol[P_contra]):
     def model(self) -> nn.Module: ...
 
     def run(self, prompts: Sequence[P_contra]) -> None:
-        """One forward over the prompts, as a batch with one row each."""
+        """The prompts' forwards, with one row for each; the first tokens of answers may follow."""
         ...
 
     def target_ids(self, prompt: P_contra) -> list[int]:
@@ -162,7 +162,7 @@ class FitSession(Generic[P]):
         own = self._ranks.share(episodes)
 
         def extracted(batch: Sequence[Episode]) -> Tensor:
-            with record(self.sites) as recording:
+            with record(self.sites, prompts_only=True) as recording:
                 self._runner.run([self._examples.prompt(episode) for episode in batch])
             rows = recording.last()
             if rows.shape[0] != len(batch):

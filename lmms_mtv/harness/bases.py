@@ -6,30 +6,37 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmms_eval.models import list_available_models
-from torch import nn
 
-from lmms_mtv.errors import ArgumentError, unknown
+from lmms_mtv.errors import unknown
+from lmms_mtv.harness import wrapped
+from lmms_mtv.harness.arguments import names
 from lmms_mtv.harness.hf import Hf, HfConfig
+from lmms_mtv.harness.wrapped import Wrapped, WrappedConfig
+from lmms_mtv.hooks import Sites, find_sites
 
-CONFIGS: Mapping[str, type[Any]] = {"hf": HfConfig}
+OWN = "hf"
+"""The base of this package; all others are models of lmms-eval."""
 
 
-def config(name: str) -> type[Any]:
-    """The configuration class of the base ``name``. Raises :class:`ArgumentError` if there is no such base."""
-    if name in CONFIGS:
-        return CONFIGS[name]
+def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
+    """The arguments of the base ``name``. Raises :class:`ArgumentError` if there is none, or if it does not import."""
+    if name == OWN:
+        return names(HfConfig)
     others = set(list_available_models(include_aliases=True)) - {"mtv"}
-    if name in others:
-        raise ArgumentError(
-            f"base={name} is a model of lmms-eval whose torch module this version does not reach, so that its heads "
-            f"cannot be edited: use one of {', '.join(CONFIGS)}"
-        )
-    raise unknown("base", name, CONFIGS)
+    if name not in others:
+        raise unknown("base", name, {OWN, *others})
+    return wrapped.known(name, force_simple)
 
 
-def build(name: str, arguments: Mapping[str, Any]) -> Hf:
-    """The base ``name``, loaded. Raises :class:`ArgumentError` if it has no torch module to edit."""
-    base = Hf(config(name)(**arguments))
-    if not isinstance(getattr(base, "model", None), nn.Module):
-        raise ArgumentError(f"base={name} has no torch module, so that its heads cannot be edited: use base=hf")
-    return base
+def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -> tuple[Hf | Wrapped, Sites]:
+    """The base ``name``, loaded, and where its heads are; ``decoder`` as in :func:`~lmms_mtv.hooks.find_sites`.
+
+    Raises :class:`ArgumentError` if it cannot be loaded or has no torch module to edit.
+    """
+    if name == OWN:
+        base = Hf(HfConfig(**arguments))
+        return base, find_sites(base.model, decoder)
+    own = {key: arguments[key] for key in wrapped.OWN if key in arguments}
+    others = {key: value for key, value in arguments.items() if key not in own}
+    wrapping = Wrapped(WrappedConfig(name, arguments=others, **own), decoder)
+    return wrapping, wrapping.sites

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
+from lmms_eval.api.instance import GenerationResult, TokenCounts
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -84,14 +85,6 @@ class HfConfig:
             raise ArgumentError(f"fewshot_as_multiturn={self.fewshot_as_multiturn!r}, expected True or False")
         if self.batch_size != "auto" and (not str(self.batch_size).isdigit() or int(self.batch_size) < 1):
             raise ArgumentError(f"batch_size={self.batch_size!r}, expected a number, 1 or more, or auto")
-
-
-class Answer(NamedTuple):
-    """A generated text, and how many tokens went in and came out."""
-
-    text: str
-    input_tokens: int
-    output_tokens: int
 
 
 class _Until(StoppingCriteria):  # type: ignore[misc]
@@ -195,8 +188,13 @@ class Hf:
         return whole[len(known) :] if whole[: len(known)] == known else self._ids(text)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[Answer]:
-        """Answers to a batch of prompts under the harness's generation settings, ``until`` among them."""
+    def generate(
+        self, prompts: Sequence[Prompt], settings: Mapping[str, Any], edited: bool = False
+    ) -> tuple[list[GenerationResult], int]:
+        """Answers to a batch of prompts under the harness's generation settings, ``until`` among them.
+
+        Also the number of tokens that went in. An exception is never kept back, with or without an edit.
+        """
         stops = self._stops(prompts, settings.get("until") or ())
         limit = int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or 256)
         chosen = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
@@ -214,8 +212,9 @@ class Hf:
             text = self._tokenizer.decode(row, skip_special_tokens=True)
             for stop in stops:
                 text = text.split(stop)[0]
-            answers.append(Answer(text, taken, int((row != self._tokenizer.pad_token_id).sum())))
-        return answers
+            counts = TokenCounts(input_tokens=taken, output_tokens=int((row != self._tokenizer.pad_token_id).sum()))
+            answers.append(GenerationResult(text, counts))
+        return answers, sum(lengths)
 
     def _stops(self, prompts: Sequence[Prompt], until: str | Sequence[str]) -> list[str]:
         """Where an answer ends: at the task's ``until``, and in raw prompts where a next demonstration would begin."""

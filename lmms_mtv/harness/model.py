@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import Task
 from lmms_eval.utils import sanitize_model_name, simple_parse_args_string
@@ -19,15 +19,16 @@ from loguru import logger
 from tqdm import tqdm
 
 from lmms_mtv import ranks
+from lmms_mtv.batches import BatchSize
 from lmms_mtv.errors import DataError, HookError
 from lmms_mtv.harness import bases, record
-from lmms_mtv.harness.arguments import Arguments, divide, names
+from lmms_mtv.harness.arguments import Arguments, divide
 from lmms_mtv.harness.failure import reported
-from lmms_mtv.harness.hf import Answer
 from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.task import TaskPrompts
 from lmms_mtv.harness.vectors import Vectors
-from lmms_mtv.hooks import Fired, applied, find_sites
+from lmms_mtv.harness.wrapped import Wrapped
+from lmms_mtv.hooks import Fired, applied
 from lmms_mtv.vector import TaskVector
 
 
@@ -43,11 +44,15 @@ class Mtv(lmms):  # type: ignore[misc]
     def __init__(self, **given: Any) -> None:
         super().__init__()
         base = given.get("base", Arguments.base)
-        self._arguments, method, settings, for_base = divide(given, names(bases.config(base)))
+        known = bases.known(base, bool(given.get("force_simple", False)))
+        self._arguments, method, settings, for_base = divide(given, known)
         # A file that cannot be used is better known before the model is loaded.
         loaded = TaskVector.load(self._arguments.vector) if self._arguments.vector is not None else None
-        self._base = bases.build(base, for_base)
-        self._sites = find_sites(self._base.model, self._arguments.decoder)
+        self._base, self._sites = bases.build(base, for_base, self._arguments.decoder)
+        if isinstance(self._base, Wrapped):
+            # The harness asks as it asks the base: a simple one with a text and its images, a chat one with messages.
+            self.is_simple = self._base.is_simple
+            self._base.share(self)
         self._vectors = Vectors[Prompt](
             self._arguments, method, settings, self._base, self._sites, loaded, logger, ranks.current
         )
@@ -106,27 +111,33 @@ class Mtv(lmms):  # type: ignore[misc]
     def _answers(
         self, task: Any, requests: Sequence[Instance], indices: Sequence[int], output: str | None
     ) -> dict[int, GenerationResult]:
-        prompts = TaskPrompts(task, self._arguments.demonstrations)
+        prompts = TaskPrompts(task, self._arguments.demonstrations, as_sent=isinstance(self._base, Wrapped))
         shots = self._shots(task)
         vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
 
-        # Requests of a batch share their generation settings.
-        by_settings: dict[str, list[int]] = {}
-        for position, request in enumerate(requests):
-            by_settings.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(position)
-
+        # An lmms-eval model gets the harness's own requests at once, and makes its own batches of them.
+        as_sent = isinstance(self._base, Wrapped) and not shots and not task.config.num_fewshot
+        groups = [range(len(requests))] if as_sent else _alike(requests)
+        size = BatchSize(len(requests)) if as_sent else self._base.batch_size.copy()
         answers: dict[int, GenerationResult] = {}
+        input_tokens = 0
         began = time.perf_counter()
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
-        bar = tqdm(total=len(requests), desc=f"Evaluating {prompts.name}", disable=self.rank != 0, dynamic_ncols=True)
+        quiet = as_sent or self.rank != 0
+        bar = tqdm(total=len(requests), desc=f"Evaluating {prompts.name}", disable=quiet, dynamic_ncols=True)
         together = ranks.current()
         with together.together(), edited as fired, bar:
 
-            def answered(batch: Sequence[int]) -> list[Answer]:
+            def answered(batch: Sequence[int]) -> tuple[list[GenerationResult], int]:
                 before = fired.count
-                args = [requests[position].args for position in batch]
-                made = [prompts.evaluation(arg[3], arg[5], shots, self._arguments.seed) for arg in args]
-                found = self._base.generate(made, args[0][2])
+                asked = [requests[position] for position in batch]
+                if isinstance(self._base, Wrapped):
+                    self._base.share(self)
+                if isinstance(self._base, Wrapped) and as_sent:
+                    found = self._base.answers(asked, self.cache_hook, edited=bool(vector.edits))
+                else:
+                    made = [prompts.evaluation(*_document(request), shots, self._arguments.seed) for request in asked]
+                    found = self._base.generate(made, _settings(asked[0]), edited=bool(vector.edits))
                 if vector.edits and fired.count == before:
                     raise HookError(
                         "the edit never ran while the base generated, so that the answers are those of the plain "
@@ -134,22 +145,25 @@ class Mtv(lmms):  # type: ignore[misc]
                     )
                 return found
 
-            size = self._base.batch_size.copy()
-            for batch, found in (part for same in by_settings.values() for part in size.over(same, answered)):
+            for batch, (given, tokens) in (part for group in groups for part in size.over(group, answered)):
                 bar.update(len(batch))
-                for position, answer in zip(batch, found, strict=True):
-                    request = requests[position]
-                    self.cache_hook.add_partial("generate_until", request.args[:1] + request.args[2:3], answer.text)
-                    counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
-                    answers[indices[position]] = GenerationResult(answer.text, counts)
-        counted = [answer.token_counts for answer in answers.values()]
-        tokens = [[1, counts.input_tokens, counts.output_tokens] for counts in counted]
-        count, taken, given = together.total(torch.tensor(tokens, dtype=torch.float64).sum(0)).tolist()
+                input_tokens += tokens
+                for position, answer in zip(batch, given, strict=True):
+                    if not as_sent:
+                        request = requests[position]
+                        self.cache_hook.add_partial(
+                            "generate_until", (request.args[0], _settings(request)), answer.text
+                        )
+                    answers[indices[position]] = answer
+        counted = [answer.token_counts.output_tokens for answer in answers.values() if answer.token_counts is not None]
+        made = [count for count in counted if count is not None]
+        sums = torch.tensor([len(answers), input_tokens, len(made), sum(made)], dtype=torch.float64)
+        count, taken, told, written = together.total(sums).tolist()
         self._vectors.record[prompts.name]["evaluation"] = {
             "requests": int(count),
             "seconds": time.perf_counter() - began,
             "input_tokens": taken / count,
-            "output_tokens": given / count,
+            "output_tokens": written / told if told else None,
         }
         return answers
 
@@ -165,12 +179,31 @@ class Mtv(lmms):  # type: ignore[misc]
         return of_harness if asked is None else asked
 
 
+def _alike(requests: Sequence[Instance]) -> list[list[int]]:
+    """Positions of requests that share their generation settings, as those of a batch have to."""
+    found: dict[str, list[int]] = {}
+    for position, request in enumerate(requests):
+        found.setdefault(json.dumps(_settings(request), sort_keys=True, default=str), []).append(position)
+    return list(found.values())
+
+
 def _task_of(request: Instance) -> Any:
-    """The harness's task behind a request: the owner of its bound ``doc_to_messages``."""
-    task = getattr(request.args[1], "__self__", None)
-    if not isinstance(task, Task):
-        raise _only_generation([request])
-    return task
+    """The harness's task behind a request: the owner of its bound ``doc_to_messages`` or ``doc_to_visual``."""
+    for argument in request.args[1:3]:
+        if isinstance(task := getattr(argument, "__self__", None), Task):
+            return task
+    raise _only_generation([request])
+
+
+def _settings(request: Instance) -> dict[str, Any]:
+    """The generation settings of a request: before its images for a simple model, after its messages for a chat one."""
+    settings: dict[str, Any] = next(argument for argument in request.args[1:3] if isinstance(argument, dict))
+    return settings
+
+
+def _document(request: Instance) -> tuple[int, str]:
+    """Number and split of the document that a request is about."""
+    return request.args[3], request.args[5]
 
 
 def _only_generation(requests: Sequence[Instance]) -> DataError:

@@ -75,6 +75,20 @@ class Prompt:
             first["content"].insert(0, {"type": "text", "text": self.description})
         return turns
 
+    def spoken(self) -> list[Message]:
+        """:meth:`chat` with the images in it, as lmms-eval hands messages to its models."""
+        turns, images = self.chat(), iter(self.images())
+        for turn in turns:
+            for part in turn["content"]:
+                if part["type"] == "image":
+                    part["url"] = next(images)
+        return turns
+
+    def leads(self) -> bool:
+        """Whether all images stand before all text, the description aside: no place has to be marked."""
+        kinds = [part["type"] for message in self.query for part in message["content"]]
+        return not self.demonstrations and kinds == sorted(kinds, key=lambda kind: kind != "image")
+
     def inline(self) -> Prompt:
         """The same with the demonstrations inside the query's first turn, parted by the task's own delimiters."""
         shown: list[dict[str, Any]] = []

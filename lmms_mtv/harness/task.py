@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
+from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.utils import apply_template
 from PIL import Image
 
@@ -21,11 +22,13 @@ Doc = Mapping[str, Any]
 class TaskPrompts:
     """The prompts of one task of lmms-eval.
 
-    ``demonstrations``: see :class:`~lmms_mtv.harness.training.Training`. Nothing is loaded before it is needed.
+    ``demonstrations``: see :class:`~lmms_mtv.harness.training.Training`. ``as_sent`` leaves the description where the
+    harness puts it for its own models; by default every prompt begins with it. Nothing is loaded before it is needed.
     """
 
-    def __init__(self, task: Any, demonstrations: str | None) -> None:
+    def __init__(self, task: Any, demonstrations: str | None, as_sent: bool = False) -> None:
         self._task = task
+        self._as_sent = as_sent
         self.training = Training(task, demonstrations, task.config.fewshot_split, self._processed)
         self.name = self.training.name
 
@@ -83,7 +86,7 @@ class TaskPrompts:
         """The question of a document as the task puts it, its images opened and converted to RGB."""
         try:
             doc = documents[index]
-            if callable(self._task.config.doc_to_messages):
+            if self._writes_messages:
                 messages = self._task.doc_to_messages(doc)
             else:
                 # Not the task's own doc_to_messages: for text it would add demonstrations of its own choice.
@@ -92,13 +95,29 @@ class TaskPrompts:
                 content.append({"type": "text", "text": self._task.doc_to_text(doc)})
                 messages = [{"role": "user", "content": content}]
             # A prompt has the description once, at its beginning.
-            return _without(self._description(doc), [_opened(message) for message in messages])
+            return _without(self._written(doc), [_opened(message) for message in messages])
         except (OSError, SyntaxError) as error:
             raise DataError(f"an image of {called} of task {self.name} does not open: {error}") from error
 
-    def _description(self, doc: Doc) -> str:
+    @property
+    def _writes_messages(self) -> bool:
+        """Whether the task makes messages with a function of its own, and is asked for messages."""
+        return isinstance(self._task, ConfigurableMessagesTask) and callable(self._task.config.doc_to_messages)
+
+    def _written(self, doc: Doc) -> str:
         """What the task says before everything else, written as the harness writes it."""
         return str(apply_template(self._task.config.description or "", doc))
+
+    def _description(self, doc: Doc) -> str:
+        """What the prompt begins with."""
+        written = self._written(doc)
+        if not self._as_sent or not isinstance(self._task, ConfigurableMessagesTask):
+            return written
+        if self._writes_messages:
+            # The harness's messages have it only if the task's own function puts it there.
+            content = self._task.doc_to_messages(doc)[0]["content"]
+            return written if content and content[0] == {"type": "text", "text": written} else ""
+        return written if self._task.config.doc_to_visual is None else ""
 
 
 def _opened(message: Message) -> Message:
@@ -111,7 +130,7 @@ def _opened(message: Message) -> Message:
         if part["type"] != "image" or not isinstance(image, Image.Image):
             raise DataError(
                 f"found a part of type {part['type']!r} ({type(image).__name__}) in a message, expected images and "
-                "text: base=hf runs tasks of images and text only"
+                "text: demonstrations, and every prompt of base=hf, are of images and text only"
             )
         return {**part, "url": image.convert("RGB")}
 

@@ -3,6 +3,7 @@
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
 from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
+from lmms_mtv.hooks.watch import Watch, watched
 
 __all__ = [
     "Fired",
@@ -11,9 +12,11 @@ __all__ = [
     "ReplayError",
     "Site",
     "Sites",
+    "Watch",
     "applied",
     "capture",
     "find_sites",
     "record",
     "verify",
+    "watched",
 ]

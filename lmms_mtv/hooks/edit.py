@@ -18,10 +18,11 @@ Hook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
 
 
 class Recording:
-    """Activations of the last real token of each row, of every forward since the recording began."""
+    """Activations of the last real token of each row, of the forwards since the recording began."""
 
-    def __init__(self, sites: Sites) -> None:
+    def __init__(self, sites: Sites, prompts_only: bool = False) -> None:
         self._sites = sites
+        self._prompts_only = prompts_only
         self._seen: list[list[Tensor]] = [[] for _ in sites]
 
     def last(self) -> Tensor:
@@ -43,6 +44,8 @@ class Recording:
 
     def _hook(self, index: int, site: Site, positions: Positions) -> Hook:
         def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._prompts_only and positions.continues:
+                return
             rows = args[0][positions.of(args[0])]
             self._seen[index].append(rows.detach().float().unflatten(-1, (site.heads, site.head_dim)))
 
@@ -50,9 +53,12 @@ class Recording:
 
 
 @contextmanager
-def record(sites: Sites) -> Iterator[Recording]:
-    """Record, without changing anything, what the heads compute inside the block."""
-    recording, positions = Recording(sites), Positions()
+def record(sites: Sites, *, prompts_only: bool = False) -> Iterator[Recording]:
+    """Record, without changing anything, what the heads compute inside the block.
+
+    ``prompts_only`` leaves out the forwards over tokens that a generation adds to a prompt.
+    """
+    recording, positions = Recording(sites, prompts_only), Positions()
     hooks = [(site.module, recording._hook(i, site, positions)) for i, site in enumerate(sites)]
     with ExitStack() as stack:
         stack.enter_context(positions.watching(sites.decoder, sites.model))

@@ -44,6 +44,17 @@ def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 
     return row, column
 
 
+def cached_tokens(cache: Any) -> int:
+    """Number of tokens in what a decoder was given as ``past_key_values``: a cache, nested tuples, or None."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    while isinstance(cache, list | tuple) and cache:
+        cache = cache[0]
+    return int(cache.shape[-2]) if isinstance(cache, Tensor) else 0
+
+
 class Positions:
     """The last real positions of the forward that is running, worked out once for all sites.
 
@@ -57,6 +68,8 @@ class Positions:
         self._outer: object = _UNKNOWN
         self._found: tuple[Tensor, Tensor] | None = None
         self._running = False
+        self.continues = False
+        """Whether the running forward goes on from tokens that are already in a cache."""
 
     def of(self, activation: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns in ``activation``, which is [rows, length, width], on its device."""
@@ -84,6 +97,7 @@ class Positions:
         which padding cannot be told from causality. Then what counts is the mask that ``model`` itself was given.
         """
         given_to_decoder, given_to_model = _mask_argument(decoder), _mask_argument(model)
+        cache_given = _argument(decoder, "past_key_values")
 
         def entered(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self._outer = given_to_model(args, kwargs)
@@ -103,6 +117,7 @@ class Positions:
             self._mask = told
             self._found = None
             self._running = True
+            self.continues = cached_tokens(cache_given(args, kwargs)) > 0
 
         def after(*_: Any) -> None:
             self._running = False
@@ -115,15 +130,20 @@ class Positions:
             yield
 
 
-def _mask_argument(module: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, Any]], object]:
-    """What tells the attention mask of the tokens from the arguments of a forward of ``module``.
+Given = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
+"""Tells one argument of a forward from its positional and its keyword arguments."""
 
-    Where an encoder has the mask of that name and the decoder another, it tells nothing.
-    """
+
+def _argument(module: nn.Module, name: str) -> Given:
     names = tuple(inspect.signature(module.forward).parameters)
-    if "decoder_attention_mask" in names:
+    return lambda args, kwargs: (dict(zip(names, args, strict=False)) | dict(kwargs)).get(name)
+
+
+def _mask_argument(module: nn.Module) -> Given:
+    """The attention mask of the tokens; where an encoder has the mask of that name and the decoder another, nothing."""
+    if "decoder_attention_mask" in inspect.signature(module.forward).parameters:
         return lambda args, kwargs: _UNKNOWN
-    return lambda args, kwargs: (dict(zip(names, args, strict=False)) | dict(kwargs)).get("attention_mask")
+    return _argument(module, "attention_mask")
 
 
 def _tells(mask: object) -> TypeGuard[Tensor | None]:

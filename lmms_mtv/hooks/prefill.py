@@ -114,6 +114,7 @@ class Captured:
         self._inputs: dict[str, Any] | None = None
         self._position_ids: Tensor | None = None
         self._cache: Any | None = None
+        self._done = False
 
     def prefill(self) -> Prefill:
         """The prompt that ran. Raises :class:`HookError` if none did, or several in one batch, or a padded one."""
@@ -140,12 +141,13 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
         return args, kwargs
 
     def inside(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if captured._position_ids is None and captured._cache is None:
+        if captured._position_ids is None and not captured._done:
             captured._position_ids = kwargs.get("position_ids")
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if captured._cache is None:
+        if not captured._done:
             captured._cache = _without_last(getattr(output, "past_key_values", None))
+            captured._done = True
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)

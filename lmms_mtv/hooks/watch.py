@@ -1,0 +1,72 @@
+"""Watching a model that someone else runs: which prompts it saw, and what went wrong inside it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lmms_mtv.hooks.positions import cached_tokens
+from lmms_mtv.hooks.sites import Sites
+
+
+class Watch:
+    """What happened inside a :func:`watched` block.
+
+    ``prompts`` is the number of rows of completed forwards that did not go on from a cache, ``tokens`` their real
+    tokens. ``cached`` is False if one of these forwards kept no cache. ``error`` is the first exception that left a
+    forward, whoever caught it later.
+    """
+
+    def __init__(self) -> None:
+        self.prompts = 0
+        self.tokens = 0
+        self.cached = True
+        self.error: Exception | None = None
+
+    def _failed(self, output: Any) -> bool:
+        """Whether a forward that gave ``output`` raised; its exception is kept."""
+        raised = sys.exc_info()[1] if output is None else None
+        if isinstance(raised, Exception):
+            self.error = self.error or raised
+        return raised is not None
+
+    def _saw(self, given: Mapping[str, Any]) -> None:
+        ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
+        ids = ids if ids is not None else given["inputs_embeds"]
+        rows, length = ids.shape[:2]
+        self.prompts += rows
+        self.tokens += int(mask.sum()) if isinstance(mask, Tensor) and mask.dim() == 2 else rows * length
+        self.cached &= cache is not None or bool(given.get("use_cache"))
+
+
+@contextmanager
+def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
+    """Watch every forward of ``model`` and of its decoder inside the block. Nothing is changed."""
+    watch = Watch()
+    names = tuple(inspect.signature(sites.decoder.forward).parameters)
+    prompt: dict[str, Any] = {}
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        prompt.clear()
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if not cached_tokens(given.get("past_key_values")):
+            prompt.update(given)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not watch._failed(output) and prompt:
+            watch._saw(prompt)
+        prompt.clear()
+
+    def outside(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        watch._failed(output)
+
+    with ExitStack() as stack:
+        stack.callback(sites.decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(sites.decoder.register_forward_hook(after, always_call=True).remove)
+        stack.callback(model.register_forward_hook(outside, always_call=True).remove)
+        yield watch
