@@ -307,9 +307,10 @@ class Wrapped:
         return self._found[0] if self._found else None
 
     def _opens(self, template: Template, ids: list[int]) -> bool:
-        """Whether ``ids`` end in what the template writes before an answer."""
-        asked, opened = template(_QUESTION, False), template(_QUESTION, True)
-        turn = self._tokens(opened)[len(self._tokens(asked)) :] if opened.startswith(asked) else []
+        """Whether ``ids`` end in what the template writes between a question and its answer."""
+        text = template(_QUESTION, True)
+        asked = text[: text.rindex("?") + 1]
+        turn = self._tokens(text)[len(self._tokens(asked)) :]
         return bool(turn) and ids[-len(turn) :] == turn
 
     def _tokens(self, text: str) -> list[int]:
