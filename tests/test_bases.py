@@ -101,13 +101,27 @@ def forced(base: Base) -> str:
     return ",force_simple=True" if base.simple and base.name in BOTH else ""
 
 
-def evaluated(model: str, model_args: str, **options) -> list[str]:
-    manager = TaskManager("ERROR", model_name=model)
+def evaluated(model: str, model_args: str, include: Path | None = None, **options) -> list[str]:
+    manager = TaskManager("ERROR", include_path=str(include) if include else None, model_name=model)
     results = simple_evaluate(
         model, model_args, tasks=[TASK], task_manager=manager, limit=LIMIT, bootstrap_iters=0, device="cpu", **options
     )
     samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
     return [sample["resps"][0][0] for sample in samples]
+
+
+def test_the_prompts_that_a_task_keeps_for_a_model_are_asked_of_it_as_a_base(folders, tmp_path):
+    from test_harness import task_file
+
+    kept = {"default": {"tail": "What is it?"}, "idefics2": {"tail": "red or green?"}, "qwen2_5_vl": {"tail": "blue?"}}
+    folder = task_file(tmp_path / "task", TASK, doc_to_text="tailed", lmms_eval_specific_kwargs=kept)
+    with (folder / "utils.py").open("a") as file:
+        file.write("\n\ndef tailed(doc, kept):\n    return kept['tail']\n")
+    for base in (BASES[0], BASES[1]):
+        arguments = arguments_of(base, folders)
+        own = evaluated(base.name, arguments, include=folder)
+        assert evaluated("mtv", f"base={base.name},method=none,{arguments}", include=folder) == own
+        assert own != evaluated("mtv", f"base=hf,method=none,prompt_style=chat,pretrained={folders[base.name]}")
 
 
 def built(base: Base, folders, **more) -> Wrapped:

@@ -22,7 +22,7 @@ from lmms_mtv.harness import bases, record
 from lmms_mtv.harness.arguments import Arguments, divide
 from lmms_mtv.harness.failure import reported
 from lmms_mtv.harness.prompts import Prompt
-from lmms_mtv.harness.task import TaskPrompts
+from lmms_mtv.harness.task import TaskPrompts, as_loaded_for, asked
 from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.harness.wrapped import Wrapped
 from lmms_mtv.hooks import Fired, applied
@@ -108,6 +108,8 @@ class Mtv(lmms):  # type: ignore[misc]
     def _answers(
         self, task: Any, requests: Sequence[Instance], indices: Sequence[int], output: str | None
     ) -> dict[int, GenerationResult]:
+        if isinstance(self._base, Wrapped) and (own := as_loaded_for(task, self._base.config.name)) is not task:
+            task, requests = own, asked(own, requests)
         prompts = TaskPrompts(task, self._arguments.demonstrations, as_sent=isinstance(self._base, Wrapped))
         shots = self._shots(task)
         vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
@@ -123,14 +125,14 @@ class Mtv(lmms):  # type: ignore[misc]
             quiet = as_sent or self.rank != 0
             for batch in tqdm(batches, desc=f"Evaluating {prompts.name}", disable=quiet, dynamic_ncols=True):
                 before = fired.count
-                asked = [requests[position] for position in batch]
+                ours = [requests[position] for position in batch]
                 if isinstance(self._base, Wrapped):
                     self._base.share(self)
                 if isinstance(self._base, Wrapped) and as_sent:
-                    given, tokens = self._base.answers(asked, self.cache_hook, edited=bool(vector.edits))
+                    given, tokens = self._base.answers(ours, self.cache_hook, edited=bool(vector.edits))
                 else:
-                    made = [prompts.evaluation(*_document(request), shots, self._arguments.seed) for request in asked]
-                    given, tokens = self._base.generate(made, _settings(asked[0]), edited=bool(vector.edits))
+                    made = [prompts.evaluation(*_document(request), shots, self._arguments.seed) for request in ours]
+                    given, tokens = self._base.generate(made, _settings(ours[0]), edited=bool(vector.edits))
                 input_tokens += tokens
                 for position, answer in zip(batch, given, strict=True):
                     if not as_sent:
