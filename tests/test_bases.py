@@ -10,6 +10,7 @@ import pytest
 import torch
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2, get_model
+from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, reset_logged_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.tasks import TaskManager, get_task_dict
 
@@ -332,6 +333,18 @@ class TestWrappers:
         model._rank, model._world_size = 1, 2
         model._base.share(model)
         assert (wrapper.rank, wrapper.world_size) == (1, 2)
+
+    def test_a_fit_is_no_part_of_the_throughput(self, folders):
+        wrapping, made = built(QWEN2_5_VL, folders), prompts(simple=False)
+        asked = [made.evaluation(0, "test", 1, 0)]
+        reset_logged_metrics()
+        wrapping.run(asked)
+        assert get_logged_metrics_history() == []
+        wrapping.generate(asked, SETTINGS, edited=False)
+        (figures,) = get_logged_metrics_history()
+        wrapping.run(asked)
+        assert get_logged_metrics_history() == [figures]
+        reset_logged_metrics()
 
     def test_demonstrations_in_the_turn_of_the_query(self, folders):
         made = prompts(simple=False)
