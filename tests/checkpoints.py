@@ -325,5 +325,6 @@ def gemma3(folder: Path) -> Path:
             tokenizer, head_dim=8, sliding_window=512, layer_types=["sliding_attention", "full_attention"]
         ),
         vision_config=_vision(32, 8),
+        tie_word_embeddings=False,
     )
     return _save(Gemma3ForConditionalGeneration(config), processor, folder)

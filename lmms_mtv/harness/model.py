@@ -25,7 +25,7 @@ from lmms_mtv.harness import bases, record
 from lmms_mtv.harness.arguments import Arguments, divide
 from lmms_mtv.harness.failure import reported
 from lmms_mtv.harness.prompts import Prompt
-from lmms_mtv.harness.task import TaskPrompts
+from lmms_mtv.harness.task import TaskPrompts, as_loaded_for, asked
 from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.harness.wrapped import Wrapped
 from lmms_mtv.hooks import Fired, applied
@@ -111,6 +111,8 @@ class Mtv(lmms):  # type: ignore[misc]
     def _answers(
         self, task: Any, requests: Sequence[Instance], indices: Sequence[int], output: str | None
     ) -> dict[int, GenerationResult]:
+        if isinstance(self._base, Wrapped) and (own := as_loaded_for(task, self._base.config.name)) is not task:
+            task, requests = own, asked(own, requests)
         prompts = TaskPrompts(task, self._arguments.demonstrations, as_sent=isinstance(self._base, Wrapped))
         shots = self._shots(task)
         vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
@@ -130,14 +132,14 @@ class Mtv(lmms):  # type: ignore[misc]
 
             def answered(batch: Sequence[int]) -> tuple[list[GenerationResult], int]:
                 before = fired.count
-                asked = [requests[position] for position in batch]
+                ours = [requests[position] for position in batch]
                 if isinstance(self._base, Wrapped):
                     self._base.share(self)
                 if isinstance(self._base, Wrapped) and as_sent:
-                    found = self._base.answers(asked, self.cache_hook, edited=bool(vector.edits))
+                    found = self._base.answers(ours, self.cache_hook, edited=bool(vector.edits))
                 else:
-                    made = [prompts.evaluation(*_document(request), shots, self._arguments.seed) for request in asked]
-                    found = self._base.generate(made, _settings(asked[0]), edited=bool(vector.edits))
+                    made = [prompts.evaluation(*_document(request), shots, self._arguments.seed) for request in ours]
+                    found = self._base.generate(made, _settings(ours[0]), edited=bool(vector.edits))
                 if vector.edits and fired.count == before:
                     raise HookError(
                         "the edit never ran while the base generated, so that the answers are those of the plain "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
+from lmms_eval.api.instance import Instance
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.utils import apply_template
 from PIL import Image
@@ -118,6 +120,31 @@ class TaskPrompts:
             content = self._task.doc_to_messages(doc)[0]["content"]
             return written if content and content[0] == {"type": "text", "text": written} else ""
         return written if self._task.config.doc_to_visual is None else ""
+
+
+def as_loaded_for(task: Any, model: str) -> Any:
+    """The task as the harness loads it for ``--model`` ``model``: with the prompts and settings kept for that name."""
+    prompts = task.config.lmms_eval_specific_kwargs or {}
+    settings = task.config.model_specific_generation_kwargs or {}
+    if model not in prompts and model not in settings:
+        return task
+    own = copy.copy(task)
+    if model in prompts:
+        own.lmms_eval_specific_kwargs = prompts[model]
+    if model in settings:
+        own._config = copy.copy(task.config)
+        own._config.generation_kwargs = {**task.config.generation_kwargs, **settings[model]}
+    return own
+
+
+def asked(task: Any, requests: Sequence[Instance]) -> list[Instance]:
+    """The requests that ``task`` makes, without demonstrations, of the documents of ``requests``."""
+    made = []
+    for request in requests:
+        number, split = request.args[3], request.args[5]
+        context = task.fewshot_context(task.dataset[split][number], 0)
+        made.append(task.construct_requests(doc_id=number, ctx=context, metadata=request.metadata))
+    return made
 
 
 def _opened(message: Message) -> Message:

@@ -17,6 +17,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.api.model import CacheHook, lmms
 from lmms_eval.models import MODEL_REGISTRY_V2
+from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, log_metrics, reset_logged_metrics
 from loguru import logger
 from PIL import Image
 from torch import nn
@@ -36,6 +37,7 @@ OWN: Final = ("force_simple", "fewshot_as_multiturn", "image_placeholder")
 
 # What the harness writes onto its model, and the wrappers read from themselves.
 _SHARED: Final = ("task_dict", "_rank", "_world_size", "accelerator")
+_FIGURES: Final = ("total_elapsed_time", "total_gen_tokens", "avg_speed")
 _MODULES: Final = ("model", "_model")
 _TASK: Final = "lmms_mtv"
 _SPLIT: Final = "prompts"
@@ -178,7 +180,7 @@ class Wrapped:
 
         Raises :class:`HookError` if the model failed, or did not run once for every prompt.
         """
-        with _quiet(), watched(self.model, self.sites) as watch:
+        with _quiet(), _unmeasured(), watched(self.model, self.sites) as watch:
             self._generate(self._requests(prompts, _ONE_TOKEN), CacheHook(None), watch)
         self._check(watch, len(prompts))
 
@@ -308,9 +310,10 @@ class Wrapped:
         return self._found[0] if self._found else None
 
     def _opens(self, template: Template, ids: list[int]) -> bool:
-        """Whether ``ids`` end in what the template writes before an answer."""
-        asked, opened = template(_QUESTION, False), template(_QUESTION, True)
-        turn = self._tokens(opened)[len(self._tokens(asked)) :] if opened.startswith(asked) else []
+        """Whether ``ids`` end in what the template writes between a question and its answer."""
+        text = template(_QUESTION, True)
+        asked = text[: text.rindex("?") + 1]
+        turn = self._tokens(text)[len(self._tokens(asked)) :]
         return bool(turn) and ids[-len(turn) :] == turn
 
     def _tokens(self, text: str) -> list[int]:
@@ -415,11 +418,27 @@ def _absent(wrapper: lmms, error: Exception) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the wrapper's progress bars out of a fit's own; what it wrote is shown if it fails."""
+    """Keep the wrapper's progress bars and figures out of our own; what it wrote is shown if it fails."""
     kept = io.StringIO()
+    logger.disable(log_metrics.__module__)
     try:
         with contextlib.redirect_stderr(kept):
             yield
     except BaseException:
         sys.stderr.write(kept.getvalue())
         raise
+    finally:
+        logger.enable(log_metrics.__module__)
+
+
+@contextlib.contextmanager
+def _unmeasured() -> Iterator[None]:
+    """Leave the harness's throughput as it is: a fit is no part of the evaluation."""
+    before = get_logged_metrics_history()
+    try:
+        yield
+    finally:
+        reset_logged_metrics()
+        for figures in map(dict, before):
+            own = {name: figures.pop(name) for name in _FIGURES}
+            log_metrics(**own, additional_metrics=figures)
