@@ -327,7 +327,7 @@ class TestWrappers:
         )
         wrapper = model._base.wrapper
         assert not model.is_simple
-        assert wrapper.batch_size == model._base.batch_size == 2
+        assert wrapper.batch_size == model._base.batch_size.rows == 2
         assert model.accelerator is wrapper.accelerator
         assert model.task_dict is wrapper.task_dict
         model._rank, model._world_size = 1, 2
