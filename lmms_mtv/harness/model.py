@@ -25,7 +25,7 @@ from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.task import TaskPrompts, as_loaded_for, asked
 from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.harness.wrapped import Wrapped
-from lmms_mtv.hooks import Fired, applied
+from lmms_mtv.hooks import Fired, applied, watched
 from lmms_mtv.vector import TaskVector
 
 
@@ -121,10 +121,9 @@ class Mtv(lmms):  # type: ignore[misc]
         input_tokens = 0
         began = time.perf_counter()
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
-        with edited as fired:
+        with edited as fired, watched(self._base.model, self._sites) as watch:
             quiet = as_sent or self.rank != 0
             for batch in tqdm(batches, desc=f"Evaluating {prompts.name}", disable=quiet, dynamic_ncols=True):
-                before = fired.count
                 ours = [requests[position] for position in batch]
                 if isinstance(self._base, Wrapped):
                     self._base.share(self)
@@ -141,10 +140,11 @@ class Mtv(lmms):  # type: ignore[misc]
                             "generate_until", (request.args[0], _settings(request)), answer.text
                         )
                     answers[indices[position]] = answer
-                if vector.edits and fired.count == before:
+                if vector.edits and not 0 < fired.count == watch.forwards:
                     raise HookError(
-                        "the edit never ran while the base generated, so that the answers are those of the plain "
-                        "model: pass decoder= with the module that its forward calls"
+                        f"the edit ran in {fired.count} of {watch.forwards} forwards while the base generated, so that "
+                        "answers are partly or wholly those of the plain model: pass decoder= with the module that its "
+                        "forward calls"
                     )
         counted = [answer.token_counts.output_tokens for answer in answers.values() if answer.token_counts is not None]
         output_tokens = [count for count in counted if count is not None]
