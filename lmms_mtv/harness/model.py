@@ -28,7 +28,7 @@ from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.task import TaskPrompts, as_loaded_for, asked
 from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.harness.wrapped import Wrapped
-from lmms_mtv.hooks import Fired, applied
+from lmms_mtv.hooks import Fired, applied, watched
 from lmms_mtv.vector import TaskVector
 
 
@@ -128,10 +128,9 @@ class Mtv(lmms):  # type: ignore[misc]
         quiet = as_sent or self.rank != 0
         bar = tqdm(total=len(requests), desc=f"Evaluating {prompts.name}", disable=quiet, dynamic_ncols=True)
         together = ranks.current()
-        with together.together(), edited as fired, bar:
+        with together.together(), edited as fired, watched(self._base.model, self._sites) as watch, bar:
 
             def answered(batch: Sequence[int]) -> tuple[list[GenerationResult], int]:
-                before = fired.count
                 ours = [requests[position] for position in batch]
                 if isinstance(self._base, Wrapped):
                     self._base.share(self)
@@ -140,10 +139,11 @@ class Mtv(lmms):  # type: ignore[misc]
                 else:
                     made = [prompts.evaluation(*_document(request), shots, self._arguments.seed) for request in ours]
                     found = self._base.generate(made, _settings(ours[0]), edited=bool(vector.edits))
-                if vector.edits and fired.count == before:
+                if vector.edits and not 0 < fired.count == watch.forwards:
                     raise HookError(
-                        "the edit never ran while the base generated, so that the answers are those of the plain "
-                        "model: pass decoder= with the module that its forward calls"
+                        f"the edit ran in {fired.count} of {watch.forwards} forwards while the base generated, so that "
+                        "answers are partly or wholly those of the plain model: pass decoder= with the module that its "
+                        "forward calls"
                     )
                 return found
 

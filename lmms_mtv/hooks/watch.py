@@ -17,12 +17,13 @@ from lmms_mtv.hooks.sites import Sites
 class Watch:
     """What happened inside a :func:`watched` block.
 
-    ``prompts`` is the number of rows of completed forwards that did not go on from a cache, ``tokens`` their real
-    tokens. ``cached`` is False if one of these forwards kept no cache. ``error`` is the first exception that left a
-    forward, whoever caught it later.
+    ``forwards`` is the number of completed forwards of the decoder; ``prompts`` is the number of rows of those that did
+    not go on from a cache, ``tokens`` their real tokens. ``cached`` is False if one of these kept no cache. ``error``
+    is the first exception that left a forward, whoever caught it later.
     """
 
     def __init__(self) -> None:
+        self.forwards = 0
         self.prompts = 0
         self.tokens = 0
         self.cached = True
@@ -58,8 +59,10 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
             prompt.update(given)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not watch._failed(output) and prompt:
-            watch._saw(prompt)
+        if not watch._failed(output):
+            watch.forwards += 1
+            if prompt:
+                watch._saw(prompt)
         prompt.clear()
 
     def outside(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
