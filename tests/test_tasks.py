@@ -274,8 +274,11 @@ def test_every_task_runs_with_a_chat_model_of_lmms_eval(tmp_path):
     arguments = f"pretrained={folder},device=cpu,device_map=cpu,min_pixels=64,max_pixels=1024"
     run("qwen2_5_vl", arguments, official_files.TASKS, tmp_path / "out", "--log_samples")
     for path in (tmp_path / "out").rglob("*_samples_*.jsonl"):
-        answers = [json.loads(line)["filtered_resps"] for line in path.read_text().splitlines()]
-        assert len(set(map(str, answers))) > 1, path.name
+        answers = [str(json.loads(line)["filtered_resps"]) for line in path.read_text().splitlines()]
+        assert all(answers), path.name
+        # The tiny model knows none of the made-up words, but it does see.
+        text = path.name.endswith(("_english_spanish.jsonl", "_antonyms.jsonl"))
+        assert text or len(set(answers)) > 1, path.name
 
 
 @pytest.mark.slow
