@@ -192,7 +192,7 @@ class FitSession(Generic[P]):
             # One rank that cannot replay is enough: all of them have to do the same.
             self._replays = self._ranks.total(torch.tensor(float(replays))).item() == self._ranks.count
         if edit.batch is None:
-            return self._losses(prefill, edit, target)
+            return self._losses(prefill, edit, target).cpu()
         found = torch.zeros(edit.batch)
         with self._ranks.together():
             if edit.batch > self._ranks.rank:

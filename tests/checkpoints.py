@@ -30,6 +30,7 @@ from transformers import (
     PixtralProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -133,15 +134,15 @@ def _qwen_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
     return tokenizer, dict(zip(names, tokenizer.convert_tokens_to_ids(special), strict=False))
 
 
+def _qwen_processor(kind: type[ProcessorMixin], tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+    images = Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=1024)
+    return kind(images, tokenizer, Qwen2VLVideoProcessor(patch_size=4), chat_template=QWEN_TEMPLATE)
+
+
 def qwen2_vl(folder: Path) -> Path:
     """An image-text model with images of their own resolution."""
     tokenizer, ids = _qwen_tokenizer()
-    processor = Qwen2VLProcessor(
-        Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=1024),
-        tokenizer,
-        Qwen2VLVideoProcessor(patch_size=4),
-        chat_template=QWEN_TEMPLATE,
-    )
+    processor = _qwen_processor(Qwen2VLProcessor, tokenizer)
     config = Qwen2VLConfig(
         **ids,
         text_config=_text(tokenizer, rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]}),
@@ -161,12 +162,7 @@ def qwen2_vl(folder: Path) -> Path:
 def qwen2_5_vl(folder: Path) -> Path:
     """An image-text model with images of their own resolution and windows of attention in its encoder."""
     tokenizer, ids = _qwen_tokenizer()
-    processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=1024),
-        tokenizer,
-        Qwen2VLVideoProcessor(patch_size=4),
-        chat_template=QWEN_TEMPLATE,
-    )
+    processor = _qwen_processor(Qwen2_5_VLProcessor, tokenizer)
     config = Qwen2_5_VLConfig(
         **ids,
         text_config=_text(tokenizer, rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]}),

@@ -14,14 +14,13 @@ from PIL import Image
 
 from lmms_mtv.data import episodes, hub, prepared, vqa, words
 from lmms_mtv.data.official import Official
+from lmms_mtv.data.prepared import prepare
 from lmms_mtv.data.source import FOLDER, Source, mended_by
 from lmms_mtv.errors import DataError, MtvError, unknown
 
 __all__ = ["FOLDER", "SOURCES", "Official", "documents", "image", "prepare", "source"]
 
 SOURCES: dict[str, Source] = {source.task: source for source in (*vqa.SOURCES, *episodes.SOURCES, *words.SOURCES)}
-
-prepare = prepared.prepare
 
 
 def source(task: str) -> Source:

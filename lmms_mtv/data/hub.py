@@ -40,7 +40,7 @@ class Copy:
     revision: str = ""
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def table(copy: Copy) -> Dataset:
     """The split, with its images left undecoded. Raises :class:`DataError` if it cannot be had."""
     copy = dataclasses.replace(copy, revision=copy.revision or _newest(copy.path))
