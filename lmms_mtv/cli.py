@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from lmms_mtv.commands import lm_eval, prepare
+from lmms_mtv.commands import check, compare, fit, lm_eval, prepare
 from lmms_mtv.errors import MtvError
 
-COMMANDS = (prepare, lm_eval)
+COMMANDS = (prepare, fit, compare, check, lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +39,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return parser
-
-
-if __name__ == "__main__":
-    main()

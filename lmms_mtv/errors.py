@@ -46,6 +46,10 @@ class MemoryLimitError(MtvError):
     """A forward does not fit the memory."""
 
 
+class ResultsError(MtvError):
+    """Stored results are not what they say, or what runs again gives something else."""
+
+
 class ContextLengthError(MtvError):
     """A prompt is longer than the model's context."""
 

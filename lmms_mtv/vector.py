@@ -107,7 +107,7 @@ class VectorCard:
     The fields up to ``config`` are the recipe: they determine the vector, and its :attr:`id`. ``examples`` and
     ``prompt`` are SHA-256 digests of the ids of the training examples and of the way a prompt is written. ``shots``
     is the number of demonstrations in the prompts that the vector is made for. ``losses`` are lists of floats by
-    name, ``seconds`` is the time of the fit.
+    name, ``seconds`` is the time of the fit, ``memory`` its peak in bytes if known.
     """
 
     model: str
@@ -125,9 +125,10 @@ class VectorCard:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     losses: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    memory: int | None = None
     schema: int = SCHEMA
 
-    _OUTCOME = ("versions", "losses", "seconds", "schema")
+    _OUTCOME = ("versions", "losses", "seconds", "memory", "schema")
 
     @property
     def id(self) -> str:
@@ -196,6 +197,18 @@ class TaskVector:
         """The (layer, head) pairs that are edited. ``layer`` counts sites; :attr:`VectorCard.geometry` names them."""
         return self.edits[HEADS].heads if HEADS in self.edits else ()
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the card and the tensors, as it stands in the file."""
+        return checksum(self.card.to_json(), self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{part}": getattr(edit, part).detach().to("cpu", torch.float32).contiguous()
+            for name, edit in self.edits.items()
+            for part in ("value", "keep", "gain")
+        }
+
     def check(self, geometry: Geometry, model: str | None = None) -> None:
         """Raise :class:`GeometryError` unless the vector was made for these sites and, if given, for ``model``."""
         if model is not None and model != self.card.model:
@@ -220,12 +233,7 @@ class TaskVector:
 
         Raises :class:`VectorFileError` if there is no room or no permission, :class:`NumericsError` on NaN.
         """
-        path = Path(path)
-        tensors = {
-            f"{name}.{part}": getattr(edit, part).detach().to("cpu", torch.float32).contiguous()
-            for name, edit in self.edits.items()
-            for part in ("value", "keep", "gain")
-        }
+        path, tensors = Path(path), self._tensors()
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")

@@ -6,11 +6,13 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lmms_mtv import methods
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.methods import Method
+from lmms_mtv.vector import HEADS, TaskVector
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,10 @@ class Arguments:
     """The plugin's own model arguments.
 
     ``base``: the model that does the work. ``method``: how the task vector is fitted. ``shots``: demonstrations in
-    every evaluated prompt; None takes ``--num_fewshot``. ``vector``: a file to use instead of fitting.
+    every evaluated prompt; None takes ``--num_fewshot``. ``vector``: a vector to use instead of fitting, a file or
+    whatever else :meth:`~lmms_mtv.library.Library.resolve` knows. ``heads``: a vector whose heads are taken, while the
+    values are this task's. ``library``: folder of the vector library; ``reuse``: whether a vector of the same recipe
+    is taken from there instead of fitting it again. ``wrong``: share of the demonstrations that get a wrong answer.
     ``demonstrations``: split of the task's dataset, or ``path:split``, to fit on and to draw shots from; None takes
     what the task declares. ``seed``: of everything random. ``decoder``: dotted name of the module with the decoder's
     blocks, where it is not found. ``cache_gb``: memory for prefilled prompts during a fit, in GB.
@@ -28,7 +33,11 @@ class Arguments:
     method: str = "mtv"
     shots: int | None = None
     vector: str | None = None
+    heads: str | None = None
+    library: str | None = None
+    reuse: bool = True
     demonstrations: str | None = None
+    wrong: float = 0.0
     seed: int = 0
     decoder: str | None = None
     cache_gb: float = 4.0
@@ -38,8 +47,22 @@ class Arguments:
             raise ArgumentError(f"shots={self.shots!r}, expected a number of demonstrations, 0 or more")
         if not isinstance(self.seed, int):
             raise ArgumentError(f"seed={self.seed!r}, expected an integer")
+        if not isinstance(self.reuse, bool):
+            raise ArgumentError(f"reuse={self.reuse!r}, expected True or False")
+        if not isinstance(self.wrong, int | float) or not 0 <= self.wrong <= 1:
+            raise ArgumentError(f"wrong={self.wrong!r}, expected a share of the demonstrations between 0 and 1")
         if not isinstance(self.cache_gb, int | float) or self.cache_gb < 0:
             raise ArgumentError(f"cache_gb={self.cache_gb!r}, expected a number of gigabytes, 0 or more")
+
+
+def checked(arguments: Arguments) -> None:
+    """Open the files that ``vector`` and ``heads`` name, if they name files: better known before a model is loaded.
+
+    Raises :class:`VectorFileError` if one cannot be used.
+    """
+    for reference in (arguments.vector, arguments.heads):
+        if reference is not None and Path(reference).is_file():
+            TaskVector.load(reference)
 
 
 def names(config: type[Any]) -> tuple[str, ...]:
@@ -59,18 +82,23 @@ def divide(
     own = names(Arguments) if own is None else own
     arguments = Arguments(**{key: given[key] for key in own if key in given})
     method = methods.get(arguments.method)
-    known = {"mtv": own, f"method {method.name}": method.settings(), "base": base}
+    # Which heads are given is told by heads=, for whoever has such a setting.
+    of_method = tuple(name for name in method.settings() if name not in own)
+    known = {"mtv": own, f"method {method.name}": of_method, "base": base}
     for key in given:
         if not any(key in group for group in known.values()):
             near = difflib.get_close_matches(key, [name for group in known.values() for name in group], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             listed = "; ".join(f"{owner}: {', '.join(group) or 'nothing'}" for owner, group in known.items())
             raise ArgumentError(f"unknown model argument {key!r}.{hint} Known to {listed}.")
-    settings = {key: given[key] for key in method.settings() if key in given}
+    settings = {key: given[key] for key in of_method if key in given}
     if arguments.vector is not None and (fixed := [key for key in ("method", *settings) if key in given]):
         raise ArgumentError(
             f"vector={arguments.vector} carries its own method and settings: leave out {', '.join(fixed)}, or vector= "
             "to fit anew"
         )
+    if arguments.heads is not None and (arguments.vector is not None or HEADS not in method.settings()):
+        found = f"vector={arguments.vector}" if arguments.vector is not None else f"method={method.name}"
+        raise ArgumentError(f"heads={arguments.heads} is for methods that choose heads, and does not go with {found}")
     method.configure(settings)
     return arguments, method, settings, {key: given[key] for key in base if key in given}

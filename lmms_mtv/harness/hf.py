@@ -38,6 +38,7 @@ _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 _NEUTRAL: Final = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
 GREEDY: Final = {"temperature": None, "top_p": None, "top_k": None}
 _IMAGE_SETTINGS: Final = ("do_image_splitting", "min_pixels", "max_pixels")
+_COMPUTING: Final = (*_IMAGE_SETTINGS, "attn_implementation")
 _SAMPLING: Final = (*_NEUTRAL, *GREEDY)
 
 
@@ -151,6 +152,12 @@ class Hf:
         self.name = "lmms-mtv/tiny" if config.pretrained == TINY else config.pretrained
         self.revision = revision_of(source, config.revision or getattr(settings, "_commit_hash", None))
         self.dtype = str(model.dtype).removeprefix("torch.")
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The settings that differ from the default and change what the model computes of the same text."""
+        given = {name: getattr(self.config, name) for name in _COMPUTING}
+        return {name: value for name, value in given.items() if value != getattr(HfConfig, name)}
 
     def rendered(self, prompt: Prompt) -> str:
         """The prompt as the text that goes to the processor."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from lmms_mtv.batches import BatchSize
 from lmms_mtv.errors import ArgumentError, ContextLengthError, HookError
 from lmms_mtv.harness import record
-from lmms_mtv.harness.arguments import Arguments, divide, names
+from lmms_mtv.harness.arguments import Arguments, checked, divide, names
 from lmms_mtv.harness.hf import GREEDY, one_line, revision_of
 from lmms_mtv.harness.lm_evaluation import Evaluation, current
 from lmms_mtv.harness.lm_task import LmPrompt, LmPrompts, Turns
@@ -42,6 +42,7 @@ Request = tuple[Any, list[int], list[int]]
 
 _ELSEWHERE: Final = {
     "shots": "demonstrations in the prompts are the harness's own here: pass --num_fewshot",
+    "wrong": "lm-eval writes the demonstrations of its prompts itself: leave it out",
     "base": "the base is lm-eval's model hf: leave it out",
 }
 _OWN: Final = tuple(name for name in names(Arguments) if name not in _ELSEWHERE)
@@ -54,6 +55,7 @@ _LOADING: Final = (
     "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_type",
 )
+_COMPUTING: Final = ("attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "parallelize")
 _BASE: Final = (
     *(name for name, p in inspect.signature(HFLM).parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD),
     *_LOADING,
@@ -94,9 +96,9 @@ class Mtv(HFLM):  # type: ignore[misc]
 
     def __init__(self, evaluation: Evaluation | None = None, **given: Any) -> None:
         self._arguments, method, settings, for_base = divided(given)
-        # A file that cannot be used is better known before the model is loaded.
-        loaded = TaskVector.load(self._arguments.vector) if self._arguments.vector is not None else None
-        self._plain = loaded is None and method.name == "none"
+        checked(self._arguments)
+        self._plain = self._arguments.vector is None and method.name == "none"
+        self.given = for_base
         self._evaluation = evaluation
         try:
             super().__init__(**for_base)
@@ -114,7 +116,7 @@ class Mtv(HFLM):  # type: ignore[misc]
                 "edit: use method=none"
             )
         self._sites = find_sites(self.model, self._arguments.decoder)
-        self._vectors = Vectors[LmPrompt](self._arguments, method, settings, _Runner(self), self._sites, loaded, logger)
+        self._vectors = Vectors[LmPrompt](self._arguments, method, settings, _Runner(self), self._sites, logger)
         self._record = self._vectors.record
 
     @classmethod
@@ -285,6 +287,8 @@ class _Runner:
         self.name = "+".join(filter(None, (source, lm.delta, lm.peft)))
         self.revision = revision_of(source, getattr(lm.config, "_commit_hash", None))
         self.dtype = str(lm.model.dtype).removeprefix("torch.")
+        self.device: torch.device = lm.device
+        self.recipe: dict[str, Any] = {name: lm.given[name] for name in _COMPUTING if name in lm.given}
         # An automatic batch size is one of evaluation; activations do not depend on it.
         self.batch_size = BatchSize(lm.batch_size if isinstance(lm.batch_size, int) else 1)
 

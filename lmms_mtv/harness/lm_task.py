@@ -85,6 +85,10 @@ class LmPrompts:
     def __len__(self) -> int:
         return len(self.training.documents)
 
+    def digest(self) -> str:
+        """SHA-256 of the training examples."""
+        return self.training.digest()
+
     def prompt(self, episode: Episode) -> LmPrompt:
         """The prompt of a training query, with its target.
 

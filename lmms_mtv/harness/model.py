@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ from tqdm import tqdm
 
 from lmms_mtv import ranks
 from lmms_mtv.batches import BatchSize
-from lmms_mtv.errors import DataError, HookError
+from lmms_mtv.errors import ArgumentError, DataError, HookError
 from lmms_mtv.harness import bases, record
-from lmms_mtv.harness.arguments import Arguments, divide
+from lmms_mtv.harness.arguments import Arguments, checked, divide
 from lmms_mtv.harness.failure import reported
+from lmms_mtv.harness.hf import Hf
 from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.task import TaskPrompts, as_loaded_for, asked
 from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.harness.wrapped import Wrapped
-from lmms_mtv.hooks import Fired, applied, watched
+from lmms_mtv.hooks import Fired, Sites, applied, watched
+from lmms_mtv.memory import peak
+from lmms_mtv.methods import Method
 from lmms_mtv.vector import TaskVector
 
 
@@ -45,18 +48,67 @@ class Mtv(lmms):  # type: ignore[misc]
         super().__init__()
         base = given.get("base", Arguments.base)
         known = bases.known(base, bool(given.get("force_simple", False)))
-        self._arguments, method, settings, for_base = divide(given, known)
-        # A file that cannot be used is better known before the model is loaded.
-        loaded = TaskVector.load(self._arguments.vector) if self._arguments.vector is not None else None
-        self._base, self._sites = bases.build(base, for_base, self._arguments.decoder)
-        if isinstance(self._base, Wrapped):
-            # The harness asks as it asks the base: a simple one with a text and its images, a chat one with messages.
-            self.is_simple = self._base.is_simple
-            self._base.share(self)
-        self._vectors = Vectors[Prompt](
-            self._arguments, method, settings, self._base, self._sites, loaded, logger, ranks.current
-        )
+        arguments, method, settings, for_base = divide(given, known)
+        checked(arguments)
+        self._given, self._known = given, known
         self._pretrained = given.get("pretrained", "")
+        built = bases.build(base, for_base, arguments.decoder)
+        self._begin(arguments, method, settings, *built)
+
+    def _begin(
+        self, arguments: Arguments, method: Method, settings: dict[str, Any], base: Hf | Wrapped, sites: Sites
+    ) -> None:
+        self._arguments, self._base, self._sites = arguments, base, sites
+        if isinstance(base, Wrapped):
+            # The harness asks as it asks the base: a simple one with a text and its images, a chat one with messages.
+            self.is_simple = base.is_simple
+            base.share(self)
+        self._vectors = Vectors[Prompt](arguments, method, settings, base, sites, logger, ranks.current)
+        # Digests of the prompts by document, for each task; filled where somebody wants to compare them.
+        self.prompts: dict[str, dict[int, str]] | None = None
+
+    def arm(self, given: Mapping[str, Any]) -> Mtv:
+        """The same loaded model under other arguments of the plugin or of a method, beside those it was made with.
+
+        Raises :class:`ArgumentError` for an argument of the base, which is loaded already, or an unknown one.
+        """
+        self.check(given)
+        arm = Mtv.__new__(Mtv)
+        super(Mtv, arm).__init__()
+        arm._given, arm._known, arm._pretrained = {**self._given, **given}, self._known, self._pretrained
+        arguments, method, settings, _ = divide(arm._given, self._known)
+        checked(arguments)
+        arm._begin(arguments, method, settings, self._base, self._sites)
+        return arm
+
+    @property
+    def base(self) -> Hf | Wrapped:
+        """The loaded model."""
+        return self._base
+
+    @property
+    def vectors(self) -> Mapping[str, TaskVector]:
+        """The vector of each task that was asked for."""
+        return self._vectors.made
+
+    @property
+    def used(self) -> dict[str, dict[str, Any]]:
+        """The record of each task that was evaluated: see :mod:`lmms_mtv.harness.record`."""
+        return self._vectors.record
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Raise :class:`ArgumentError` unless :meth:`arm` could be made with ``given``."""
+        if fixed := sorted(key for key in given if key in self._known or key in ("base", "decoder")):
+            raise ArgumentError(f"{', '.join(fixed)}: one model is loaded for all arms, so this belongs to the model")
+        divide({**self._given, **given}, self._known)
+
+    def fit(self, task: Any, output: str | None = None) -> TaskVector:
+        """The vector of a task of the harness, fitted or reused, without evaluating."""
+        return self._vectors.of(self._prompts(task), self._shots(task), self._folder(output) if output else None)
+
+    def _prompts(self, task: Any) -> TaskPrompts:
+        wrapped, given = isinstance(self._base, Wrapped), self._arguments
+        return TaskPrompts(task, given.demonstrations, as_sent=wrapped, wrong=given.wrong, seed=given.seed)
 
     @classmethod
     @reported
@@ -113,7 +165,7 @@ class Mtv(lmms):  # type: ignore[misc]
     ) -> dict[int, GenerationResult]:
         if isinstance(self._base, Wrapped) and (own := as_loaded_for(task, self._base.config.name)) is not task:
             task, requests = own, asked(own, requests)
-        prompts = TaskPrompts(task, self._arguments.demonstrations, as_sent=isinstance(self._base, Wrapped))
+        prompts = self._prompts(task)
         shots = self._shots(task)
         vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
 
@@ -123,12 +175,24 @@ class Mtv(lmms):  # type: ignore[misc]
         size = BatchSize(len(requests)) if as_sent else self._base.batch_size.copy()
         answers: dict[int, GenerationResult] = {}
         input_tokens = 0
-        began = time.perf_counter()
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
         quiet = as_sent or self.rank != 0
         bar = tqdm(total=len(requests), desc=f"Evaluating {prompts.name}", disable=quiet, dynamic_ncols=True)
         together = ranks.current()
-        with together.together(), edited as fired, watched(self._base.model, self._sites) as watch, bar:
+        if self.prompts is not None:
+            asked_for = (_document(request) for request in requests)
+            self.prompts[prompts.name] = {
+                number: prompts.evaluation(number, split, shots, self._arguments.seed).digest()
+                for number, split in asked_for
+            }
+        began = time.perf_counter()
+        with (
+            together.together(),
+            edited as fired,
+            watched(self._base.model, self._sites) as watch,
+            peak(self._base.device) as memory,
+            bar,
+        ):
 
             def answered(batch: Sequence[int]) -> tuple[list[GenerationResult], int]:
                 ours = [requests[position] for position in batch]
@@ -165,6 +229,8 @@ class Mtv(lmms):  # type: ignore[misc]
             "requests": int(count),
             "seconds": time.perf_counter() - began,
             "input_tokens": taken / count,
+            "image_tokens": watch.images / watch.prompts if watch.images is not None and watch.prompts else None,
+            "bytes": memory.bytes,
             "output_tokens": written / told if told else None,
         }
         return answers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +53,14 @@ class Prompt:
             for part in message["content"]
             if part["type"] == "image"
         ]
+
+    def digest(self) -> str:
+        """8 hexadecimal digits that change with any text, answer or pixel of the prompt."""
+        texts = [self.raw("\0"), self.target_delimiter, self.fewshot_delimiter, json.dumps(self.chat())]
+        digest = hashlib.sha256(json.dumps(texts).encode())
+        for image in self.images():
+            digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        return digest.hexdigest()[:8]
 
     def raw(self, placeholder: str) -> str:
         """The prompt as one text, with ``placeholder`` for each image, ending where the target begins."""

@@ -22,22 +22,27 @@ def versions() -> dict[str, str]:
 
 
 def vector_path(folder: Path, vector: TaskVector) -> Path:
-    """Where a fitted vector is kept: ``<task>/<method>-<id>/vector.safetensors``."""
+    """Where a run keeps a vector beside its results: ``<task>/<method>-<id>/vector.safetensors``."""
     return folder / vector.card.task / f"{vector.card.method}-{vector.id}" / "vector.safetensors"
 
 
-def of_task(vector: TaskVector, source: str, seed: int, shots: int) -> dict[str, Any]:
-    """The entry of one task. ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated."""
+def of_task(vector: TaskVector, source: str, seed: int, shots: int, reused: bool) -> dict[str, Any]:
+    """The entry of one task. ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated.
+
+    ``reused`` says that the vector is from an earlier run; ``fit_seconds`` and ``fit_bytes`` then are of that one.
+    """
     card = dataclasses.asdict(vector.card)
     return {
         "method": card["method"],
         "vector": vector.id,
         "source": source,
+        "reused": reused,
         "heads": [list(head) for head in vector.heads],
         "shots": shots,
         "seed": seed,
         "settings": dict(card["config"]),
         "fit_seconds": card["seconds"],
+        "fit_bytes": card["memory"],
         "loss": {name: card["losses"][name][0] for name in ("unedited", "chosen") if name in card["losses"]},
         "split": card["split"],
         "examples": card["examples"],

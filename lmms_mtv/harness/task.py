@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,11 +27,16 @@ class TaskPrompts:
 
     ``demonstrations``: see :class:`~lmms_mtv.harness.training.Training`. ``as_sent`` leaves the description where the
     harness puts it for its own models; by default every prompt begins with it. Nothing is loaded before it is needed.
+    ``wrong`` is the share of training examples that show another example's answer when they are demonstrations, drawn
+    by ``seed``; a query keeps its own.
     """
 
-    def __init__(self, task: Any, demonstrations: str | None, as_sent: bool = False) -> None:
+    def __init__(
+        self, task: Any, demonstrations: str | None, as_sent: bool = False, wrong: float = 0.0, seed: int = 0
+    ) -> None:
         self._task = task
         self._as_sent = as_sent
+        self._wrong, self._seed = wrong, seed
         self.training = Training(task, demonstrations, task.config.fewshot_split, self._processed)
         self.name = self.training.name
 
@@ -44,6 +50,11 @@ class TaskPrompts:
 
     def __len__(self) -> int:
         return len(self.training.documents)
+
+    def digest(self) -> str:
+        """SHA-256 of the training examples, and of which of them show a wrong answer."""
+        found = self.training.digest()
+        return hashlib.sha256(f"{found} {self._wrong} {self._seed}".encode()).hexdigest() if self._wrong else found
 
     def prompt(self, episode: Episode) -> Prompt:
         """The prompt of a training query, with its target."""
@@ -70,7 +81,7 @@ class TaskPrompts:
 
     def _made(self, query: Sequence[Message], description: str, demonstrations: Sequence[int], target: str) -> Prompt:
         config = self._task.config
-        shown = tuple(self._demonstration("training", self.training.documents, index) for index in demonstrations)
+        shown = tuple(self._shown(index) for index in demonstrations)
         return Prompt(
             query,
             shown,
@@ -79,6 +90,18 @@ class TaskPrompts:
             config.target_delimiter or "",
             config.fewshot_delimiter or "",
         )
+
+    def _shown(self, index: int) -> Demonstration:
+        """A training example as a demonstration, with a wrong answer if it was drawn for one."""
+        own = self._demonstration("training", self.training.documents, index)
+        rng = random.Random(f"{self._seed}/{self.name}/wrong/{index}")
+        if rng.random() >= self._wrong:
+            return own
+        documents = self.training.documents
+        for other in rng.sample(range(len(documents)), len(documents)):
+            if (target := self.training.target(documents[other])) != own.target:
+                return Demonstration(own.messages, target)
+        raise DataError(f"wrong={self._wrong}: all training examples of task {self.name} have the same answer")
 
     def _demonstration(self, kind: str, documents: Dataset, index: int) -> Demonstration:
         messages = self._messages(f"{kind} example {index}", documents, index)

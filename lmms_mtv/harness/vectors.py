@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from lmms_mtv import methods
 from lmms_mtv.batches import BatchSize
 from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
@@ -17,9 +19,11 @@ from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.training import Training
 from lmms_mtv.hooks import Sites
+from lmms_mtv.library import Library
+from lmms_mtv.memory import peak
 from lmms_mtv.methods import Fitted, Method
 from lmms_mtv.ranks import Ranks
-from lmms_mtv.vector import TaskVector, VectorCard
+from lmms_mtv.vector import HEADS, TaskVector, VectorCard
 
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
@@ -42,6 +46,14 @@ class Model(Runner[P_contra], Protocol[P_contra]):
     dtype: str
     batch_size: BatchSize
 
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The settings that differ from the default and change what the model computes of the same text."""
+        ...
+
     def written(self, prompt: P_contra) -> list[str]:
         """All that is written of a prompt with its target, in pieces."""
         ...
@@ -53,14 +65,20 @@ class Prompts(Examples[P_co], Protocol[P_co]):
     @property
     def training(self) -> Training: ...
 
+    def digest(self) -> str:
+        """SHA-256 of the training examples as they are shown."""
+        ...
+
 
 class Vectors(Generic[P]):
-    """The task vectors of one run. ``loaded``, if there is one, stands for all that would be fitted.
+    """The task vectors of one run. What ``arguments.vector`` names, if it does, stands for all that would be fitted.
 
-    ``record`` has an entry for each task that :meth:`of` was asked for. ``ranks`` gives the processes that fit
-    together, known when the first fit begins; only rank 0 of them writes files and messages, and none if ``quiet``.
+    ``made`` and ``record`` have an entry for each task that :meth:`of` was asked for. ``ranks`` gives the processes
+    that fit together, known when the first fit begins; only rank 0 of them writes files and messages, and none if
+    ``quiet``.
 
-    Raises :class:`GeometryError` if ``loaded`` was made for another model.
+    Raises :class:`LibraryError` if ``arguments.vector`` or ``arguments.heads`` name no vector, or several, and
+    :class:`GeometryError` if it was made for another model.
     """
 
     def __init__(
@@ -70,35 +88,46 @@ class Vectors(Generic[P]):
         settings: Mapping[str, Any],
         model: Model[P],
         sites: Sites,
-        loaded: TaskVector | None,
         logger: Logger,
         ranks: Callable[[], Ranks] = Ranks,
         quiet: bool = False,
     ) -> None:
         self.record: dict[str, dict[str, Any]] = {}
+        self.made: dict[str, TaskVector] = {}
         self._arguments = arguments
         self._method = method
         self._settings = settings
         self._model = model
         self._sites = sites
-        self._loaded = loaded
         self._logger = logger
         self._ranks = ranks
         self._quiet = quiet
-        if loaded is not None:
-            loaded.check(sites.geometry, model.name)
-            if loaded.card.revision != model.revision:
-                logger.warning(
-                    f"vector {loaded.id} was fitted for revision {loaded.card.revision} of {model.name}, this is "
-                    f"{model.revision}"
-                )
-            if loaded.card.dtype != model.dtype:
-                logger.warning(f"vector {loaded.id} was fitted in {loaded.card.dtype}, this is {model.dtype}")
+        self._library = Library(Path(arguments.library) if arguments.library is not None else None)
+        self._loaded = self._named(arguments.vector)
+        self._heads = self._named(arguments.heads)
+
+    def _named(self, reference: str | None) -> TaskVector | None:
+        """The vector that an argument names, made sure to be of this model."""
+        if reference is None:
+            return None
+        arguments, model = self._arguments, self._model
+        entry = self._library.resolve(reference, model=model.name, seed=arguments.seed, shots=arguments.shots or 0)
+        found = TaskVector.load(entry.path)
+        found.check(self._sites.geometry, model.name)
+        if found.card.revision != model.revision:
+            self._logger.warning(
+                f"vector {found.id} was fitted for revision {found.card.revision} of {model.name}, this is "
+                f"{model.revision}"
+            )
+        if found.card.dtype != model.dtype:
+            self._logger.warning(f"vector {found.id} was fitted in {found.card.dtype}, this is {model.dtype}")
+        return found
 
     def of(self, prompts: Prompts[P], shots: int, folder: Path | None) -> TaskVector:
         """The vector of a task that is evaluated with ``shots`` demonstrations.
 
-        A fitted one is saved below ``folder``, where the harness writes its results, if it does.
+        One of the same recipe is taken from the library, or it is fitted and kept there; a copy goes below
+        ``folder``, where the harness writes its results, if it does.
         """
         name = prompts.training.name
         if self._loaded is not None:
@@ -109,67 +138,109 @@ class Vectors(Generic[P]):
                 self._logger.warning(
                     f"vector {self._loaded.id} was fitted for prompts of {card.shots} shots and is used with {shots}"
                 )
-            self.record[name] = record.of_task(self._loaded, str(self._arguments.vector), self._arguments.seed, shots)
+            source = str(self._arguments.vector)
+            self.record[name] = record.of_task(self._loaded, source, self._arguments.seed, shots, reused=True)
+            self.made[name] = self._loaded
             return self._loaded
-        vector = self._fit(prompts, shots)
+        config = self._config(prompts.training)
+        recipe = self._recipe(prompts, shots, config)
+        vector = self._kept(recipe)
+        reused = vector is not None
+        if vector is None:
+            vector = self._fit(prompts, config, recipe)
         source = "nothing to fit"
         if vector.edits:
-            source = "fitted"
+            source = str(self._library.folder(vector.card))
+            if self._leads:
+                self._library.add(vector)
             if folder is not None and self._leads:
                 source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
-        self.record[name] = record.of_task(vector, source, self._arguments.seed, shots)
+        self.record[name] = record.of_task(vector, source, self._arguments.seed, shots, reused)
+        self.made[name] = vector
         return vector
 
     @property
     def _leads(self) -> bool:
         return not self._quiet and self._ranks().rank == 0
 
-    def _fit(self, prompts: Prompts[P], shots: int) -> TaskVector:
-        training = prompts.training
+    def _config(self, training: Training) -> Any:
+        """The method's settings: given ones, then those that the task declares, then its own."""
         every = {name for method in methods.names() for name in methods.get(method).settings()}
         declared = training.settings(sorted(every))
         settings = {name: declared[name] for name in self._method.settings() if name in declared}
-        config = self._method.configure(settings | dict(self._settings))
-        fits = bool(self._method.settings())
-        began = time.perf_counter()
-        session = FitSession[P](
-            self._model,
-            self._sites,
-            prompts,
-            seed=self._arguments.seed,
-            shots=shots,
-            batch_size=self._model.batch_size,
-            memory=int(self._arguments.cache_gb * 2**30),
-            progress=self._leads,
-            ranks=self._ranks(),
-        )
-        fitted: Fitted = self._method.fit(session, config)
-        card = VectorCard(
+        settings |= self._settings
+        if self._heads is not None:
+            settings[HEADS] = self._heads.heads
+        return self._method.configure(settings)
+
+    def _recipe(self, prompts: Prompts[P], shots: int, config: Any) -> VectorCard:
+        """The card of a vector before it is fitted."""
+        training, fits = prompts.training, bool(self._method.settings())
+        return VectorCard(
             model=self._model.name,
             revision=self._model.revision,
             dtype=self._model.dtype,
             geometry=self._sites.geometry,
             task=training.name,
             split=training.split if fits else "",
-            examples=training.digest() if fits else "",
+            examples=prompts.digest() if fits else "",
             prompt=self._prompt_digest(prompts) if fits else "",
             shots=shots,
             seed=self._arguments.seed,
             method=self._method.name,
             config=dataclasses.asdict(config),
+        )
+
+    def _kept(self, recipe: VectorCard) -> TaskVector | None:
+        """The vector of this recipe in the library, if every process finds it there."""
+        if not self._arguments.reuse or not self._method.settings():
+            return None
+        found, together = self._library.get(recipe), self._ranks()
+        if together.total(torch.tensor(float(found is not None))).item() < together.count or found is None:
+            return None
+        if self._leads:
+            self._logger.info(
+                f"vector {found.id} for {found.card.task} is reused from {self._library.folder(recipe)}, "
+                f"{len(found.heads)} heads: pass reuse=False to fit it again"
+            )
+            if older := {k: v for k, v in found.card.versions.items() if record.versions().get(k) != v}:
+                listed = ", ".join(f"{name} {version}" for name, version in older.items())
+                self._logger.warning(f"vector {found.id} was fitted with {listed}: pass reuse=False to fit it again")
+        return found
+
+    def _fit(self, prompts: Prompts[P], config: Any, recipe: VectorCard) -> TaskVector:
+        began = time.perf_counter()
+        session = FitSession[P](
+            self._model,
+            self._sites,
+            prompts,
+            seed=self._arguments.seed,
+            shots=recipe.shots,
+            batch_size=self._model.batch_size,
+            memory=int(self._arguments.cache_gb * 2**30),
+            progress=self._leads,
+            ranks=self._ranks(),
+        )
+        with peak(self._model.device) as memory:
+            fitted: Fitted = self._method.fit(session, config)
+        card = dataclasses.replace(
+            recipe,
             versions=record.versions(),
-            losses=fitted.losses,
+            # More digits would be noise, and most of the file.
+            losses={name: [float(f"{loss:.6g}") for loss in found] for name, found in fitted.losses.items()},
             seconds=time.perf_counter() - began,
+            memory=memory.bytes,
         )
         vector = TaskVector(dict(fitted.edits), card)
-        if fits and self._leads:
+        if self._method.settings() and self._leads:
             self._logger.info(_summary(vector, session))
         return vector
 
     def _prompt_digest(self, prompts: Prompts[P]) -> str:
         """SHA-256 of a written prompt with its target: of everything that shapes a prompt."""
         example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
-        return hashlib.sha256(json.dumps(self._model.written(example)).encode()).hexdigest()
+        written = [*self._model.written(example), *([dict(self._model.recipe)] if self._model.recipe else ())]
+        return hashlib.sha256(json.dumps(written, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _summary(vector: TaskVector, session: FitSession[Any]) -> str:

@@ -35,6 +35,8 @@ EXTRA: Final = {"decord": "decord", "qwen_vl_utils": "qwen-vl-utils"}
 OWN: Final = ("force_simple", "fewshot_as_multiturn", "image_placeholder")
 """The arguments of a wrapped base that are not its wrapper's."""
 
+# Arguments of a wrapper that change nothing in what it computes, or that a card has elsewhere.
+_ELSEWHERE: Final = ("pretrained", "revision", "dtype", "torch_dtype", "device", "device_map", "batch_size")
 # What the harness writes onto its model, and the wrappers read from themselves.
 _SHARED: Final = ("task_dict", "_rank", "_world_size", "accelerator")
 _FIGURES: Final = ("total_elapsed_time", "total_gen_tokens", "avg_speed")
@@ -167,6 +169,12 @@ class Wrapped:
                 setattr(self.wrapper, name, getattr(harness, name))
             elif hasattr(self.wrapper, name):
                 setattr(harness, name, getattr(self.wrapper, name))
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The base, and the arguments with which its wrapper was constructed."""
+        given = {key: value for key, value in self.config.arguments.items() if key not in _ELSEWHERE}
+        return {"base": self.config.name, **given}
 
     def written(self, prompt: Prompt) -> list[str]:
         """The tokens that the wrapper makes of the prompt, and what stands before, in and after its target."""

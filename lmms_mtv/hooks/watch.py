@@ -13,19 +13,23 @@ from torch import Tensor, nn
 from lmms_mtv.hooks.positions import cached_tokens
 from lmms_mtv.hooks.sites import Sites
 
+_IMAGE_TOKENS = ("image_token_id", "image_token_index")
+
 
 class Watch:
     """What happened inside a :func:`watched` block.
 
     ``forwards`` is the number of completed forwards of the decoder; ``prompts`` is the number of rows of those that did
-    not go on from a cache, ``tokens`` their real tokens. ``cached`` is False if one of these kept no cache. ``error``
-    is the first exception that left a forward, whoever caught it later.
+    not go on from a cache, ``tokens`` their real tokens, and ``images`` those of them that stand for images, None
+    where the model does not say which these are. ``cached`` is False if one of these kept no cache. ``error`` is the
+    first exception that left a forward, whoever caught it later.
     """
 
     def __init__(self) -> None:
         self.forwards = 0
         self.prompts = 0
         self.tokens = 0
+        self.images: int | None = 0
         self.cached = True
         self.error: Exception | None = None
 
@@ -36,12 +40,13 @@ class Watch:
             self.error = self.error or raised
         return raised is not None
 
-    def _saw(self, given: Mapping[str, Any]) -> None:
+    def _saw(self, given: Mapping[str, Any], images: int | None) -> None:
         ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
         ids = ids if ids is not None else given["inputs_embeds"]
         rows, length = ids.shape[:2]
         self.prompts += rows
         self.tokens += int(mask.sum()) if isinstance(mask, Tensor) and mask.dim() == 2 else rows * length
+        self.images = None if self.images is None or images is None else self.images + images
         self.cached &= cache is not None or bool(given.get("use_cache"))
 
 
@@ -50,7 +55,13 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
     """Watch every forward of ``model`` and of its decoder inside the block. Nothing is changed."""
     watch = Watch()
     names = tuple(inspect.signature(sites.decoder.forward).parameters)
+    outer = tuple(inspect.signature(model.forward).parameters)
     prompt: dict[str, Any] = {}
+    images: list[int | None] = []
+
+    def asked(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        ids = (dict(zip(outer, args, strict=False)) | dict(kwargs)).get("input_ids")
+        images[:] = [_image_tokens(model, ids)]
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         prompt.clear()
@@ -62,14 +73,24 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
         if not watch._failed(output):
             watch.forwards += 1
             if prompt:
-                watch._saw(prompt)
+                watch._saw(prompt, images[0] if images else None)
         prompt.clear()
 
     def outside(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         watch._failed(output)
 
     with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(asked, with_kwargs=True).remove)
         stack.callback(sites.decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(sites.decoder.register_forward_hook(after, always_call=True).remove)
         stack.callback(model.register_forward_hook(outside, always_call=True).remove)
         yield watch
+
+
+def _image_tokens(model: nn.Module, ids: Any) -> int | None:
+    """How many of the tokens stand for images: none in a text model, None if it does not say which these are."""
+    config = getattr(model, "config", None)
+    known = [found for name in _IMAGE_TOKENS if isinstance(found := getattr(config, name, None), int)]
+    if not isinstance(ids, Tensor) or (not known and hasattr(config, "vision_config")):
+        return None
+    return sum(int((ids == token).sum()) for token in known[:1])

@@ -80,6 +80,8 @@ def _fits(value: object, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
+    if (container := typing.get_origin(hint)) is not None:
+        return isinstance(value, container)
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     if hint is float:

@@ -33,6 +33,7 @@ class Config:
     of ``examples`` training queries. ``loss`` is of the ``first`` answer token or the mean over ``all``. Of
     ``candidates`` masks drawn at the end the one with the lowest mean loss on ``candidate_examples`` further training
     queries is kept; probabilities below ``floor`` are set to 0 first (0.8 in the authors' code for Idefics2).
+    ``heads``, as (layer, head), are taken as they are, and nothing is selected (heads of another task, section 4).
     """
 
     iterations: int = 100
@@ -46,6 +47,7 @@ class Config:
     candidates: int = 10
     candidate_examples: int = 50
     floor: float = 0.0
+    heads: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("iterations", "examples", "candidates", "candidate_examples"):
@@ -61,8 +63,17 @@ class Config:
 def fit(session: FitSession[Any], config: Config) -> Fitted:
     """Mean activations, and the heads to replace by them."""
     value = session.mean_activations(session.episodes(config.iterations, config.fit_shots, "values"))
+    if config.heads is not None:
+        return Fitted({HEADS: Edit.replace(value, _given(config.heads, session.shape[:2]))})
     mask, losses = select(session, config, value)
     return Fitted({HEADS: Edit.replace(value, mask)}, losses)
+
+
+def _given(heads: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Tensor:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for layer, head in heads:
+        mask[layer, head] = True
+    return mask
 
 
 def select(session: FitSession[Any], config: Config, value: Tensor) -> tuple[Tensor, dict[str, list[float]]]:

@@ -26,5 +26,5 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     edit, generator = fitted.edits[HEADS], session.generator("random heads")
     drawn = torch.stack([layer[torch.randperm(len(layer), generator=generator)] for layer in edit.gain])
     # The losses of MTV's own masks are not those of these heads.
-    losses = {name: fitted.losses[name] for name in ("policy", "probabilities", "unedited")}
+    losses = {name: fitted.losses[name] for name in ("policy", "probabilities", "unedited") if name in fitted.losses}
     return Fitted({HEADS: Edit.replace(edit.value, drawn)}, losses)

@@ -1,0 +1,192 @@
+"""Whether stored results still hold: the files are as they were measured, and what runs again gives the same."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tqdm import tqdm
+
+from lmms_mtv import cells, plan
+from lmms_mtv.cells import Cell
+from lmms_mtv.compare import VECTORS, Bench
+from lmms_mtv.errors import ArgumentError, DataError, VectorFileError
+from lmms_mtv.library import Library
+from lmms_mtv.plan import Place, Plan
+from lmms_mtv.vector import HEADS, TaskVector
+
+SHOWN: Final = 5
+"""Samples of a cell that are shown one by one."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What does not hold: where, what was stored, what was found."""
+
+    where: str
+    what: str
+    stored: str
+    found: str
+
+
+def stored(folder: Path) -> list[Difference]:
+    """Differences between the files of a folder of results: plan, cells, vectors. Nothing is run.
+
+    Raises :class:`ArgumentError` if there is no plan.
+    """
+    asked, library = plan.read(folder), Library(folder / VECTORS)
+    found: list[Difference] = []
+    for place in asked.places():
+        try:
+            cell = cells.read(folder, place)
+        except DataError as error:
+            found.append(Difference(str(place), "cell", "as it was measured", str(error)))
+            continue
+        if cell is None:
+            found.append(Difference(str(place), "cell", "a cell of the plan", "no file"))
+            continue
+        if dict(cell.arguments) != dict(asked.arms[place.arm]):
+            found.append(Difference(str(place), "arguments", str(asked.arms[place.arm]), str(dict(cell.arguments))))
+        if library.root.is_dir() and cell.vector is not None:
+            found += _of_vector(cell, library)
+    known = {cells.path(folder, place) for place in asked.places()}
+    for path in sorted(set(folder.glob(f"{cells.FOLDER}/*/*.json")) - known):
+        found.append(Difference(str(path.relative_to(folder)), "cell", "no cell of the plan", "a file"))
+    return found
+
+
+def _of_vector(cell: Cell, library: Library) -> list[Difference]:
+    vector = cell.vector or {}
+    try:
+        loaded = _loaded(cell, library)
+    except (VectorFileError, DataError) as error:
+        return [Difference(str(cell.place), f"vector {vector['id']}", "as it was fitted", str(error))]
+    if loaded.checksum != vector["checksum"]:
+        return [Difference(str(cell.place), f"vector {vector['id']}", vector["checksum"][:16], loaded.checksum[:16])]
+    return []
+
+
+def _loaded(cell: Cell, library: Library) -> TaskVector:
+    """The stored vector of a cell. Raises as :meth:`TaskVector.load` and :meth:`Library.resolve` do."""
+    assert cell.vector is not None
+    return TaskVector.load(library.resolve(cell.vector["id"]).path)
+
+
+def chosen(asked: Plan, count: int | None, seed: int) -> list[Place]:
+    """The cells to run again: all, or ``count`` drawn by ``seed``, in the order in which they run."""
+    places = asked.places()
+    if count is None or count >= len(places):
+        return places
+    drawn = set(random.Random(seed).sample(places, count))
+    return [place for place in places if place in drawn]
+
+
+def rerun(
+    folder: Path, places: Sequence[Place], scratch: Path, load: Callable[[Plan, Path], Bench]
+) -> list[Difference]:
+    """Differences between stored cells and the same cells run again, their vectors fitted again.
+
+    ``load(plan, library)`` gives a bench that fits anew. ``scratch`` is for its vectors.
+    """
+    asked = plan.read(folder)
+    if unknown := [place for place in places if place not in asked.places()]:
+        raise ArgumentError(f"the results in {folder} have no cell {unknown[0]}")
+    library = Library(folder / VECTORS)
+    if library.root.is_dir():
+        # Arms may name vectors of other arms; what they fit themselves is fitted again.
+        shutil.copytree(library.root, scratch, dirs_exist_ok=True)
+    again = Library(scratch)
+    bench = load(asked, scratch)
+    found: list[Difference] = []
+    for place in tqdm(places, desc=f"Checking {asked.name}", unit="cell", dynamic_ncols=True, disable=not bench.leads):
+        made = bench.run(place)
+        kept = cells.read(folder, place)
+        if made is not None and kept is not None:
+            found += _between(kept, made[0], asked)
+            if kept.vector is not None and library.root.is_dir():
+                found += _values(kept, made[0], library, again, asked.tolerance.get("values", 0.0))
+    return found
+
+
+def _between(kept: Cell, made: Cell, asked: Plan) -> list[Difference]:
+    """Differences between a stored cell and the same cell run again."""
+    where, found = str(kept.place), []
+
+    def differs(what: str, before: object, now: object) -> None:
+        if before != now:
+            found.append(Difference(where, what, str(before), str(now)))
+
+    tolerance = asked.tolerance.get("score", 0.0)
+    if abs(kept.score - made.score) > tolerance:
+        found.append(Difference(where, kept.metric, f"{kept.score:.4f} ± {tolerance}", f"{made.score:.4f}"))
+    for name in ("metric", "n", "method", "shots"):
+        differs(name, getattr(kept, name), getattr(made, name))
+    differs("model", dict(kept.model), dict(made.model))
+    differs("settings", *(_listed(dict(cell.settings)) for cell in (kept, made)))
+    differs("documents", *(list(cell.samples["documents"]) for cell in (kept, made)))
+    if kept.vector is not None or made.vector is not None:
+        differs("vector", (kept.vector or {}).get("id"), (made.vector or {}).get("id"))
+    for number, before, now in zip(
+        kept.samples["documents"], kept.samples["prompts"], made.samples["prompts"], strict=False
+    ):
+        if before != now:
+            found.append(Difference(f"{where}, document {number}", "prompt", before, now))
+    return found + (_samples(kept, made) if found else [])
+
+
+def _samples(kept: Cell, made: Cell) -> list[Difference]:
+    """The documents whose answers changed, at most :data:`SHOWN` of them one by one."""
+    before, now = ([cell.samples[name] for name in ("scores", "answers")] for cell in (kept, made))
+    rows = zip(kept.samples["documents"], *before, *now, strict=False)
+    changed = [
+        Difference(f"{kept.place}, document {number}", "answer", f"{old!r} ({score:g})", f"{new!r} ({rescored:g})")
+        for number, score, old, rescored, new in rows
+        if (score, old) != (rescored, new)
+    ]
+    more = len(changed) - SHOWN
+    rest = [Difference(str(kept.place), "answers", "", f"{more} more documents differ")] if more > 0 else []
+    return changed[:SHOWN] + rest
+
+
+def _values(kept: Cell, made: Cell, library: Library, again: Library, tolerance: float) -> list[Difference]:
+    """Whether the vector that was fitted again has the values and heads of the stored one."""
+    try:
+        before, now = _loaded(kept, library), _loaded(made, again)
+    except (VectorFileError, DataError) as error:
+        return [Difference(str(kept.place), "vector", "a vector that loads", str(error))]
+    found = []
+    if before.heads != now.heads:
+        both = len(set(before.heads) & set(now.heads))
+        stored_heads, found_heads = f"{len(before.heads)} heads", f"{len(now.heads)} heads, {both} in common"
+        found.append(Difference(str(kept.place), f"heads of vector {before.id}", stored_heads, found_heads))
+    gap = (before.edits[HEADS].value - now.edits[HEADS].value).abs().max().item()
+    scale = before.edits[HEADS].value.abs().max().item()
+    if gap > tolerance * scale:
+        what = f"values of vector {before.id}"
+        found.append(
+            Difference(str(kept.place), what, f"within {tolerance:g} of the largest", f"{gap / scale:.3g} off")
+        )
+    return found
+
+
+def _listed(value: object) -> object:
+    """``value`` as JSON gives it back: tuples are lists there."""
+    if isinstance(value, dict):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def table(differences: Sequence[Difference]) -> str:
+    """The differences as a Markdown table."""
+    lines = ["| where | what | stored | found |", "|---|---|---|---|"]
+    lines += [f"| {d.where} | {d.what} | {_cut(d.stored)} | {_cut(d.found)} |" for d in differences]
+    return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,0 +1,48 @@
+"""``lmms-mtv check``: whether stored results still hold."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lmms_mtv.errors import ResultsError
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="whether stored results still hold",
+        description="Check that the files of RESULTS are as they were measured, that the tables made of them say what "
+        "they say, and run the cells again, their vectors fitted anew. Exit status 1, with a table of what differs, if "
+        "a number left its tolerance, or a prompt, a vector or a table changed.",
+    )
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="a folder that lmms-mtv compare has written")
+    parser.add_argument("--stored", action="store_true", help="the files alone: run nothing")
+    parser.add_argument("--cells", type=int, metavar="N", help="run N cells again, drawn by --seed, instead of all")
+    parser.add_argument("--seed", type=int, default=0, help="of the cells that --cells draws")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> None:
+    from lmms_mtv import check, compare, plan
+
+    asked = plan.read(given.results)
+    differences = check.stored(given.results)
+    places = [] if given.stored or differences else check.chosen(asked, given.cells, given.seed)
+
+    def load(asked: plan.Plan, library: Path) -> compare.Bench:
+        from lmms_mtv.harness.bench import Bench
+
+        return Bench(asked, library, reuse=False)
+
+    if places:
+        with tempfile.TemporaryDirectory() as scratch:
+            differences += check.rerun(given.results, places, Path(scratch), load)
+    if differences:
+        sys.stdout.write(check.table(differences) + "\n")
+        raise ResultsError(f"{given.results}: {len(differences)} differences, see the table")
+    again = f", {len(places)} run again and the same within {dict(asked.tolerance)}" if places else ""
+    sys.stdout.write(f"{given.results}: {len(asked.places())} cells as they were measured{again}\n")

@@ -1,0 +1,52 @@
+"""The most memory that a block of code takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_OWN = Path("/proc/self")
+
+
+@dataclass
+class Peak:
+    """``bytes`` is known when the block is left: memory allocated on all GPUs, or without a GPU the resident memory of
+    the process. None where the system does not tell."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Peak]:
+    """Measure the block on ``device``; the weights that lie there already are part of it. Blocks do not nest."""
+    found = Peak()
+    if device.type == "cuda":
+        gpus = range(torch.cuda.device_count())
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        yield found
+        found.bytes = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+        return
+    resets = _reset()
+    yield found
+    found.bytes = _resident() if resets else None
+
+
+def _reset() -> bool:
+    """Let the system count the peak of resident memory anew; whether it can."""
+    try:
+        # proc(5): 5 resets the peak resident set size.
+        (_OWN / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident() -> int | None:
+    found = re.search(r"^VmHWM:\s*(\d+) kB", (_OWN / "status").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else None

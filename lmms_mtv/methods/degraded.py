@@ -1,0 +1,44 @@
+"""A control of MTV: its selection made worse on purpose.
+
+Stored, injected and cost: as ``mtv``. Of the heads that MTV chose a share is dropped, or as many as a share of them
+are added, both drawn at random. It tells how much depends on exactly these heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.fitting import FitSession
+from lmms_mtv.methods import Fitted, mtv
+from lmms_mtv.vector import HEADS, Edit
+
+
+@dataclass(frozen=True)
+class Config(mtv.Config):
+    """The settings of the MTV fit, and the shares of its heads that are dropped (``drop``) and added (``add``)."""
+
+    drop: float = 0.0
+    add: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.drop <= 1 or self.add < 0:
+            raise ArgumentError(f"drop={self.drop}, add={self.add}: expected drop in [0, 1] and add of at least 0")
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """MTV's fit with ``round(drop * n)`` of its n heads dropped and ``round(add * n)`` others added."""
+    fitted = mtv.fit(session, config)
+    edit, generator = fitted.edits[HEADS], session.generator("degraded heads")
+    mask = edit.gain.flatten().bool()
+    drawn = torch.randperm(len(mask), generator=generator)
+    inside, outside = drawn[mask[drawn]], drawn[~mask[drawn]]
+    mask[inside[: round(config.drop * len(inside))]] = False
+    mask[outside[: round(config.add * len(inside))]] = True
+    # The losses of MTV's own masks are not those of these heads.
+    losses = {name: fitted.losses[name] for name in ("policy", "probabilities", "unedited") if name in fitted.losses}
+    return Fitted({HEADS: Edit.replace(edit.value, mask.view(edit.gain.shape))}, losses)
