@@ -1,8 +1,10 @@
 """Multimodal Task Vectors as a plugin for lmms-eval: many demonstrations at the price of a zero-shot prompt."""
 
+from lmms_mtv.combination import combined
 from lmms_mtv.errors import MtvError
 from lmms_mtv.fitting import Episode, FitSession
 from lmms_mtv.hooks import Prefill, Site, Sites, applied, capture, find_sites, record, verify
+from lmms_mtv.library import Library
 from lmms_mtv.vector import Edit, TaskVector, VectorCard
 
 __version__ = "0.1.0"
@@ -11,6 +13,7 @@ __all__ = [
     "Edit",
     "Episode",
     "FitSession",
+    "Library",
     "MtvError",
     "Prefill",
     "Site",
@@ -19,6 +22,7 @@ __all__ = [
     "VectorCard",
     "applied",
     "capture",
+    "combined",
     "find_sites",
     "record",
     "verify",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from lmms_mtv import files
 from lmms_mtv.errors import DataError
 from lmms_mtv.plan import Place, slug
 
@@ -70,10 +70,7 @@ def write(folder: Path, cell: Cell, of_harness: Mapping[str, Any]) -> Path:
     content = {**of_harness, "mtv": dataclasses.asdict(cell)}
     content["seal"] = seal(content)
     found = path(folder, cell.place)
-    found.parent.mkdir(parents=True, exist_ok=True)
-    partial = found.with_suffix(f".{os.getpid()}")
-    partial.write_text(_written(content), encoding="utf-8")
-    partial.replace(found)
+    files.write(found, _written(content).encode())
     return found
 
 

@@ -26,6 +26,14 @@ class VectorFileError(MtvError):
     """A file is not a task vector, or not an intact one."""
 
 
+class LibraryError(VectorFileError):
+    """The vector library cannot be read or written, or something in it is not where it belongs."""
+
+
+class HubError(MtvError):
+    """The hub cannot be reached, does not let in, or has no vector there."""
+
+
 class NumericsError(MtvError):
     """NaN or infinity where a finite number was expected."""
 

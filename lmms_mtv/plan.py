@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
+from lmms_mtv import files
 from lmms_mtv.errors import ArgumentError
 
 FILE: Final = "plan.yaml"
@@ -113,9 +114,8 @@ class Plan:
     def write(self, folder: Path) -> None:
         """Write ``plan.yaml`` into ``folder``."""
         content = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {}, [])}
-        folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True, width=120)
-        (folder / FILE).write_text(text, encoding="utf-8")
+        files.write(folder / FILE, text.encode())
 
 
 def read(path: Path) -> Plan:

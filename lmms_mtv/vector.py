@@ -11,17 +11,15 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialized
 from torch import Tensor
 
+from lmms_mtv import files
 from lmms_mtv.errors import GeometryError, NumericsError, VectorFileError
 
 logger = logging.getLogger(__name__)
@@ -104,10 +102,11 @@ class Edit:
 class VectorCard:
     """Where a task vector comes from.
 
-    The fields up to ``config`` are the recipe: they determine the vector, and its :attr:`id`. ``examples`` and
+    The fields up to ``parents`` are the recipe: they determine the vector, and its :attr:`id`. ``examples`` and
     ``prompt`` are SHA-256 digests of the ids of the training examples and of the way a prompt is written. ``shots``
-    is the number of demonstrations in the prompts that the vector is made for. ``losses`` are lists of floats by
-    name, ``seconds`` is the time of the fit, ``memory`` its peak in bytes if known.
+    is the number of demonstrations in the prompts that the vector is made for. ``parents`` are the ids of the vectors
+    that it was combined of, with their weights, or whose heads it has. ``losses`` are lists of floats by name,
+    ``seconds`` is the time of the fit, ``memory`` its peak in bytes if known.
     """
 
     model: str
@@ -122,6 +121,7 @@ class VectorCard:
     seed: int
     method: str
     config: Mapping[str, Any]
+    parents: Mapping[str, float] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     losses: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
@@ -134,6 +134,8 @@ class VectorCard:
     def id(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the recipe: the same recipe, the same id, on any machine."""
         recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in self._OUTCOME}
+        if not recipe["parents"]:  # so that a fitted vector has the id that it had before there were parents
+            del recipe["parents"]
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
@@ -147,7 +149,7 @@ class VectorCard:
         """
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise VectorFileError(f"the card of {source} is not JSON: {error}") from error
         if not isinstance(found, dict):
             raise VectorFileError(f"the card of {source} is no JSON object but {type(found).__name__}")
@@ -163,12 +165,18 @@ class VectorCard:
             )
             given = {name: found[name] for name in fields if name in found} | {"geometry": geometry}
             card = cls(**given)
+            for name in ("model", "revision", "dtype", "task", "split", "examples", "prompt", "method"):
+                if not isinstance(given[name], str) and (name, given[name]) != ("revision", None):
+                    raise TypeError(f"{name} is {type(given[name]).__name__}, not text")
             for name in ("shots", "seed", "schema"):
                 given[name] = int(getattr(card, name))
-            for name in ("config", "versions", "losses"):
+            for name in ("config", "versions"):
                 given[name] = dict(getattr(card, name))
+            given["parents"] = {name: float(weight) for name, weight in dict(card.parents).items()}
+            given["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
+            given["seconds"] = float(card.seconds)
             card = cls(**given)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise VectorFileError(f"the card of {source} has a field of a wrong type: {error}") from error
         if card.schema > SCHEMA:
             raise VectorFileError(
@@ -176,6 +184,20 @@ class VectorCard:
                 f"up to {SCHEMA}): upgrade lmms-mtv"
             )
         return card
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VectorCard:
+        """The card in a file written by :meth:`TaskVector.save`, whose tensors are neither read nor checked.
+
+        Raises :class:`VectorFileError` if there is no such file or no card in it.
+        """
+        return cls._of(Path(path), files.metadata(Path(path)))
+
+    @classmethod
+    def _of(cls, path: Path, metadata: Mapping[str, str]) -> VectorCard:
+        if metadata.get("format") != "lmms-mtv" or "card" not in metadata:
+            raise VectorFileError(f"{path} is a safetensors file, but no task vector written by lmms-mtv")
+        return cls.from_json(metadata["card"], str(path))
 
 
 @dataclass(frozen=True)
@@ -199,8 +221,8 @@ class TaskVector:
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of the card and the tensors, as it stands in the file."""
-        return checksum(self.card.to_json(), self._tensors())
+        """SHA-256 of the tensors, without the card."""
+        return checksum("", self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -222,25 +244,30 @@ class TaskVector:
                 f"{_described(geometry)}: fit a vector for this model"
             )
         for name, edit in self.edits.items():
-            expected = (len(geometry), geometry[0][2], geometry[0][3])
+            expected = (len(geometry), *geometry[0][2:]) if geometry else (0, 0, 0)
             if edit.shape != expected:
                 raise GeometryError(
                     f"edit {name!r} of vector {self.id} has shape {edit.shape}, its card says {expected}"
                 )
+
+    def content(self) -> bytes:
+        """What :meth:`save` writes: safetensors with the card in its metadata. Raises :class:`NumericsError` on NaN."""
+        tensors = self._tensors()
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
+        card = self.card.to_json()
+        return files.packed(tensors, {"format": "lmms-mtv", "card": card, "checksum": checksum(card, tensors)})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file with the card in its metadata. The file appears whole or not at all.
 
         Raises :class:`VectorFileError` if there is no room or no permission, :class:`NumericsError` on NaN.
         """
-        path, tensors = Path(path), self._tensors()
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
-        card = self.card.to_json()
-        metadata = {"format": "lmms-mtv", "card": card, "checksum": checksum(card, tensors)}
+        path = Path(path)
+        content = self.content()
         try:
-            _written(path, serialized(tensors, metadata))
+            files.write(path, content)
         except OSError as error:
             raise VectorFileError(
                 f"{path} cannot be written ({error.strerror or error}): make room or choose another place; what was "
@@ -250,24 +277,15 @@ class TaskVector:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskVector:
-        """Read a file written by :meth:`save`.
+        """Read a file written by :meth:`save`: a regular one, no link, and no larger than :data:`files.LIMIT` bytes.
 
         Raises :class:`VectorFileError` if there is no such file, if it is not a task vector or not an intact one.
         """
         path = Path(path)
-        if not path.is_file():
-            raise VectorFileError(f"no vector file at {path}: check vector=, or fit one by leaving it out")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != "lmms-mtv":
-                    raise VectorFileError(f"{path} is a safetensors file, but no task vector written by lmms-mtv")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            raise VectorFileError(f"{path} is damaged or no safetensors file ({error}): fit the vector again") from None
-        if metadata.get("checksum") != checksum(metadata.get("card", ""), tensors):
+        metadata, tensors = files.read(path)
+        card = VectorCard._of(path, metadata)
+        if metadata.get("checksum") != checksum(metadata["card"], tensors):
             raise VectorFileError(f"{path} is not as it was saved (its checksum differs): fit the vector again")
-        card = VectorCard.from_json(metadata["card"], str(path))
         edits = {}
         for name in sorted({key.rpartition(".")[0] for key in tensors}):
             try:
@@ -292,18 +310,3 @@ def checksum(card: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _written(path: Path, content: bytes) -> None:
-    """Make ``path`` a file of ``content``, all at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import official_files
@@ -20,6 +21,15 @@ from lmms_mtv.shapes import tiny as words
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-snapshots", action="store_true", help="store the texts of golden tests anew")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test touches the user's library."""
+    root = tmp_path_factory.mktemp("library")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMMS_MTV_LIBRARY", str(root))
+        yield root
 
 
 @pytest.fixture(scope="session")

@@ -27,10 +27,12 @@ def made(**changes) -> Plan:
     return Plan(**{"name": "p", "model": {"pretrained": "tiny"}, "tasks": ["a", "g"], "arms": ARMS} | changes)
 
 
-def cell(place: Place = Place("a", "MTV", 0), **changes) -> Cell:
+def cell(**changes) -> Cell:
     fields = {
         "plan": "p",
-        **place._asdict(),
+        "task": "a",
+        "arm": "MTV",
+        "seed": 0,
         "arguments": {"method": "mtv"},
         "model": {"name": "m", "revision": None, "dtype": "float32"},
         "method": "mtv",

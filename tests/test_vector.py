@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import pickle
-import struct
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from vectors import GEOMETRY, card, rewritten, vector
 
 from lmms_mtv import Edit, TaskVector, VectorCard
 from lmms_mtv.errors import GeometryError, MtvError, NumericsError, VectorFileError
-from lmms_mtv.vector import checksum
-
-GEOMETRY = ((0, "model.layers.0.self_attn.o_proj", 2, 4), (2, "model.layers.2.self_attn.o_proj", 2, 4))
-
-
-def card(**changes) -> VectorCard:
-    fields = {
-        "model": "some/model",
-        "revision": "abc",
-        "dtype": "float32",
-        "geometry": GEOMETRY,
-        "task": "task",
-        "split": "train",
-        "examples": "e" * 64,
-        "prompt": "p" * 64,
-        "shots": 0,
-        "seed": 0,
-        "method": "mtv",
-        "config": {"steps": 600, "lr": 0.1},
-        "versions": {"torch": "2"},
-        "losses": {"policy": [1.0, 0.5]},
-        "seconds": 1.5,
-    }
-    return VectorCard(**fields | changes)
-
-
-def vector(**changes) -> TaskVector:
-    rng = torch.Generator().manual_seed(0)
-    mask = torch.tensor([[True, False], [False, True]])
-    return TaskVector({"heads": Edit.replace(torch.randn(2, 2, 4, generator=rng), mask)}, card(**changes))
 
 
 def test_a_saved_vector_comes_back_whole(tmp_path):
@@ -115,20 +83,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         vector(seed=1).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def rewritten(path: Path, change) -> Path:
-    """The file with its card changed, and with a checksum that still holds."""
-    raw = path.read_bytes()
-    size = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + size])
-    fields = json.loads(header["__metadata__"]["card"])
-    change(fields)
-    text = json.dumps(fields)
-    header["__metadata__"] |= {"card": text, "checksum": checksum(text, load_file(path))}
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
-    return path
 
 
 def test_unknown_fields_of_a_card_warn_and_missing_ones_do_not_pass(tmp_path, caplog):

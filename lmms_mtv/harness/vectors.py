@@ -77,7 +77,7 @@ class Vectors(Generic[P]):
     that fit together, known when the first fit begins; only rank 0 of them writes files and messages, and none if
     ``quiet``.
 
-    Raises :class:`LibraryError` if ``arguments.vector`` or ``arguments.heads`` name no vector, or several, and
+    Raises :class:`ArgumentError` if ``arguments.vector`` or ``arguments.heads`` name no vector, or several, and
     :class:`GeometryError` if it was made for another model.
     """
 
@@ -189,6 +189,7 @@ class Vectors(Generic[P]):
             seed=self._arguments.seed,
             method=self._method.name,
             config=dataclasses.asdict(config),
+            parents={self._heads.id: 1.0} if self._heads is not None else {},
         )
 
     def _kept(self, recipe: VectorCard) -> TaskVector | None:

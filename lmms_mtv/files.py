@@ -1,0 +1,124 @@
+"""Files of tensors: read within bounds, written whole. Safetensors with JSON in its header, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parsed
+from safetensors.torch import save as serialized
+from torch import Tensor
+
+from lmms_mtv.errors import VectorFileError
+
+LIMIT: Final = 2**30
+"""Bytes of the largest file that is read: a vector of 80 layers of 64 heads of size 128 takes 3 MB."""
+
+HEADER_LIMIT: Final = 2**24
+"""Bytes of the longest header that is read: a card with 600 losses takes 20 kB."""
+
+
+def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and float32 tensors of a file.
+
+    Raises :class:`VectorFileError` unless it is an intact regular safetensors file of float32 tensors within
+    :data:`LIMIT` and :data:`HEADER_LIMIT`.
+    """
+    with _opened(path) as (file, size):
+        metadata = _metadata(path, file, size)
+        file.seek(0)
+        try:
+            # From what was read and not from the path: what is checked is what is parsed.
+            tensors = parsed(file.read(size))
+        except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise _damaged(path, str(error)) from None
+    if other := sorted(name for name, tensor in tensors.items() if tensor.dtype != torch.float32):
+        raise VectorFileError(
+            f"{path} has tensors that are not float32 ({', '.join(other)[:200]}): fit the vector again"
+        )
+    return metadata, tensors
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What the header of a file says beside its tensors, which are not read. Raises as :func:`read`."""
+    with _opened(path) as (file, size):
+        return _metadata(path, file, size)
+
+
+def packed(tensors: Mapping[str, Tensor], described: Mapping[str, str]) -> bytes:
+    """The content of a file of tensors, with ``described`` as its metadata."""
+    content: bytes = serialized(dict(tensors), dict(described))
+    return content
+
+
+def write(path: Path, content: bytes) -> None:
+    """Make ``path`` a file of ``content``, all at once. Raises OSError; what was there before is then as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary(path)
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def temporary(path: Path) -> Path:
+    """A hidden name beside ``path`` that nothing else has, for what is renamed to ``path`` when it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file that is no link, and its size in bytes."""
+    # os.path and not Path: what no path can be (too long, a zero byte) is no file.
+    if os.path.islink(path):
+        raise VectorFileError(f"{path} is a link, and links are not followed: name the file itself")
+    if not os.path.isfile(path):
+        raise VectorFileError(f"no vector file at {path}: check vector=, or fit one by leaving it out")
+    try:
+        with open(path, "rb", opener=_unfollowed) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise VectorFileError(f"{path} is no regular file")
+            if found.st_size > LIMIT:
+                raise VectorFileError(f"{path} has {found.st_size:,} bytes, a vector has at most {LIMIT:,}: not read")
+            yield file, found.st_size
+    except OSError as error:
+        raise VectorFileError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def _unfollowed(path: str, flags: int) -> int:
+    """Open ``path`` though it be exchanged for a link or a pipe in the meantime."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def _metadata(path: Path, file: BinaryIO, size: int) -> dict[str, str]:
+    claim = int.from_bytes(file.read(8), "little")
+    if size < 8 or claim > size - 8:
+        raise _damaged(path, f"a header of {claim:,} bytes in a file of {size:,}")
+    if claim > HEADER_LIMIT:
+        raise VectorFileError(f"{path} has a header of {claim:,} bytes, a vector's has at most {HEADER_LIMIT:,}")
+    try:
+        header = json.loads(file.read(claim))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON: {error}") from None
+    found = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise _damaged(path, "its header has no metadata of texts")
+    return found
+
+
+def _damaged(path: Path, reason: str) -> VectorFileError:
+    return VectorFileError(f"{path} is damaged or no safetensors file ({reason}): fit the vector again")
