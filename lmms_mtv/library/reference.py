@@ -37,8 +37,8 @@ def file(wanted: str) -> Path | None:
 def chosen(wanted: str, entries: Sequence[Entry], criteria: Mapping[str, str | int | None], root: Path) -> Entry:
     """The one of ``entries`` that an id prefix or ``task/method`` names.
 
-    Several are narrowed by those ``criteria`` that are not None, one after the other, then to those without parents. Raises :class:`ArgumentError`
-    if none or several are left, or if a criterion leaves none.
+    Several are narrowed by those ``criteria`` that are not None, one after the other, then to those without parents.
+    Raises :class:`ArgumentError` if none or several are left, or if a criterion leaves none.
     """
     found = [entry for entry in entries if _named(wanted, entry)]
     if not found:
