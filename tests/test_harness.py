@@ -29,9 +29,10 @@ from lmms_mtv.errors import (
     NumericsError,
     VectorFileError,
 )
+from lmms_mtv.library import Library
 from lmms_mtv.shapes import CHECKPOINT
 
-SHORT = "iterations=8,fit_shots=2,steps=10,samples=4,examples=6,candidate_examples=4,candidates=3"
+SHORT = "iterations=8,fit_shots=2,steps=10,samples=4,examples=6,candidate_examples=4,candidates=3,reuse=False"
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -237,6 +238,25 @@ def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):
     assert loaded["shapes_color_en"]["vector"] == fitted["shapes_color_en"]["vector"]
     assert loaded["shapes_color_en"]["source"] == str(path)
     assert answers(loaded["results"]) == answers(fitted["results"])
+
+
+def test_a_vector_of_the_same_recipe_is_reused_from_the_library(recorded, tmp_path):
+    """Also by its id and by task/method, on another task too; and another setting fits another one."""
+    task, root = "shapes_color_en", tmp_path / "library"
+    short = f"{SHORT},library={root}".replace(",reuse=False", "")
+    first = recorded(f"pretrained=tiny,{short}", [task], limit=6)
+    again = recorded(f"pretrained=tiny,batch_size=4,{short}", [task], limit=6)
+    anew = recorded(f"pretrained=tiny,{short},steps=11", [task], limit=6)
+    assert [run[task]["reused"] for run in (first, again, anew)] == [False, True, False]
+    assert again[task]["fit_seconds"] == first[task]["fit_seconds"] != anew[task]["fit_seconds"]
+    assert again[task]["vector"] == first[task]["vector"] != anew[task]["vector"]
+    assert answers(again["results"]) == answers(first["results"])
+    assert {entry.id for entry in Library(root).entries()} == {first[task]["vector"], anew[task]["vector"]}
+
+    by_id = recorded(f"pretrained=tiny,library={root},vector={first[task]['vector'][:8]}", [task], limit=6)
+    assert answers(by_id["results"]) == answers(first["results"])
+    with pytest.raises(ArgumentError, match=r"is 2 vectors. They differ in settings alone"):
+        recorded(f"pretrained=tiny,library={root},vector={task}/mtv", [task], limit=6)
 
 
 def test_an_answer_ends_at_until_or_where_a_demonstration_would_begin(recorded, tmp_path):

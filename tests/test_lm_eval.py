@@ -32,7 +32,15 @@ from lmms_mtv.harness.lm_task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.vector import HEADS
 
-SHORT = {"iterations": 8, "fit_shots": 2, "steps": 10, "samples": 4, "examples": 6, "candidate_examples": 4}
+SHORT = {
+    "iterations": 8,
+    "fit_shots": 2,
+    "steps": 10,
+    "samples": 4,
+    "examples": 6,
+    "candidate_examples": 4,
+    "reuse": False,
+}
 LIBRARY = Path(lm_eval.tasks.__file__).parent
 WORDS = ("red", "green", "blue", "circle", "square", "ring", "left", "top", "rojo", "verde", "azul", "anillo")
 

@@ -29,7 +29,7 @@ FOLDERS = ("vqa", "episodes", "words")
 TASKS = (*official_files.TASKS, "english_spanish_colon", "antonyms_colon")
 IMAGES = ("vizwiz", "okvqa", "flowers", "cub", "dtd")
 SPLITS = {"vizwiz": "val", "okvqa": "val2014"}
-SHORT = "iterations=4,fit_shots=2,steps=4,samples=4,examples=4,candidate_examples=2,candidates=2"
+SHORT = "iterations=4,fit_shots=2,steps=4,samples=4,examples=4,candidate_examples=2,candidates=2,reuse=False"
 
 
 @pytest.fixture(autouse=True)
