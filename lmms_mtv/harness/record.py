@@ -27,7 +27,10 @@ def vector_path(folder: Path, vector: TaskVector) -> Path:
 
 
 def of_task(vector: TaskVector, source: str, seed: int, shots: int) -> dict[str, Any]:
-    """The entry of one task. ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated."""
+    """The entry of one task. ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated.
+
+    The layers of ``heads`` count sites: blocks that the record's ``skipped`` names have none and are not counted.
+    """
     card = dataclasses.asdict(vector.card)
     return {
         "method": card["method"],
