@@ -8,12 +8,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import official_files
 import pytest
 import torch
 import zoo
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM, MiniMaxForCausalLM, PreTrainedModel
 
 from lmms_mtv import data
 from lmms_mtv.shapes import tiny as words
@@ -50,25 +51,39 @@ def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
 @pytest.fixture(scope="session")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama of words, saved as any text model is; token 0 is the unknown word."""
-    folder = tmp_path_factory.mktemp("models") / "text-model"
+    return _save_text_model(tmp_path_factory.mktemp("models") / "text-model", LlamaForCausalLM)
+
+
+@pytest.fixture(scope="session")
+def hybrid_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random text model whose first block has linear attention."""
+    kinds = ["linear_attention", "full_attention", "full_attention"]
+    folder = tmp_path_factory.mktemp("models") / "hybrid-text-model"
+    return _save_text_model(
+        folder, MiniMaxForCausalLM, num_hidden_layers=3, layer_types=kinds, num_local_experts=2, num_experts_per_tok=1
+    )
+
+
+def _save_text_model(folder: Path, kind: type[PreTrainedModel], **more: Any) -> Path:
     tokenizer = words.tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] | capitalize }}: {{ message['content'] }}"
         "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>Assistant: {% endif %}"
     )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = kind(kind.config_class(**options | more))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

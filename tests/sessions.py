@@ -38,15 +38,18 @@ class TokenExamples:
 
 
 class TokenRunner:
-    """Runs token prompts on a tiny model, padded on the left, by a plain forward or as a generation begins."""
+    """Runs token prompts on a tiny model, padded on the left, by a plain forward or as a generation begins.
 
-    def __init__(self, tiny: zoo.Tiny, generating: bool = False) -> None:
-        self._tiny, self._generating = tiny, generating
+    ``padding`` is how much the longest prompt has of it.
+    """
+
+    def __init__(self, tiny: zoo.Tiny, generating: bool = False, padding: int = 0) -> None:
+        self._tiny, self._generating, self._padding = tiny, generating, padding
         self.model = tiny.model
 
     @torch.no_grad()
     def run(self, prompts: Sequence[TokenPrompt]) -> None:
-        inputs = self._tiny.inputs([list(prompt.text) for prompt in prompts])
+        inputs = self._tiny.inputs([list(prompt.text) for prompt in prompts], padding=self._padding)
         if self._generating:
             self.model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
         else:
@@ -56,6 +59,13 @@ class TokenRunner:
         return list(prompt.target)
 
 
-def session(tiny: zoo.Tiny, *, examples: TokenExamples | None = None, generating: bool = False, **options):
-    options = {"seed": 0, "progress": False} | options
-    return FitSession(TokenRunner(tiny, generating), find_sites(tiny.model), examples or TokenExamples(), **options)
+def session(
+    tiny: zoo.Tiny,
+    *,
+    examples: TokenExamples | None = None,
+    generating: bool = False,
+    padding: int = 0,
+    **options,
+):
+    runner, options = TokenRunner(tiny, generating, padding), {"seed": 0, "progress": False} | options
+    return FitSession(runner, find_sites(tiny.model), examples or TokenExamples(), **options)

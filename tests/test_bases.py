@@ -61,7 +61,7 @@ BASES = (
     Base("llava_hf", "device_map=cpu,dtype=float32", "llava", simple=True, batches=(1,)),
     Base("internvl_hf", "device_map=cpu,max_patches=1", "internvl", batches=(1,)),
     Base("mistral3_vl", "device_map=cpu", "mistral3", simple=True),
-    Base("gemma3", "device_map=cpu", simple=True, edited=False),
+    Base("gemma3", "device_map=cpu", simple=True),
 )
 BOTH = {"qwen2_5_vl", "llava_hf"}
 """Those with a chat wrapper and a simple one."""

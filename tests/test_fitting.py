@@ -10,10 +10,12 @@ import torch
 import zoo
 from sessions import TokenExamples, TokenPrompt, TokenRunner, session
 from torch.nn import functional
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM, MiniMaxConfig, MiniMaxForCausalLM, MistralConfig, MistralForCausalLM
 
 from lmms_mtv import Edit, Episode, applied, capture, find_sites
 from lmms_mtv.errors import DataError, HookError, NumericsError
+from lmms_mtv.fitting import Run
+from lmms_mtv.hooks import Prefill
 
 MASKS = 32
 
@@ -32,10 +34,12 @@ def edits(tiny: zoo.Tiny, count: int = MASKS) -> Edit:
     )
 
 
-def loop_of_full_forwards(tiny: zoo.Tiny, prompt: TokenPrompt, edit: Edit, tokens: int) -> torch.Tensor:
+def loop_of_full_forwards(
+    tiny: zoo.Tiny, prompt: TokenPrompt, edit: Edit, tokens: int, padding: int = 0
+) -> torch.Tensor:
     """The authors' procedure: one full forward of prompt and target for each mask."""
     target = prompt.target[:tokens]
-    inputs = tiny.inputs([[*prompt.text, *target[:-1]]])
+    inputs = tiny.inputs([[*prompt.text, *target[:-1]]], padding=padding)
     losses = []
     for keep, gain in zip(edit.keep, edit.gain, strict=True):
         with applied(tiny.model, Edit(edit.value, keep, gain), tail=tokens):
@@ -69,6 +73,57 @@ def test_replay_equals_full_forwards_for_32_masks(tiny, tokens, generating):
     assert zoo.hooks(tiny.model) == before
 
 
+def captured_from(runner: TokenRunner, prompt: TokenPrompt) -> Prefill:
+    with capture(runner.model, find_sites(runner.model)) as captured:
+        runner.run([prompt])
+    return captured.prefill()
+
+
+def losses_of(run: Run, tiny: zoo.Tiny, edit: Edit, target: list[int]) -> torch.Tensor:
+    logits = run(tiny.model, find_sites(tiny.model), edit, target)
+    targets = torch.tensor(target).expand(len(logits), -1)
+    return functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
+
+
+PROMPT = TokenPrompt((5, 6, 7, 8, 9, 10, 11), (41, 57, 63))
+
+
+@pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_padding_before_a_prompt_changes_no_loss(tiny, tokens, generating):
+    """Some wrappers pad even one prompt: its replays and its full forwards against full forwards without padding."""
+    edit, padding, target = edits(tiny), 5, list(PROMPT.target[:tokens])
+    expected = loop_of_full_forwards(tiny, PROMPT, edit, tokens)
+    prefill = captured_from(TokenRunner(tiny, generating, padding), PROMPT)
+    assert prefill.length == len(tiny.row(list(PROMPT.text))) + padding
+    for run in (prefill.replay, prefill.without_media().replay, prefill.forward):
+        assert (losses_of(run, tiny, edit, target) - expected).abs().max() < 1e-4
+
+
+def test_a_session_replays_padded_prompts(tiny):
+    edit, episode = edits(tiny, 8), Episode(3, (1, 2))
+    plain = loop_of_full_forwards(tiny, TokenExamples().prompt(episode), edit, 2)
+    padded = session(tiny, padding=3)
+    for _ in range(2):  # once more: what is kept of a prompt knows the padding
+        assert (padded.losses(episode, edit, "all") - plain).abs().max() < 1e-4
+    assert padded.replays is True
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
+def test_images_that_see_each_other_both_ways_are_replayed(tokens, generating):
+    """Gemma 3's tokens of an image attend to those after them, which only the prefill is told."""
+    tiny = zoo.build(zoo.gemma3)
+    assert tiny.kinds == "token_type_ids"
+    edit = edits(tiny)
+    expected = loop_of_full_forwards(tiny, PROMPT, edit, tokens)
+    one_way = loop_of_full_forwards(dataclasses.replace(tiny, kinds=None), PROMPT, edit, tokens)
+    assert (expected - one_way).abs().mean() > 1e-3, "both ways has to matter"
+    prefill = captured_from(TokenRunner(tiny, generating), PROMPT)
+    for run in (prefill.replay, prefill.without_media().replay, prefill.forward):
+        assert (losses_of(run, tiny, edit, list(PROMPT.target[:tokens])) - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("tokens", ["first", "all"])
 def test_session_losses_equal_full_forwards_with_and_without_replay(tiny, tokens):
     edit, episode = edits(tiny, 8), Episode(3, (1, 2))
@@ -100,6 +155,41 @@ def test_a_full_sliding_window_falls_back_and_says_so(architecture, caplog):
     assert "full forwards" in caplog.text
     expected = loop_of_full_forwards(tiny, TokenExamples().prompt(episode), edit, 2)
     assert (losses - expected).abs().max() < 1e-4
+
+
+def minimax() -> zoo.Tiny:
+    kinds = ["linear_attention", "full_attention", "full_attention"]
+    config = MiniMaxConfig(**zoo._text(layer_types=kinds, num_local_experts=2, num_experts_per_tok=1))
+    return zoo.Tiny("minimax", MiniMaxForCausalLM(config))
+
+
+def test_a_cache_with_a_recurrent_state_falls_back_and_says_so(caplog):
+    tiny = zoo.build(minimax)
+    edit, episode = edits(tiny, 4), Episode(3, (1, 2))
+    hybrid = session(tiny)
+    with caplog.at_level(logging.WARNING):
+        losses = hybrid.losses(episode, edit, "all")
+    assert hybrid.replays is False
+    assert "full forwards" in caplog.text
+    expected = loop_of_full_forwards(tiny, TokenExamples().prompt(episode), edit, 2)
+    assert (losses - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", [mistral, zoo.gemma2, zoo.gemma3])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_window_as_long_as_the_prompt_is_replayed_right_or_not_at_all(architecture, padding):
+    """Windows around the length of prompt and target: padding takes place in them, as it does in a full forward."""
+    length = len(architecture(4).row(list(PROMPT.text))) + padding
+    replays = {}
+    for window in range(length - 2, length + 4):
+        tiny = zoo.build(lambda window=window: architecture(window))
+        edit, prefill = edits(tiny, 4), captured_from(TokenRunner(tiny, padding=padding), PROMPT)
+        replays[window] = prefill.cache is not None
+        if replays[window]:
+            expected = loop_of_full_forwards(tiny, PROMPT, edit, 3, padding)
+            assert (losses_of(prefill.replay, tiny, edit, list(PROMPT.target)) - expected).abs().max() < 1e-4
+    assert not replays[length - 2]
+    assert replays[length + 3]
 
 
 class Forgetful(LlamaForCausalLM):
@@ -190,12 +280,18 @@ def test_an_infinite_loss_is_an_error():
         running.losses(Episode(0, ()), edit)
 
 
-def test_a_padded_or_batched_prompt_is_no_prefill():
+def test_a_batch_or_a_prompt_that_ends_in_padding_is_no_prefill():
     tiny = zoo.build(zoo.llama)
-    with capture(tiny.model, find_sites(tiny.model)) as captured:
-        tiny.model(**tiny.inputs([[5, 6, 7], [8, 9]]))
-    with pytest.raises(HookError, match="one prompt"):
-        captured.prefill()
+    square = torch.zeros(1, 1, 3, 3)
+    for inputs, match in (
+        (tiny.inputs([[5, 6, 7], [8, 9]]), "one prompt, found a batch of 2"),
+        (tiny.inputs([[5, 6, 7]], "right", padding=2), "last token is real"),
+        ({"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": square}, r"shape \(1, 3\).*\(1, 1, 3, 3\)"),
+    ):
+        with capture(tiny.model, find_sites(tiny.model)) as captured:
+            tiny.model(**inputs)
+        with pytest.raises(HookError, match=match):
+            captured.prefill()
     with capture(tiny.model, find_sites(tiny.model)) as captured:
         pass
     with pytest.raises(HookError, match="no forward"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import yaml
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
+from loguru import logger
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -29,6 +31,7 @@ from lmms_mtv.errors import (
     NumericsError,
     VectorFileError,
 )
+from lmms_mtv.harness.hf import revision_of
 from lmms_mtv.library import Library
 from lmms_mtv.shapes import CHECKPOINT
 
@@ -163,7 +166,7 @@ def test_the_shapes_tasks_work_with_a_simple_model_of_the_harness(monkeypatch):
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
-    """Evaluations whose records are kept: ``recorded(model_args, tasks)`` gives the tasks of the record."""
+    """Evaluations and their records: ``recorded(model_args, tasks)`` gives tasks, ``model`` and ``results``."""
     from lmms_eval.api.task import Task
 
     def run(model_args: str, tasks: list[str], **options) -> dict:
@@ -172,7 +175,7 @@ def recorded(tmp_path, monkeypatch):
         monkeypatch.setattr(Task, "args", None, raising=False)
         results = evaluate(model_args, tasks, cli_args=Arguments(folder), **options)
         (record,) = records(folder)
-        return record["tasks"] | {"results": results}
+        return record["tasks"] | {"model": record["model"], "results": results}
 
     return run
 
@@ -308,6 +311,48 @@ def test_a_text_model_on_a_text_task(recorded, text_model, tmp_path):
     assert run["custom"]["evaluation"]["input_tokens"] == 4 * 6 + 3 * 2
     with pytest.raises(ArgumentError, match="is a text model, but the task has images"):
         evaluate(f"pretrained={text_model},method=none", ["shapes_color_en"])
+
+
+def test_the_record_says_which_blocks_are_left_alone(recorded, hybrid_text_model, text_model, tmp_path):
+    folder = task_file(tmp_path / "task", doc_to_visual=None)
+    for model, arguments, skipped in ((hybrid_text_model, SHORT, [0]), (text_model, "method=none", [])):
+        run = recorded(f"pretrained={model},{arguments},batch_size=2", ["custom"], include=folder)
+        assert run["model"]["skipped"] == skipped
+
+
+def test_every_byte_of_a_folders_weights_is_in_its_revision(tmp_path, monkeypatch):
+    def made(name: str, last: bytes, size: int, file: str = "model.safetensors") -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / file).write_bytes(bytes(size - 1) + last)
+        return str(folder)
+
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        for size in (100, 8 << 20, (8 << 20) + 1, 9 << 20):
+            one, same, other = (
+                revision_of(made(f"{n}-{size}-{file}", end, size, file), None)
+                for n, end in enumerate((b"a", b"a", b"b"))
+            )
+            assert one == same != other
+    assert (
+        revision_of(made("short", b"a", 9), None)
+        == "sha256:" + hashlib.sha256(b"config.json 2{}" + b"model.safetensors 9" + bytes(8) + b"a").hexdigest()[:16]
+    )
+    assert revision_of(str(tmp_path / "short"), "abc") == "abc"
+    assert revision_of("no/folder", None) is None
+
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(str(message)), level="INFO")
+    try:
+        revision_of(str(tmp_path / "short"), None)
+        assert not said
+        monkeypatch.setattr("lmms_mtv.harness.hf._LONG", 10)
+        revision_of(str(tmp_path / "short"), None)
+    finally:
+        logger.remove(sink)
+    assert len(said) == 1
+    assert str(tmp_path / "short") in said[0]
 
 
 class TestBadInput:

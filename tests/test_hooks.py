@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from lmms_mtv import Edit, applied, capture, find_sites, record, verify
 from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, NumericsError
+from lmms_mtv.hooks import watched
 from lmms_mtv.hooks.positions import last_real
 
 TEXTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
@@ -167,8 +168,7 @@ def test_generated_tokens_are_those_of_edited_full_forwards(tiny):
         longer = inputs | {"input_ids": output[:, : inputs["input_ids"].shape[1] + tail - 1]}
         longer["attention_mask"] = torch.ones_like(longer["input_ids"])
         longer.pop("position_ids", None)
-        if tiny.framed:
-            longer["mm_token_type_ids"] = (longer["input_ids"] == zoo.IMAGE).long()
+        longer |= tiny.kinds_of(longer["input_ids"])
         with applied(tiny.model, edit, tail=tail):
             logits = tiny.model(**longer).logits[0, -1]
         logits[2] = -torch.inf  # min_new_tokens forbids the end
@@ -213,6 +213,15 @@ def test_hooks_are_gone_after_exceptions_and_failed_set_ups(tiny):
 class _Refusing(nn.Module):
     def register_forward_pre_hook(self, *_, **__):
         raise RuntimeError("no hooks here")
+
+
+def test_watching_counts_prompts_and_their_real_tokens(tiny):
+    before, inputs = zoo.hooks(tiny.model), tiny.inputs(TEXTS)
+    with watched(tiny.model, find_sites(tiny.model)) as watch:
+        tiny.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert watch.tokens == sum(len(tiny.row(text)) for text in TEXTS)
+    assert (watch.prompts, watch.forwards, watch.cached) == (3, 3, True)
+    assert zoo.hooks(tiny.model) == before
 
 
 def test_the_edit_is_out_of_place():

@@ -288,6 +288,7 @@ class TestWithoutEdits:
         tasks = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         results = simple_evaluate(lm, tasks=["own_arc"], task_manager=tasks, limit=2)
         assert results["config"]["mtv"]["tasks"]["own_arc"]["method"] == "none"
+        assert results["config"]["mtv"]["skipped"] is None
 
 
 class TestEdited:
@@ -338,6 +339,11 @@ class TestEdited:
         assert used["own_arc"]["vector"] != used["own_copa"]["vector"]
         assert used["own_arc"]["settings"]["steps"] == 10
         assert used["own_arc"]["fit_seconds"] > 0
+
+    def test_the_results_say_which_blocks_are_left_alone(self, text_model, hybrid_text_model, folder):
+        for model, skipped in ((text_model, []), (hybrid_text_model, [0])):
+            lm, _ = run(model, folder, ["arc"], **SHORT)
+            assert lm.get_model_info()["mtv"]["skipped"] == skipped
 
     def test_an_exception_leaves_no_hook(self, text_model, folder, vector):
         tasks = Tasks(include_path=str(folder), include_defaults=False)

@@ -40,7 +40,8 @@ LAYERS, HEADS, HEAD_DIM = 3, 4, 8
 class Tiny:
     """A model in float32, how many tokens an image takes, and the inputs that go with images.
 
-    ``framed``: images stand between two marks; ``absolute``: positions have to be given where there is padding.
+    ``framed``: images stand between two marks; ``absolute``: positions have to be given where there is padding;
+    ``kinds``: the input that tells tokens of images from those of text.
     """
 
     name: str
@@ -51,16 +52,20 @@ class Tiny:
     head_dim: int = HEAD_DIM
     framed: bool = False
     absolute: bool = False
+    kinds: str | None = None
 
     def row(self, text: list[int]) -> list[int]:
         """Token ids of one prompt: an image, where the model takes one, and ``text``."""
         image = [IMAGE] * self.image_tokens
         return [*([VISION_START, *image, VISION_END] if self.framed else image), *text]
 
-    def inputs(self, texts: list[list[int]], side: str = "left") -> dict[str, Tensor]:
-        """A padded batch of prompts with one image each, which depends on the first token of the text."""
+    def inputs(self, texts: list[list[int]], side: str = "left", padding: int = 0) -> dict[str, Tensor]:
+        """A padded batch of prompts with one image each, which depends on the first token of the text.
+
+        ``padding`` is how much the longest row has of it.
+        """
         rows = [self.row(text) for text in texts]
-        longest = max(map(len, rows))
+        longest = max(map(len, rows)) + padding
         ids, mask = [], []
         for row in rows:
             pad = [PAD] * (longest - len(row))
@@ -72,9 +77,11 @@ class Tiny:
             made |= self.media([text[0] for text in texts])
         if self.absolute:
             made["position_ids"] = (made["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        if self.framed:
-            made["mm_token_type_ids"] = (made["input_ids"] == IMAGE).long()
-        return made
+        return made | self.kinds_of(made["input_ids"])
+
+    def kinds_of(self, ids: Tensor) -> dict[str, Tensor]:
+        """1 for a token of an image and 0 for any other, for a model that asks for it."""
+        return {self.kinds: (ids == IMAGE).long()} if self.kinds else {}
 
 
 def _text(**more: Any) -> dict[str, Any]:
@@ -140,7 +147,7 @@ def gemma3(window: int = 64) -> Tiny:
         image_token_id=IMAGE,
     )
     media = lambda seeds: {"pixel_values": _noise(seeds, 3, 16, 16)}  # noqa: E731
-    return Tiny("gemma3", Gemma3ForConditionalGeneration(config), 4, media, head_dim=12)
+    return Tiny("gemma3", Gemma3ForConditionalGeneration(config), 4, media, head_dim=12, kinds="token_type_ids")
 
 
 PERCEIVER = {
@@ -223,7 +230,7 @@ def qwen2_5_vl() -> Tiny:
         vision_end_token_id=VISION_END,
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    return Tiny("qwen2_5_vl", model, 4, lambda seeds: _patches(seeds, 4), framed=True)
+    return Tiny("qwen2_5_vl", model, 4, lambda seeds: _patches(seeds, 4), framed=True, kinds="mm_token_type_ids")
 
 
 def qwen3_vl() -> Tiny:
@@ -243,7 +250,8 @@ def qwen3_vl() -> Tiny:
         vision_end_token_id=VISION_END,
     )
     model = Qwen3VLForConditionalGeneration(config)
-    return Tiny("qwen3_vl", model, 4, lambda seeds: _patches(seeds, 4), head_dim=12, framed=True)
+    media = lambda seeds: _patches(seeds, 4)  # noqa: E731
+    return Tiny("qwen3_vl", model, 4, media, head_dim=12, framed=True, kinds="mm_token_type_ids")
 
 
 ARCHITECTURES = (idefics2, idefics3, llava, qwen2_5_vl, qwen3_vl, gemma3, gemma2, qwen3, llama, gpt2)

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
+from loguru import logger
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -39,6 +40,9 @@ _NEUTRAL: Final = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 
 GREEDY: Final = {"temperature": None, "top_p": None, "top_k": None}
 _IMAGE_SETTINGS: Final = ("do_image_splitting", "min_pixels", "max_pixels")
 _COMPUTING: Final = (*_IMAGE_SETTINGS, "attn_implementation")
+_WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin")
+# Bytes: what takes seconds to read, and what is read at a time.
+_LONG, _PART = 10**9, 1 << 23
 _SAMPLING: Final = (*_NEUTRAL, *GREEDY)
 
 
@@ -286,15 +290,24 @@ class Hf:
 
 
 def revision_of(source: str, commit: str | None) -> str | None:
-    """The commit on the hub; for a folder, a digest of its configuration and of the beginning of its weights."""
+    """The commit on the hub; for a folder, a digest of its configuration and of its weights, which reads all of them.
+
+    None if ``source`` is no folder and there is no commit.
+    """
     folder = Path(source)
     if commit is not None or not folder.is_dir():
         return commit
+    weights = (path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    files = sorted(path for path in [folder / "config.json", *weights] if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    if size > _LONG:
+        logger.info(f"reading the {size / 1e9:.1f} GB of {folder} once, to tell its weights from any others")
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 23))
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            while part := file.read(_PART):
+                digest.update(part)
     return f"sha256:{digest.hexdigest()[:16]}"
 
 

@@ -149,8 +149,12 @@ class Mtv(HFLM):  # type: ignore[misc]
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
-        """The library's entries of the results, and under ``mtv`` method, vector, heads and settings of each task."""
-        used = {"versions": record.versions(), "tasks": self._record}
+        """The library's entries of the results, and under ``mtv`` method, vector, heads and settings of each task.
+
+        ``skipped`` are the blocks without softmax attention, or None without edits, when no block is looked at.
+        """
+        skipped = None if self._plain else list(self._sites.skipped)
+        used = {"versions": record.versions(), "skipped": skipped, "tasks": self._record}
         info: dict[str, Any] = super().get_model_info()
         return info | {"mtv": used}
 

@@ -146,6 +146,7 @@ class Mtv(lmms):  # type: ignore[misc]
             path = record.write(
                 self._folder(output),
                 {"name": self._base.name, "revision": self._base.revision, "dtype": self._base.dtype}
+                | {"skipped": list(self._sites.skipped)}
                 | {"base": dataclasses.asdict(self._base.config), "arguments": dataclasses.asdict(self._arguments)},
                 self._vectors.record,
             )

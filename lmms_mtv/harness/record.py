@@ -30,6 +30,7 @@ def of_task(vector: TaskVector, source: str, seed: int, shots: int, reused: bool
     """The entry of one task. ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated.
 
     ``reused`` says that the vector is from an earlier run; ``fit_seconds`` and ``fit_bytes`` then are of that one.
+    The layers of ``heads`` count sites: blocks that the record's ``skipped`` names have none and are not counted.
     """
     card = dataclasses.asdict(vector.card)
     return {

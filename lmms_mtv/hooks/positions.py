@@ -96,7 +96,7 @@ class Positions:
         Some models hand their decoder masks that are ready for the attention, a dict or one of four dimensions, in
         which padding cannot be told from causality. Then what counts is the mask that ``model`` itself was given.
         """
-        given_to_decoder, given_to_model = _mask_argument(decoder), _mask_argument(model)
+        given_to_decoder, given_to_model = mask_argument(decoder), mask_argument(model)
         cache_given = _argument(decoder, "past_key_values")
 
         def entered(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -107,8 +107,8 @@ class Positions:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             mask = given_to_decoder(args, kwargs)
-            told = mask if _tells(mask) else self._outer
-            if not _tells(told):
+            told = mask if tells(mask) else self._outer
+            if not tells(told):
                 what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
                 raise HookError(
                     f"the decoder got an attention mask {what}, and the model around it none of [rows, tokens] that "
@@ -139,13 +139,13 @@ def _argument(module: nn.Module, name: str) -> Given:
     return lambda args, kwargs: (dict(zip(names, args, strict=False)) | dict(kwargs)).get(name)
 
 
-def _mask_argument(module: nn.Module) -> Given:
+def mask_argument(module: nn.Module) -> Given:
     """The attention mask of the tokens; where an encoder has the mask of that name and the decoder another, nothing."""
     if "decoder_attention_mask" in inspect.signature(module.forward).parameters:
         return lambda args, kwargs: _UNKNOWN
     return _argument(module, "attention_mask")
 
 
-def _tells(mask: object) -> TypeGuard[Tensor | None]:
+def tells(mask: object) -> TypeGuard[Tensor | None]:
     """Whether a mask tells which tokens are real: [rows, tokens], or none at all."""
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)

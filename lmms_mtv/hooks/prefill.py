@@ -32,7 +32,7 @@ class ReplayError(HookError):
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prompt of n tokens, as the model ran it.
+    """One prompt of n tokens, as the model ran it; some at its beginning may be padding.
 
     ``inputs`` are the arguments of the model's forward, ``cache`` the keys and values of the first n - 1 tokens
     (None if they could not be had), ``position_ids`` those of the last token, [..., 1, 1], or None if the model works
@@ -45,7 +45,7 @@ class Prefill:
 
     @property
     def length(self) -> int:
-        """Number of tokens of the prompt."""
+        """Number of tokens of the prompt, padding among them."""
         return int(self.inputs["input_ids"].shape[1])
 
     @property
@@ -55,8 +55,9 @@ class Prefill:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def without_media(self) -> Prefill:
-        """The same for replays alone: of the inputs only the tokens are kept."""
-        return dataclasses.replace(self, inputs={"input_ids": self.inputs["input_ids"]})
+        """The same for replays alone: of the inputs only the tokens are kept, and which of them are real."""
+        kept = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
+        return dataclasses.replace(self, inputs=kept)
 
     def replay(self, model: nn.Module, sites: Sites, edit: Edit, target: Sequence[int]) -> Tensor:
         """Logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
@@ -70,7 +71,7 @@ class Prefill:
         ids = self._followed_by(target)[:, self.length - 1 :]
         given: dict[str, Any] = {
             "input_ids": ids.expand(rows, -1),
-            "attention_mask": torch.ones(rows, self.length - 1 + len(target), dtype=torch.long, device=ids.device),
+            "attention_mask": self._real(len(target) - 1).expand(rows, -1),
             "past_key_values": _expanded(self.cache, rows),
             "use_cache": True,
         }
@@ -88,8 +89,8 @@ class Prefill:
         if isinstance(positions := given.get("position_ids"), Tensor):
             steps = torch.arange(1, more + 1, device=positions.device)
             given["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], -1)
-        if isinstance(mask := given.get("attention_mask"), Tensor):
-            given["attention_mask"] = torch.cat([mask, mask.new_ones(1, more)], 1)
+        if "attention_mask" in given:
+            given["attention_mask"] = self._real(more)
         for name in _PER_TOKEN:
             if isinstance(kinds := given.get(name), Tensor):
                 given[name] = torch.cat([kinds, kinds.new_zeros(1, more)], 1)
@@ -106,6 +107,11 @@ class Prefill:
         ids: Tensor = self.inputs["input_ids"]
         return torch.cat([ids, ids.new_tensor([list(target[:-1])])], 1) if len(target) > 1 else ids
 
+    def _real(self, more: int) -> Tensor:
+        """The attention mask [1, n + more] of the prompt and of ``more`` tokens that follow it."""
+        mask: Tensor = self.inputs.get("attention_mask", torch.ones_like(self.inputs["input_ids"]))
+        return torch.cat([mask, mask.new_ones(1, more)], 1)
+
 
 class Captured:
     """What the first forward inside a :func:`capture` block was given and left behind."""
@@ -117,12 +123,23 @@ class Captured:
         self._done = False
 
     def prefill(self) -> Prefill:
-        """The prompt that ran. Raises :class:`HookError` if none did, or several in one batch, or a padded one."""
+        """The prompt that ran.
+
+        Raises :class:`HookError` if none did, or several in one batch, or one that does not end in a real token.
+        """
         if self._inputs is None or not isinstance(self._inputs.get("input_ids"), Tensor):
             raise HookError("no forward with input_ids ran inside the capture block")
         ids, mask = self._inputs["input_ids"], self._inputs.get("attention_mask")
-        if ids.shape[0] != 1 or (mask is not None and not bool(mask.all())):
-            raise HookError(f"a prefill needs one prompt without padding, found a batch of {ids.shape[0]}")
+        if ids.shape[0] != 1:
+            raise HookError(f"a prefill needs one prompt, found a batch of {ids.shape[0]}: run prompts one by one")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+            what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
+            raise HookError(
+                f"a prefill needs an attention mask of shape {tuple(ids.shape)}, 1 for a real token, or none, found "
+                f"one {what}: generate with a dynamic cache (cache_implementation left unset)"
+            )
+        if mask is not None and not bool(mask[0, -1]):
+            raise HookError("a prefill needs a prompt whose last token is real, found padding there: pad on the left")
         positions = None if self._position_ids is None else self._position_ids[..., -1:]
         return Prefill(self._inputs, positions, self._cache)
 
@@ -164,8 +181,13 @@ def _copied(cache: Any) -> Any:
 
 
 def _without_last(cache: Any) -> Any | None:
+    # A cache may have a state beside its layers, and layers without keys, where blocks have linear attention.
     layers = getattr(cache, "layers", None)
-    if not layers or not all(getattr(layer, "is_croppable", False) and hasattr(layer, "keys") for layer in layers):
+    if not layers or not getattr(cache, "is_croppable", True):
+        return None
+    if not all(
+        getattr(layer, "is_croppable", False) and isinstance(getattr(layer, "keys", None), Tensor) for layer in layers
+    ):
         return None
     cut = _copied(cache)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lmms_mtv.hooks.positions import cached_tokens
+from lmms_mtv.hooks.positions import cached_tokens, mask_argument, tells
 from lmms_mtv.hooks.sites import Sites
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
@@ -20,9 +20,10 @@ class Watch:
     """What happened inside a :func:`watched` block.
 
     ``forwards`` is the number of completed forwards of the decoder; ``prompts`` is the number of rows of those that did
-    not go on from a cache, ``tokens`` their real tokens, and ``images`` those of them that stand for images, None
-    where the model does not say which these are. ``cached`` is False if one of these kept no cache. ``error`` is the
-    first exception that left a forward, whoever caught it later.
+    not go on from a cache, ``tokens`` their real tokens (all, where neither the decoder's mask nor the model's tells
+    which), and ``images`` those of them that stand for images, None where the model does not say which these are.
+    ``cached`` is False if one of these kept no cache. ``error`` is the first exception that left a forward, whoever
+    caught it later.
     """
 
     def __init__(self) -> None:
@@ -55,32 +56,35 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
     """Watch every forward of ``model`` and of its decoder inside the block. Nothing is changed."""
     watch = Watch()
     names = tuple(inspect.signature(sites.decoder.forward).parameters)
-    outer = tuple(inspect.signature(model.forward).parameters)
+    given_to_model = mask_argument(model)
+    taken = tuple(inspect.signature(model.forward).parameters)
+    outer: dict[str, Any] = {}
     prompt: dict[str, Any] = {}
-    images: list[int | None] = []
 
-    def asked(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        ids = (dict(zip(outer, args, strict=False)) | dict(kwargs)).get("input_ids")
-        images[:] = [_image_tokens(model, ids)]
+    def entered(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        outer["attention_mask"] = given_to_model(args, kwargs)
+        ids = (dict(zip(taken, args, strict=False)) | dict(kwargs)).get("input_ids")
+        outer["images"] = _image_tokens(model, ids)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         prompt.clear()
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         if not cached_tokens(given.get("past_key_values")):
-            prompt.update(given)
+            prompt.update(given if tells(given.get("attention_mask")) else given | outer)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not watch._failed(output):
             watch.forwards += 1
             if prompt:
-                watch._saw(prompt, images[0] if images else None)
+                watch._saw(prompt, outer.get("images"))
         prompt.clear()
 
     def outside(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outer.clear()
         watch._failed(output)
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(asked, with_kwargs=True).remove)
+        stack.callback(model.register_forward_pre_hook(entered, with_kwargs=True).remove)
         stack.callback(sites.decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(sites.decoder.register_forward_hook(after, always_call=True).remove)
         stack.callback(model.register_forward_hook(outside, always_call=True).remove)
