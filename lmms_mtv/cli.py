@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from lmms_mtv.commands import lm_eval, prepare
+from lmms_mtv.commands import library, lm_eval, prepare
 from lmms_mtv.errors import MtvError
 
-COMMANDS = (prepare, lm_eval)
+COMMANDS = (prepare, library, lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -285,7 +285,12 @@ class TaskVector:
                 raise VectorFileError(f"the tensors of {path} are incomplete or do not fit: {error}") from None
             if not all(t.isfinite().all() for t in (edits[name].value, edits[name].keep, edits[name].gain)):
                 raise VectorFileError(f"{path} has NaN or infinity in {name!r}: fit the vector again")
-        return cls(edits, card)
+        vector = cls(edits, card)
+        try:
+            vector.check(card.geometry)
+        except GeometryError as error:
+            raise VectorFileError(f"{path} does not fit its own card ({error})") from None
+        return vector
 
 
 def _described(geometry: Geometry) -> str:
