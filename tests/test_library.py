@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -243,6 +244,18 @@ def test_no_reference_finds_what_is_not_a_vector(filled, reference):
         filled.resolve(reference)
 
 
+def test_a_reference_does_not_lead_out_of_the_root(filled, tmp_path, monkeypatch):
+    """What is beside the library is found by its path from the working folder, never by one from the root."""
+    vector(task="outside").save(tmp_path / "outside" / FILE)
+    monkeypatch.chdir(filled.root)
+    assert filled.resolve("../outside").card.task == "outside"
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deep")
+    for reference in ("../outside", "some--model/../../outside", "task/../../../outside", "outside", "./outside"):
+        with pytest.raises(MtvError, match=r"no vector"):
+            filled.resolve(reference)
+
+
 # Names
 
 
@@ -367,8 +380,9 @@ def test_a_card_with_a_path_stays_inside(library, tmp_path, field, name):
         {"losses": {"a": 1}},
         {"seconds": "long"},
         {"method": ["mtv"]},
+        {"config": {"deep": functools.reduce(lambda inner, _: [inner], range(400), 0)}},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_a_card_with_a_field_of_a_wrong_type_is_refused(library, change):
     path = rewritten(library.add(vector()), lambda fields: fields.update(change))
@@ -452,9 +466,18 @@ def test_what_an_interrupted_write_left_is_ignored_and_told(library):
     assert [entry.path for entry in library.entries()] == [path]
     assert {problem.path for problem in library.verify()} == {left, partial}
     assert all("interrupted" in problem.what for problem in library.verify())
+    (library.root / ".git" / "objects" / "00").mkdir(parents=True)
+    assert len(library.verify()) == 2
     empty = path.parent.with_name("mtv-0000000000000000")
     empty.mkdir()
     assert [problem.path for problem in library.verify() if "has no vector" in problem.what] == [empty]
+
+
+def test_names_of_any_characters_come_back(library):
+    for name in ("tâche", "任务", "\ud800", "a\0b", "\u202e"):
+        library.add(vector(task=name))
+        assert library.get(card(task=name)).card.task == name
+    assert library.verify() == []
 
 
 def test_edits_that_are_not_of_the_geometry_of_their_card_are_neither_written_nor_read(library):

@@ -103,7 +103,7 @@ def _told(repository: str, done: str, refused: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise HubError(f"{repository} on the hub has no such revision: check what follows the @") from error
     except (OSError, ValueError, RuntimeError, _TRANSPORT) as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
             raise HubError(
                 f"nothing can be {done} {repository}: {refused}; run `hf auth login`, or set HF_TOKEN"

@@ -214,21 +214,20 @@ class Library:
                 yield path
 
     def _strays(self) -> Iterator[Problem]:
-        """What does not belong into the library, or is incomplete."""
+        """Links, what interrupted writes left, and places of vectors without one. Other hidden things pass."""
         waiting = [self.root]
         while waiting:
             folder = waiting.pop()
+            depth = len(folder.relative_to(self.root).parts)
+            if depth == 3 and not os.path.lexists(folder / FILE):
+                yield Problem(folder, f"has no {FILE}: remove it")
             for path in self._listed(folder):
                 if path.is_symlink():
                     yield Problem(path, "is a link, and links are not followed: remove it")
                 elif is_temporary(path.name):
                     yield Problem(path, "was left by an interrupted write: remove it, unless a process is writing now")
-                elif path.is_dir() and len(path.relative_to(self.root).parts) < 3:
+                elif depth < 3 and path.is_dir() and not path.name.startswith("."):
                     waiting.append(path)
-                elif path.is_dir():
-                    waiting.append(path)
-                    if not os.path.lexists(path / FILE):
-                        yield Problem(path, f"has no {FILE}: remove it")
 
     def _listed(self, folder: Path) -> list[Path]:
         try:
