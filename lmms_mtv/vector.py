@@ -139,7 +139,7 @@ class VectorCard:
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self) | {"id": self.id}, sort_keys=True, ensure_ascii=False)
+        return json.dumps(dataclasses.asdict(self) | {"id": self.id}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> VectorCard:
@@ -176,6 +176,8 @@ class VectorCard:
             given["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
             given["seconds"] = float(card.seconds)
             card = cls(**given)
+            if _deeper(card.config, 32):
+                raise ValueError("config is nested too deeply")
         except (TypeError, ValueError, OverflowError) as error:
             raise VectorFileError(f"the card of {source} has a field of a wrong type: {error}") from error
         if card.schema > SCHEMA:
@@ -294,7 +296,18 @@ class TaskVector:
                 raise VectorFileError(f"the tensors of {path} are incomplete or do not fit: {error}") from None
             if not all(t.isfinite().all() for t in (edits[name].value, edits[name].keep, edits[name].gain)):
                 raise VectorFileError(f"{path} has NaN or infinity in {name!r}: fit the vector again")
-        return cls(edits, card)
+        vector = cls(edits, card)
+        try:
+            vector.check(card.geometry)
+        except GeometryError as error:
+            raise VectorFileError(f"{path} does not fit its own card ({error})") from None
+        return vector
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether what JSON gave has more levels than that, which no method's settings have and no recursion survives."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(one, levels - 1) for one in inner)
 
 
 def _described(geometry: Geometry) -> str:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import os
 import pickle
+import random
+import shlex
 import shutil
+import signal
 import struct
+import subprocess
 import sys
 import threading
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vectors import card, rewritten, vector
 
 from lmms_mtv import Library, TaskVector, VectorCard, files
-from lmms_mtv.errors import ArgumentError, LibraryError, MtvError, VectorFileError
+from lmms_mtv.errors import ArgumentError, GeometryError, LibraryError, MtvError, VectorFileError
+from lmms_mtv.library import page
 from lmms_mtv.library.place import FILE, PAGE, folder_name
 
 FORK = get_context("fork")
@@ -235,6 +244,18 @@ def test_no_reference_finds_what_is_not_a_vector(filled, reference):
         filled.resolve(reference)
 
 
+def test_a_reference_does_not_lead_out_of_the_root(filled, tmp_path, monkeypatch):
+    """What is beside the library is found by its path from the working folder, never by one from the root."""
+    vector(task="outside").save(tmp_path / "outside" / FILE)
+    monkeypatch.chdir(filled.root)
+    assert filled.resolve("../outside").card.task == "outside"
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deep")
+    for reference in ("../outside", "some--model/../../outside", "task/../../../outside", "outside", "./outside"):
+        with pytest.raises(MtvError, match=r"no vector"):
+            filled.resolve(reference)
+
+
 # Names
 
 
@@ -359,8 +380,9 @@ def test_a_card_with_a_path_stays_inside(library, tmp_path, field, name):
         {"losses": {"a": 1}},
         {"seconds": "long"},
         {"method": ["mtv"]},
+        {"config": {"deep": functools.reduce(lambda inner, _: [inner], range(400), 0)}},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_a_card_with_a_field_of_a_wrong_type_is_refused(library, change):
     path = rewritten(library.add(vector()), lambda fields: fields.update(change))
@@ -444,15 +466,137 @@ def test_what_an_interrupted_write_left_is_ignored_and_told(library):
     assert [entry.path for entry in library.entries()] == [path]
     assert {problem.path for problem in library.verify()} == {left, partial}
     assert all("interrupted" in problem.what for problem in library.verify())
+    (library.root / ".git" / "objects" / "00").mkdir(parents=True)
+    assert len(library.verify()) == 2
     empty = path.parent.with_name("mtv-0000000000000000")
     empty.mkdir()
     assert [problem.path for problem in library.verify() if "has no vector" in problem.what] == [empty]
 
 
-# Full, forbidden and shared
+def test_names_of_any_characters_come_back(library):
+    for name in ("tâche", "任务", "\ud800", "a\0b", "\u202e"):
+        library.add(vector(task=name))
+        assert library.get(card(task=name)).card.task == name
+    assert library.verify() == []
 
 
-def test_two_threads_that_add_one_vector_end_with_one_good_vector(library):
+def test_edits_that_are_not_of_the_geometry_of_their_card_are_neither_written_nor_read(library):
+    path = rewritten(library.add(vector()), lambda fields: fields["geometry"].pop())
+    with pytest.raises(VectorFileError, match="does not fit its own card"):
+        TaskVector.load(path)
+    assert "does not fit its own card" in library.verify()[0].what
+    for geometry in ((), card().geometry[:1]):
+        with pytest.raises(GeometryError):
+            library.add(vector(geometry=geometry))
+
+
+# The page
+
+
+def test_the_page_says_what_the_vector_is_and_quotes_what_is_copied(library):
+    hostile = "x; touch /tmp/x\n```\n| a |"
+    text = (library.add(vector(task=hostile)).parent / PAGE).read_text()
+    assert f"--tasks {shlex.quote(hostile.replace(chr(10), chr(0xFFFD)))}\n" in text
+    assert [line for line in text.splitlines() if line.startswith("```")] == ["```bash", "```", "```json", "```"]
+    for said in ("2 of 4 (layer 0: 0; layer 2: 1)", "pretrained=some/model,vector=", "1.0000 -> 0.5000", "torch 2"):
+        assert said in text
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "some/model"
+    assert "base_model" not in page.of(vector(model="/a/local/folder"))
+
+
+# Full, forbidden, shared and interrupted
+
+FULL = """
+import json, subprocess, sys
+from pathlib import Path
+from vectors import vector
+from lmms_mtv import Library
+from lmms_mtv.errors import LibraryError
+
+library, said = Library(Path(sys.argv[1])), {}
+for count in range(100):
+    try:
+        library.add(vector(seed=count))
+    except LibraryError as error:
+        said["full"] = str(error)
+        break
+subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+try:
+    library.add(vector(seed=0, task="other"))
+except LibraryError as error:
+    said["read-only add"] = str(error)
+try:
+    library.remove(library.entries()[0])
+except LibraryError as error:
+    said["read-only remove"] = str(error)
+library.add(vector(seed=0))
+said["good"] = all(library.get(vector(seed=seed).card) is not None for seed in range(count))
+said["count"], said["entries"], said["problems"] = count, len(library.entries()), [p.what for p in library.verify()]
+print(json.dumps(said))
+"""
+
+
+def test_a_full_and_a_read_only_library_say_so_and_lose_nothing(tmp_path):
+    root = tmp_path / "library"
+    root.mkdir()
+    mounted = f"mount -t tmpfs -o size=64k tmpfs {root} && exec"
+    try:
+        probe = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mounted} true"], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if probe.returncode:
+        pytest.skip(f"this place lets no test mount a file system: {probe.stderr.decode()}")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = ["unshare", "-rm", "sh", "-c", f'{mounted} "$0" "$@"', sys.executable, "-c", FULL, str(root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert "No space left on device" in said["full"]
+    assert "Read-only file system" in said["read-only add"]
+    for key in ("full", "read-only add"):
+        assert str(root) in said[key]
+        assert "--library, library= or LMMS_MTV_LIBRARY" in said[key]
+    assert f"{root}/some--model/task" in said["read-only remove"]
+    assert said["good"]
+    assert said["count"] == said["entries"] > 0
+    assert said["problems"] == []
+
+
+def test_a_root_that_is_a_file_or_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for root in (tmp_path / "file", tmp_path / "file" / "deep"):
+        with pytest.raises(LibraryError, match=f"{root}.*--library, library= or LMMS_MTV_LIBRARY"):
+            Library(root).add(vector())
+    with pytest.raises(LibraryError, match=r"cannot be read.*--library"):
+        Library(tmp_path / "file").entries()
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
+def again_and_again(root: Path, values: int) -> None:
+    """A process that adds, in turn, two outcomes of one recipe until it is killed."""
+    library = Library(root)
+    for turn in range(10**6):
+        library.add(vector(values=values + turn % 2))
+
+
+def test_a_killed_process_leaves_whole_vectors(library):
+    drawn = random.Random(0)
+    library.add(vector())
+    for _ in range(10):
+        processes = [FORK.Process(target=again_and_again, args=(library.root, 2 * n)) for n in range(2)]
+        for process in processes:
+            process.start()
+        time.sleep(drawn.uniform(0.02, 0.2))
+        for process in processes:
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+        assert library.get(card()) is not None
+        assert len(library.entries()) == 1
+    assert all("interrupted write" in problem.what for problem in library.verify())
+
+
+def test_threads_that_add_one_vector_end_with_one_good_vector(library):
     threads = [threading.Thread(target=library.add, args=(vector(values=n),)) for n in range(8)]
     for thread in threads:
         thread.start()

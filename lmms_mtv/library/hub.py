@@ -33,20 +33,19 @@ _NAME: Final = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?", re.ASCI
 _TRANSPORT: Final[type[BaseException]] = HfHubHTTPError.__bases__[0]
 
 
-def pushed(vector: TaskVector, repository: str, *, private: bool = False) -> str:
-    """Upload a vector with its page, in one commit, to ``owner/name``, which is made if need be. Returns its address.
+def pushed(path: Path, repository: str, *, private: bool = False) -> str:
+    """Upload a vector's file, as it is, and its page to ``owner/name``, which is made if need be. Returns its address.
 
-    Raises :class:`HubError` if the hub does not take it, :class:`ArgumentError` for another kind of name.
+    Both are one commit. Raises :class:`HubError` if the hub does not take it, :class:`ArgumentError` for another kind
+    of name, :class:`VectorFileError` if the file is not intact.
     """
     name, revision = parsed(repository)
     if revision is not None:
         raise ArgumentError(f"a vector is pushed to the newest revision: leave @{revision} out of {repository!r}")
+    vector = TaskVector.load(path)
     described = page.of(vector, name).encode("utf-8", "replace")
-    operations = [
-        CommitOperationAdd(FILE, vector.content()),
-        CommitOperationAdd(PAGE, described),
-    ]
-    with _told(name, "pushed to"):
+    operations = [CommitOperationAdd(FILE, path), CommitOperationAdd(PAGE, described)]
+    with _told(name, "pushed to", "the hub wants a token that may write there"):
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
         commit = api.create_commit(name, operations, commit_message=f"Task vector {vector.id}")
@@ -59,7 +58,10 @@ def pulled(repository: str) -> TaskVector:
     Raises :class:`HubError` if there is none or the hub does not give it, :class:`VectorFileError` if it is refused.
     """
     name, revision = parsed(repository)
-    with _told(repository, "pulled from"), tempfile.TemporaryDirectory() as folder:
+    with (
+        _told(repository, "pulled from", "there is none of this name, or it is private"),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         api = HfApi()
         found = api.model_info(name, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size for file in found.siblings or ()}
@@ -87,8 +89,11 @@ def parsed(repository: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def _told(repository: str, done: str) -> Iterator[None]:
-    """What the hub's client raises, as an error that says what mends it."""
+def _told(repository: str, done: str, refused: str) -> Iterator[None]:
+    """What the hub's client raises, as an error that says what mends it.
+
+    ``refused`` is what it may mean that the hub knows no such repository, or does not let in: it does not say which.
+    """
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -97,16 +102,11 @@ def _told(repository: str, done: str) -> Iterator[None]:
         raise HubError(f"{repository} on the hub is gated: ask for access on its page, and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repository} on the hub has no such revision: check what follows the @") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"there is no {repository} on the hub, or it is private: check the name, or set HF_TOKEN to a token that "
-            "may read it"
-        ) from error
     except (OSError, ValueError, RuntimeError, _TRANSPORT) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
             raise HubError(
-                f"nothing can be {done} {repository}: the hub wants a token that may do so; run `hf auth login`, or "
-                "set HF_TOKEN"
+                f"nothing can be {done} {repository}: {refused}; run `hf auth login`, or set HF_TOKEN"
             ) from error
         said = " ".join(str(error).split())[:300]
         raise HubError(f"nothing can be {done} {repository} on the hub ({type(error).__name__}: {said})") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lmms_mtv import files
-from lmms_mtv.errors import GeometryError, LibraryError, VectorFileError
+from lmms_mtv.errors import LibraryError, VectorFileError
 from lmms_mtv.library import hub, page, reference
 from lmms_mtv.library.entry import Entry, Problem
 from lmms_mtv.library.place import FILE, PAGE, VARIABLE, default_root, folder_name, is_temporary
@@ -46,8 +46,9 @@ class Library:
         A damaged file in its place is replaced, and so is another outcome of the same recipe.
 
         Raises :class:`LibraryError` if there is no room or no permission; what was there before is then as it was.
-        Raises :class:`NumericsError` on NaN.
+        Raises :class:`NumericsError` on NaN, :class:`GeometryError` if the edits are not of the card's geometry.
         """
+        vector.check(vector.card.geometry)
         folder = self._own(self.folder(vector.card))
         held = self._intact(folder / FILE)
         if held is not None and held.id == vector.id and same_edits(held, vector):
@@ -159,7 +160,7 @@ class Library:
         problems = [*self._strays()]
         for folder in self._folders():
             try:
-                vector = _loaded(folder / FILE)
+                vector = TaskVector.load(folder / FILE)
             except VectorFileError as error:
                 problems.append(Problem(folder / FILE, f"{error}, or remove {folder}"))
                 continue
@@ -181,7 +182,7 @@ class Library:
         if not path.exists():
             return None
         try:
-            return _loaded(path)
+            return TaskVector.load(path)
         except VectorFileError as error:
             logger.warning("%s; until then it is passed over, and what is fitted replaces it", error)
             return None
@@ -213,21 +214,20 @@ class Library:
                 yield path
 
     def _strays(self) -> Iterator[Problem]:
-        """What does not belong into the library, or is incomplete."""
+        """Links, what interrupted writes left, and places of vectors without one. Other hidden things pass."""
         waiting = [self.root]
         while waiting:
             folder = waiting.pop()
+            depth = len(folder.relative_to(self.root).parts)
+            if depth == 3 and not os.path.lexists(folder / FILE):
+                yield Problem(folder, f"has no {FILE}: remove it")
             for path in self._listed(folder):
                 if path.is_symlink():
                     yield Problem(path, "is a link, and links are not followed: remove it")
                 elif is_temporary(path.name):
                     yield Problem(path, "was left by an interrupted write: remove it, unless a process is writing now")
-                elif path.is_dir() and len(path.relative_to(self.root).parts) < 3:
+                elif depth < 3 and path.is_dir() and not path.name.startswith("."):
                     waiting.append(path)
-                elif path.is_dir():
-                    waiting.append(path)
-                    if not os.path.lexists(path / FILE):
-                        yield Problem(path, f"has no {FILE}: remove it")
 
     def _listed(self, folder: Path) -> list[Path]:
         try:
@@ -250,16 +250,6 @@ def same_edits(one: TaskVector, other: TaskVector) -> bool:
         for part in ("value", "keep", "gain")
     )
     return all(torch.equal(left, right) for left, right in pairs)
-
-
-def _loaded(path: Path) -> TaskVector:
-    """The vector in a file, if its edits are also of the geometry that its card says."""
-    vector = TaskVector.load(path)
-    try:
-        vector.check(vector.card.geometry)
-    except GeometryError as error:
-        raise VectorFileError(f"{path} does not fit its own card ({error})") from error
-    return vector
 
 
 def _moved(made: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,33 +17,17 @@ def of(vector: TaskVector, repository: str | None = None) -> str:
     """A Markdown page with the hub's metadata on top. ``repository``: where on the hub the vector is."""
     card = vector.card
     wanted = f"hub:{repository}" if repository else card.id
-    rows = [
-        ("model", _code(card.model)),
-        ("revision", _code(card.revision or "not known")),
-        ("dtype", _code(card.dtype)),
-        ("task", _code(card.task)),
-        ("split", _code(card.split) if card.split else "-"),
-        ("shots in the prompt", str(card.shots)),
-        ("seed", str(card.seed)),
-        ("method", _code(card.method)),
-        ("id", _code(card.id)),
-        ("edited heads", _heads(vector)),
-        *((f"parent {_code(name)}", f"weight {weight:g}") for name, weight in card.parents.items()),
-        *((f"loss, {name}", _loss(losses)) for name, losses in card.losses.items() if losses),
-        ("fitted in", f"{card.seconds:.1f} s"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in card.versions.items()) or "-"),
-        ("training examples", _code(card.examples) if card.examples else "-"),
-        ("prompt", _code(card.prompt) if card.prompt else "-"),
-    ]
-    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)
+    # Quoted, since a card may come from anyone and this line is there to be copied into a shell.
+    arguments, task = shlex.quote(_line(f"pretrained={card.model},vector={wanted}")), shlex.quote(_line(card.task))
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts(vector))
     return f"""{_metadata(card)}
 # Task vector: {_cell(card.method)} for {_cell(card.task)}
 
-Activations that stand at some attention heads of {_code(card.model)} in place of demonstrations in the prompt, made by
-[lmms-mtv](https://arxiv.org/abs/2406.15334). No weight is changed.
+Activations that stand at some attention heads of {_code(card.model)} in place of demonstrations in the prompt
+([Multimodal Task Vectors](https://arxiv.org/abs/2406.15334)), made by lmms-mtv. No weight is changed.
 
 ```bash
-lmms-eval --model mtv --model_args {_line(f"pretrained={card.model},vector={wanted}")} --tasks {_line(card.task)}
+lmms-eval --model mtv --model_args {arguments} --tasks {task}
 ```
 
 | | |
@@ -56,6 +41,29 @@ lmms-eval --model mtv --model_args {_line(f"pretrained={card.model},vector={want
 {json.dumps(dict(card.config), indent=2, sort_keys=True)}
 ```
 """
+
+
+def facts(vector: TaskVector) -> list[tuple[str, str]]:
+    """What is known of a vector, for a reader: names and values."""
+    card = vector.card
+    return [
+        ("id", card.id),
+        ("model", card.model),
+        ("revision", card.revision or "not known"),
+        ("dtype", card.dtype),
+        ("task", card.task),
+        ("split", card.split or "-"),
+        ("shots in the prompt", str(card.shots)),
+        ("seed", str(card.seed)),
+        ("method", card.method),
+        ("edited heads", _heads(vector)),
+        *((f"parent {name}", f"weight {weight:g}") for name, weight in card.parents.items()),
+        *((f"loss, {name}", _loss(losses)) for name, losses in card.losses.items() if losses),
+        *([("fitted in", f"{card.seconds:.1f} s")] if card.seconds else []),
+        ("versions", ", ".join(f"{name} {version}" for name, version in card.versions.items()) or "-"),
+        ("training examples", card.examples or "-"),
+        ("prompt", card.prompt or "-"),
+    ]
 
 
 def _metadata(card: VectorCard) -> str:
