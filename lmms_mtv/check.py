@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tqdm import tqdm
 
@@ -126,7 +126,7 @@ def _between(kept: Cell, made: Cell, asked: Plan) -> list[Difference]:
     for name in ("metric", "n", "method", "shots"):
         differs(name, getattr(kept, name), getattr(made, name))
     differs("model", dict(kept.model), dict(made.model))
-    differs("settings", *(_listed(dict(cell.settings)) for cell in (kept, made)))
+    differs("settings", *(_given(cell.settings) for cell in (kept, made)))
     differs("documents", *(list(cell.samples["documents"]) for cell in (kept, made)))
     if kept.vector is not None or made.vector is not None:
         differs("vector", (kept.vector or {}).get("id"), (made.vector or {}).get("id"))
@@ -171,6 +171,11 @@ def _values(kept: Cell, made: Cell, library: Library, again: Library, tolerance:
             Difference(str(kept.place), what, f"within {tolerance:g} of the largest", f"{gap / scale:.3g} off")
         )
     return found
+
+
+def _given(settings: Mapping[str, Any]) -> object:
+    """The settings but for those that are None, as a method may get another one later."""
+    return _listed({name: value for name, value in settings.items() if value is not None})
 
 
 def _listed(value: object) -> object:

@@ -132,8 +132,12 @@ class VectorCard:
 
     @property
     def id(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of the recipe: the same recipe, the same id, on any machine."""
+        """16 hexadecimal digits of the SHA-256 of the recipe: the same recipe, the same id, on any machine.
+
+        Settings that are None do not count, so that a method may get another one and its vectors keep their ids.
+        """
         recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in self._OUTCOME}
+        recipe["config"] = {name: value for name, value in self.config.items() if value is not None}
         if not recipe["parents"]:  # so that a fitted vector has the id that it had before there were parents
             del recipe["parents"]
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
