@@ -216,10 +216,14 @@ class _Refusing(nn.Module):
 
 
 def test_watching_counts_prompts_and_their_real_tokens(tiny):
-    before, inputs = zoo.hooks(tiny.model), tiny.inputs(TEXTS)
+    inputs = tiny.inputs(TEXTS)
+    # Some models put hooks of their own in place when they first run.
+    tiny.model(**inputs)
+    before = zoo.hooks(tiny.model)
     with watched(tiny.model, find_sites(tiny.model)) as watch:
         tiny.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     assert watch.tokens == sum(len(tiny.row(text)) for text in TEXTS)
+    assert watch.images == len(TEXTS) * tiny.image_tokens
     assert (watch.prompts, watch.forwards, watch.cached) == (3, 3, True)
     assert zoo.hooks(tiny.model) == before
 

@@ -154,7 +154,8 @@ class Hf:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._multimodal = multimodal
         self.name = "lmms-mtv/tiny" if config.pretrained == TINY else config.pretrained
-        self.revision = revision_of(source, config.revision or getattr(settings, "_commit_hash", None))
+        # A branch or a tag moves, the commit it stood for does not.
+        self.revision = revision_of(source, getattr(settings, "_commit_hash", None)) or config.revision
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @property
