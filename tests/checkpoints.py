@@ -12,6 +12,11 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vImageProcessor,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
     GotOcr2ImageProcessor,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
@@ -207,6 +212,42 @@ def qwen3_vl(folder: Path) -> Path:
         },
     )
     return _save(Qwen3VLForConditionalGeneration(config), processor, folder)
+
+
+def glm4v(folder: Path) -> Path:
+    """GLM-4V: images of their own resolution."""
+    marks = ["<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]
+    tokenizer = tiny.tokenizer()
+    special = ["<|image|>", "<|video|>", "<|im_start|>", "<|im_end|>", *marks]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    template = QWEN_TEMPLATE.replace("<|vision_start|>", marks[0]).replace("<|vision_end|>", marks[1])
+    size = {"shortest_edge": 512, "longest_edge": 2048}
+    processor = Glm4vProcessor(
+        Glm4vImageProcessor(patch_size=4, size=size),
+        tokenizer,
+        Glm4vVideoProcessor(patch_size=4, size=size),
+        chat_template=template.replace("<|image_pad|>", "<|image|>"),
+    )
+    names = ("image_token_id", "video_token_id")
+    spans = ("image_start_token_id", "image_end_token_id", "video_start_token_id", "video_end_token_id")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(special[:2]), strict=True))
+    ids |= dict(zip(spans, tokenizer.convert_tokens_to_ids(marks), strict=True))
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    config = Glm4vConfig(
+        **ids,
+        text_config=_text(tokenizer, rope_parameters=rope),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 32,
+        },
+    )
+    return _save(Glm4vForConditionalGeneration(config), processor, folder)
 
 
 def llava(folder: Path) -> Path:

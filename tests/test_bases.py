@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import checkpoints
+import evaluations
 import pytest
 import torch
+from evaluations import Outcome
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2, get_model
 from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, reset_logged_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.tasks import TaskManager, get_task_dict
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_mtv import applied
 from lmms_mtv.errors import ArgumentError, HookError
 from lmms_mtv.fitting import Episode, FitSession
-from lmms_mtv.harness import bases
+from lmms_mtv.harness import bases, plugin
 from lmms_mtv.harness.task import TaskPrompts
 from lmms_mtv.harness.wrapped import Wrapped
+from lmms_mtv.shapes import questions, scenes
 from lmms_mtv.vector import Edit
 
 pytest.importorskip("decord", reason="pip install -e '.[bases]'")
 pytest.importorskip("qwen_vl_utils", reason="pip install -e '.[bases]'")
 
-SHORT = "iterations=3,fit_shots=2,steps=2,samples=3,examples=3,candidate_examples=2,candidates=2"
+SHORT = "iterations=3,fit_shots=2,steps=2,samples=3,examples=3,candidate_examples=2,candidates=2,reuse=False"
 TASK = "shapes_phrase_en"
 LIMIT = 6
 
@@ -34,7 +41,7 @@ LIMIT = 6
 class Base:
     """A model of lmms-eval and how it runs on a CPU; ``batches`` are the sizes that its wrapper takes.
 
-    ``edited``: its heads can be edited. ``slow``: left to the slow tests.
+    ``slow``: left to the slow tests.
     """
 
     name: str
@@ -42,7 +49,6 @@ class Base:
     checkpoint: str | None = None
     simple: bool = False
     batches: tuple[int, ...] = (1, 3)
-    edited: bool = True
     slow: bool = True
 
     @property
@@ -61,8 +67,10 @@ BASES = (
     Base("llava_hf", "device_map=cpu,dtype=float32", "llava", simple=True, batches=(1,)),
     Base("internvl_hf", "device_map=cpu,max_patches=1", "internvl", batches=(1,)),
     Base("mistral3_vl", "device_map=cpu", "mistral3", simple=True),
+    Base("glm4v", "device_map=cpu", simple=True),
     Base("gemma3", "device_map=cpu", simple=True),
 )
+IDEFICS2, QWEN2_5_VL, LLAVA = BASES[0], BASES[1], next(base for base in BASES if base.name == "llava_hf")
 BOTH = {"qwen2_5_vl", "llava_hf"}
 """Those with a chat wrapper and a simple one."""
 
@@ -73,7 +81,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
     class Built(dict):
         def __missing__(self, name: str) -> Path:
-            self[name] = getattr(checkpoints, name)(tmp_path_factory.mktemp("bases") / name)
+            # The wrapper of glm4v knows the dense model by this word in its path.
+            self[name] = getattr(checkpoints, name)(tmp_path_factory.mktemp("bases-Flash") / name)
             return self[name]
 
     return Built()
@@ -89,11 +98,6 @@ def base(request) -> Base:
     return request.param
 
 
-@pytest.fixture(scope="module", params=params(base for base in BASES if base.edited))
-def editable(request) -> Base:
-    return request.param
-
-
 def arguments_of(base: Base, folders) -> str:
     return f"pretrained={folders[base.checkpoint or base.name]},{base.arguments}"
 
@@ -104,11 +108,139 @@ def forced(base: Base) -> str:
 
 def evaluated(model: str, model_args: str, include: Path | None = None, **options) -> list[str]:
     manager = TaskManager("ERROR", include_path=str(include) if include else None, model_name=model)
+    options = {"limit": LIMIT} | options
     results = simple_evaluate(
-        model, model_args, tasks=[TASK], task_manager=manager, limit=LIMIT, bootstrap_iters=0, device="cpu", **options
+        model, model_args, tasks=[TASK], task_manager=manager, bootstrap_iters=0, device="cpu", **options
     )
     samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
     return [sample["resps"][0][0] for sample in samples]
+
+
+def here(wanted: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Outcome]:
+    """What :func:`evaluations.evaluate` does, within this process."""
+    from lmms_eval.api.task import Task
+    from test_harness import Arguments
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Task, "args", None, raising=False)
+        for name, flags in wanted.items():
+            options = {key: flags[key] for key in flags.keys() - {"tasks", "model"}}
+            answers = evaluated(flags["model"], **options, cli_args=Arguments(folder / name))
+            found[name] = Outcome(dict(enumerate(answers)), evaluations.record(folder / name))
+    return found
+
+
+def flags(model: str, model_args: str, **more: Any) -> dict[str, Any]:
+    return {"model": model, "model_args": model_args, "tasks": TASK, "limit": LIMIT, "batch_size": 1} | more
+
+
+def ways() -> list:
+    """Each base with the harness's command, and those that are quick also within this process."""
+    quick = [pytest.param((base, here), id=f"{base.label}-here") for base in BASES if not base.slow]
+    slow = pytest.mark.slow
+    return quick + [
+        pytest.param((base, evaluations.evaluate), id=f"{base.label}-command", marks=slow) for base in BASES
+    ]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The evaluations of one base, by name."""
+
+    base: Base
+    outcomes: Mapping[str, Outcome]
+
+
+@pytest.fixture(scope="module", params=ways())
+def runs(request, folders, tmp_path_factory) -> Runs:
+    base, way = request.param
+    arguments = arguments_of(base, folders)
+    through = f"base={base.name},{arguments}{forced(base)}"
+    wanted = {}
+    for size in base.batches:
+        wanted[f"alone-{size}"] = flags(base.name, arguments, batch_size=size, force_simple=base.simple)
+        wanted[f"none-{size}"] = flags("mtv", f"{through},method=none", batch_size=size)
+    for shots in (2, 4):
+        wanted[f"shots-{shots}"] = flags("mtv", f"{through},method=none,shots={shots}", batch_size=base.batches[-1])
+    wanted["mtv"] = flags("mtv", f"{through},{SHORT}", batch_size=base.batches[-1])
+    return Runs(base, way(wanted, tmp_path_factory.mktemp(base.label)))
+
+
+def test_without_a_method_it_answers_as_it_does_alone(runs):
+    for size in runs.base.batches:
+        alone = runs.outcomes[f"alone-{size}"].answers
+        assert runs.outcomes[f"none-{size}"].answers == alone
+        assert sorted(alone) == list(range(LIMIT))
+        assert len(set(alone.values())) > 1
+
+
+def test_each_demonstration_is_as_long_as_another(runs):
+    size = runs.base.batches[-1]
+    grown = [
+        runs.outcomes[name].record["evaluation"]["input_tokens"] for name in (f"none-{size}", "shots-2", "shots-4")
+    ]
+    # But for the words of their answers.
+    assert grown[2] - grown[1] == pytest.approx(grown[1] - grown[0], rel=0.15)
+    assert grown[1] > 1.5 * grown[0]
+
+
+def test_a_fitted_vector_is_in_what_it_answers(runs):
+    """An edit that misses a forward is an error of the evaluation."""
+    size = runs.base.batches[-1]
+    fitted, plain = runs.outcomes["mtv"], runs.outcomes[f"none-{size}"]
+    assert fitted.record["settings"]["iterations"] == 3
+    assert fitted.record["heads"]
+    assert fitted.record["loss"]["chosen"] != fitted.record["loss"]["unedited"]
+    for key in ("requests", "input_tokens"):
+        assert fitted.record["evaluation"][key] == plain.record["evaluation"][key]
+    assert fitted.answers.keys() == plain.answers.keys()
+    assert fitted.answers != plain.answers
+
+
+@pytest.mark.parametrize("way", [here, pytest.param(evaluations.evaluate, marks=pytest.mark.slow)])
+def test_hf_answers_as_a_loop_of_transformers_does(way, folders, tmp_path):
+    folder = folders["idefics2"]
+    processor = AutoProcessor.from_pretrained(folder, do_image_splitting=False)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    question = [{"type": "image"}, {"type": "text", "text": questions.QUESTION}]
+    chat = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    lines = (plugin.tasks_folder() / "shapes" / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    pictures = [scenes.draw(scenes.from_mapping(json.loads(line))) for line in lines[:LIMIT]]
+
+    def answer(prompt: str, picture) -> str:
+        inputs = processor(text=prompt, images=[picture], return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split("\n")[0]
+
+    prompts = {"raw": f"<image>{questions.QUESTION}", "chat": chat}
+    wanted = {
+        f"{style}-{size}": flags("mtv", f"method=none,prompt_style={style},pretrained={folder}", batch_size=size)
+        for style in prompts
+        for size in (1, 3)
+    }
+    given = way(wanted, tmp_path)
+    for style, prompt in prompts.items():
+        expected = {number: answer(prompt, picture) for number, picture in enumerate(pictures)}
+        assert len(set(expected.values())) > 1
+        for size in (1, 3):
+            assert given[f"{style}-{size}"].answers == expected
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one_does(folders, tmp_path):
+    """With an odd number of documents, and with one: then a process has none of its own."""
+    wanted = {}
+    for base in (IDEFICS2, QWEN2_5_VL):
+        arguments = f"base={base.name},{arguments_of(base, folders)}"
+        wanted[f"{base.name}-none"] = flags("mtv", f"{arguments},method=none", limit=5)
+        for limit in (5, 1):
+            wanted[f"{base.name}-mtv-{limit}"] = flags("mtv", f"{arguments},{SHORT}", limit=limit)
+    one = here(wanted, tmp_path / "one")
+    two = evaluations.evaluate(wanted, tmp_path / "two", processes=2)
+    for name in wanted:
+        assert two[name].answers == one[name].answers, name
+        assert two[name].record["heads"] == one[name].record["heads"], name
 
 
 def test_the_prompts_that_a_task_keeps_for_a_model_are_asked_of_it_as_a_base(folders, tmp_path):
@@ -140,38 +272,6 @@ def prompts(simple: bool, task: str = TASK) -> TaskPrompts:
     manager = TaskManager("ERROR", model_name="mtv")
     made = get_task_dict([task], manager, "simple" if simple else "chat")[task]
     return TaskPrompts(made, None, as_sent=True)
-
-
-def test_without_a_method_it_answers_as_it_does_alone(base, folders):
-    arguments = arguments_of(base, folders)
-    for size in base.batches:
-        alone = evaluated(base.name, arguments, batch_size=size, force_simple=base.simple)
-        through = evaluated("mtv", f"base={base.name},method=none,{arguments}{forced(base)}", batch_size=size)
-        assert through == alone
-        assert len(set(alone)) > 1
-
-
-def test_a_fit_and_an_evaluation_run_with_it(editable, folders, tmp_path, monkeypatch):
-    base, arguments = editable, arguments_of(editable, folders)
-    from lmms_eval.api.task import Task
-    from test_harness import Arguments, records
-
-    monkeypatch.setattr(Task, "args", None, raising=False)
-    size = base.batches[-1]
-    for number, more in enumerate((SHORT, "method=none,shots=2", "method=none,shots=4")):
-        evaluated(
-            "mtv",
-            f"base={base.name},{arguments}{forced(base)},{more}",
-            batch_size=size,
-            cli_args=Arguments(tmp_path / str(number)),
-        )
-    fitted, two, four = (records(tmp_path / str(number))[0]["tasks"][TASK] for number in range(3))
-    assert fitted["settings"]["iterations"] == 3
-    assert fitted["evaluation"]["requests"] == two["evaluation"]["requests"] == LIMIT
-    grown = [run["evaluation"]["input_tokens"] for run in (fitted, two, four)]
-    # Demonstrations are all of one length but for the words of their answers.
-    assert grown[2] - grown[1] == pytest.approx(grown[1] - grown[0], rel=0.15)
-    assert grown[1] > 1.5 * grown[0]
 
 
 def test_the_model_gets_the_images_of_the_demonstrations(base, folders):
@@ -209,8 +309,8 @@ def test_a_zero_shot_prompt_of_a_fit_is_what_the_harness_sends(base, folders):
     assert torch.equal(*seen)
 
 
-def test_losses_are_those_of_replays_and_the_edit_fires_at_every_forward(editable, folders):
-    wrapping, made = built(editable, folders), prompts(editable.simple)
+def test_losses_are_those_of_replays_and_the_edit_fires_at_every_forward(base, folders):
+    wrapping, made = built(base, folders), prompts(editable.simple)
     session = FitSession(wrapping, wrapping.sites, made, seed=0, shots=1, progress=False)
     value = session.mean_activations(session.episodes(2, 2, "test"))
     masks = torch.stack([torch.zeros(session.shape[:2]), torch.ones(session.shape[:2])])
@@ -228,9 +328,9 @@ def test_losses_are_those_of_replays_and_the_edit_fires_at_every_forward(editabl
     assert tokens > 0
 
 
-def test_the_target_ends_the_turn_that_the_wrapper_opens(editable, folders):
+def test_the_target_ends_the_turn_that_the_wrapper_opens(base, folders):
     """All tiny checkpoints have a chat template, and their wrappers write with it."""
-    wrapping, made = built(editable, folders), prompts(editable.simple)
+    wrapping, made = built(base, folders), prompts(editable.simple)
     prompt = made.prompt(Episode(3, (1,)))
     text = wrapping.wrapper.tokenizer.decode(wrapping.target_ids(prompt))
     assert prompt.target in text
@@ -238,7 +338,6 @@ def test_the_target_ends_the_turn_that_the_wrapper_opens(editable, folders):
     assert text.strip() != prompt.target
 
 
-IDEFICS2, QWEN2_5_VL, LLAVA = BASES[0], BASES[1], next(base for base in BASES if base.name == "llava_hf")
 SETTINGS = {"until": ["\n"], "max_new_tokens": 3, "do_sample": False, "temperature": 0}
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import evaluations
 import pytest
 import sessions
 import torch
@@ -20,12 +17,6 @@ from lmms_mtv.errors import MtvError
 from lmms_mtv.ranks import Ranks, current
 
 SHORT = "iterations=7,fit_shots=2,steps=12,samples=5,examples=6,candidate_examples=4,candidates=3,reuse=False"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def work(rank: int, count: int, port: int, folder: str) -> None:
@@ -66,7 +57,9 @@ def fitted(ranks: Ranks) -> dict:
 def test_a_fit_is_the_same_and_a_failure_is_everyones(count, tmp_path):
     """Seven prompts, five masks and then two: shares are uneven, and with three processes one gets none."""
     expected = fitted(Ranks())
-    multiprocessing.start_processes(work, (count, free_port(), str(tmp_path)), nprocs=count, start_method="fork")
+    multiprocessing.start_processes(
+        work, (count, evaluations.free_port(), str(tmp_path)), nprocs=count, start_method="fork"
+    )
     for rank in range(count):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         torch.testing.assert_close(found["value"], expected["value"], rtol=1e-6, atol=1e-7)
@@ -95,23 +88,12 @@ def test_shares_cover_everything_once():
 
 def launched(processes: int, output: Path, limit: int, arguments: str = SHORT) -> tuple[dict, dict]:
     """The harness's command, in one process or started by accelerate; the record and the results."""
-    start = ["-m", "lmms_eval"]
-    if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        start = [*launcher, "--main_process_port", str(free_port()), *start]
-    done = subprocess.run(
-        [
-            *(sys.executable, *start, "--model", "mtv", "--model_args", f"pretrained=tiny,{arguments}"),
-            *("--tasks", "shapes_color_en,shapes_phrase_en", "--limit", str(limit), "--output_path", str(output)),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=output.parent,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=500,
-        check=False,
+    evaluations.command(
+        *("--model", "mtv", "--model_args", f"pretrained=tiny,{arguments}"),
+        *("--tasks", "shapes_color_en,shapes_phrase_en", "--limit", str(limit), "--output_path", str(output)),
+        folder=output.parent,
+        processes=processes,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     (record,) = output.rglob("*_mtv.json")
     (results,) = output.rglob("*_results.json")
     return json.loads(record.read_text())["tasks"], json.loads(results.read_text())["results"]
