@@ -310,7 +310,7 @@ def test_a_zero_shot_prompt_of_a_fit_is_what_the_harness_sends(base, folders):
 
 
 def test_losses_are_those_of_replays_and_the_edit_fires_at_every_forward(base, folders):
-    wrapping, made = built(base, folders), prompts(editable.simple)
+    wrapping, made = built(base, folders), prompts(base.simple)
     session = FitSession(wrapping, wrapping.sites, made, seed=0, shots=1, progress=False)
     value = session.mean_activations(session.episodes(2, 2, "test"))
     masks = torch.stack([torch.zeros(session.shape[:2]), torch.ones(session.shape[:2])])
@@ -330,7 +330,7 @@ def test_losses_are_those_of_replays_and_the_edit_fires_at_every_forward(base, f
 
 def test_the_target_ends_the_turn_that_the_wrapper_opens(base, folders):
     """All tiny checkpoints have a chat template, and their wrappers write with it."""
-    wrapping, made = built(base, folders), prompts(editable.simple)
+    wrapping, made = built(base, folders), prompts(base.simple)
     prompt = made.prompt(Episode(3, (1,)))
     text = wrapping.wrapper.tokenizer.decode(wrapping.target_ids(prompt))
     assert prompt.target in text
