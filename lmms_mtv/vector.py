@@ -180,8 +180,8 @@ class VectorCard:
             given["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
             given["seconds"] = float(card.seconds)
             card = cls(**given)
-            if _deeper(card.config, 32):
-                raise ValueError("config is nested too deeply")
+            if _deeper(found, 32):
+                raise ValueError("something is nested too deeply")
         except (TypeError, ValueError, OverflowError) as error:
             raise VectorFileError(f"the card of {source} has a field of a wrong type: {error}") from error
         if card.schema > SCHEMA:

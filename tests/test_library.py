@@ -380,7 +380,7 @@ def test_a_card_with_a_path_stays_inside(library, tmp_path, field, name):
         {"losses": {"a": 1}},
         {"seconds": "long"},
         {"method": ["mtv"]},
-        {"config": {"deep": functools.reduce(lambda inner, _: [inner], range(400), 0)}},
+        {"versions": {"deep": functools.reduce(lambda inner, _: [inner], range(400), 0)}},
     ],
     ids=lambda change: str(change)[:40],
 )
