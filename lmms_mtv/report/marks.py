@@ -20,9 +20,9 @@ _END: Final = "<!-- /lmms-mtv report -->"
 
 
 def inserted(text: str, base: Path, results: Sequence[Results]) -> str:
-    """``text``, a file in the folder ``base``, with the table of each mark whose PATH is one of ``results``.
+    """``text``, a file in the folder ``base``, with the table of each mark whose PATH is of ``results``.
 
-    Other marks stay as they are. Raises DataError for one of these without an end, ArgumentError for an unknown kind.
+    Other marks stay as they are. DataError for a mark of these without an end, ArgumentError for an unknown kind.
     """
     known = {found.folder.resolve(): found for found in results}
     parts, position = [], 0

@@ -28,7 +28,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { fon
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-thead th { vertical-align: bottom; } th:first-child { text-align: left; }
+thead th { vertical-align: bottom; white-space: normal; } th:first-child { text-align: left; }
 p.notes, figcaption { color: var(--soft); font-size: 0.85rem; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2rem;
   align-items: start; }

@@ -104,7 +104,12 @@ def plots(results: Results) -> list[Plot]:
     """The plots that these results have data for."""
     with _style():
         found = [curve(results), runtime(results), memory(results), tokens(results), *heads(results), loss(results)]
-    return [plot for plot in found if plot is not None]
+        kept = [plot for plot in found if plot is not None]
+        for plot in kept:
+            # Laid out once and for all: every drawing would move a colour bar a little.
+            plot.figure.draw_without_rendering()
+            plot.figure.set_layout_engine("none")
+    return kept
 
 
 # Points of a line: x, the mean there, the arm it is of.
@@ -188,7 +193,7 @@ def tokens(results: Results) -> Plot | None:
     image = [100 * share for share in shares.values()]
     axes.barh(places, image, color=COLOURS[0], label="image", height=0.7)
     rest = [100 - share for share in image]
-    axes.barh(places, rest, left=image, color="white", edgecolor=COLOURS[4], hatch="///", label="text", height=0.7)
+    axes.barh(places, rest, left=image, color="none", edgecolor=COLOURS[4], hatch="///", label="text", height=0.7)
     labels = [f"{arm}\n({_rounded(totals[arm], 0)} tokens)" for arm in shares]
     axes.set_yticks(list(places), labels, fontsize=7.5)
     axes.invert_yaxis()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from lmms_mtv import paper
 from lmms_mtv.errors import ArgumentError, unknown
@@ -266,10 +267,14 @@ def _seeds(results: Results, named: bool = False) -> list[str]:
 
 
 def _bootstrap(results: Results) -> str:
-    return (
+    note = (
         f"Difference to {results.baseline}: paired document by document and seed by seed, {100 * LEVEL:.0f} % interval "
         f"of a bootstrap over documents ({RESAMPLES:,} resamples)."
     )
+    other = sorted({cell.task for cell in results.cells if abs(cell.score - fmean(cell.samples["scores"])) > 1e-6})
+    if other:
+        note += f" It is of the documents' scores; the score of {', '.join(other)} is not their mean."
+    return note
 
 
 def _memory(results: Results) -> list[str]:
