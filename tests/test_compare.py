@@ -19,7 +19,8 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 
 from lmms_mtv import cells, check, cli, compare
 from lmms_mtv.cells import Cell
-from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv.errors import ArgumentError, DataError, LibraryError
+from lmms_mtv.fitting import FitSession
 from lmms_mtv.harness.bench import Bench
 from lmms_mtv.harness.plugin import register_tasks
 from lmms_mtv.harness.task import TaskPrompts
@@ -159,6 +160,13 @@ class TestReuse:
         again = bench.fit(Place(ENGLISH, "MTV", 0))
         assert again.checksum == first.checksum
         assert TaskVector.load(path).checksum == first.checksum
+
+    def test_a_library_that_cannot_be_written_is_told_before_the_fit(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("no folder")
+        bench = Bench(PLAN, tmp_path / "file" / "library")
+        monkeypatch.setattr(FitSession, "mean_activations", lambda *_: pytest.fail("it fits"))
+        with pytest.raises(LibraryError, match=r"the library .*file/library cannot be written to: .*library="):
+            bench.fit(Place(ENGLISH, "MTV", 0))
 
     @pytest.mark.parametrize(
         ("arguments", "match"),
