@@ -278,6 +278,11 @@ def heads(results: Results) -> list[Plot]:
     return found
 
 
+def _steps_in_one(cell: Cell, points: int) -> int:
+    """Steps of REINFORCE in each of the ``points`` that a cell keeps of them."""
+    return max(round(int(cell.settings.get("steps", points)) / points), 1)
+
+
 def loss(results: Results) -> Plot | None:
     """Loss over the steps of REINFORCE, a panel for each task and a line for each arm with a policy."""
     groups = _vectors(results, "policy")
@@ -294,18 +299,21 @@ def loss(results: Results) -> Plot | None:
             if not steps:
                 continue
             window = max(1, steps // 30) | 1
-            windows.add(window)
+            # A cell keeps means of as many neighbouring steps each.
+            every = _steps_in_one(cells[0], steps)
+            windows.add(window * every)
+            at = np.arange(1, steps + 1) * every
             smooth = np.array([_smoothed(np.array(history[:steps], dtype=float), window) for history in histories])
             middle = smooth.mean(axis=0)
             style = _line(index) | {"marker": ""}
-            axes.plot(np.arange(1, steps + 1), middle, label=arms, **style)
+            axes.plot(at, middle, label=arms, **style)
             if len(histories) > 1:
                 spread = smooth.std(axis=0, ddof=1)
                 below, above = middle - spread, middle + spread
-                axes.fill_between(np.arange(1, steps + 1), below, above, color=style["color"], alpha=0.2, linewidth=0)
+                axes.fill_between(at, below, above, color=style["color"], alpha=0.2, linewidth=0)
             shown = sorted({0, *range(steps // 10 - 1, steps, max(1, steps // 10)), steps - 1})
-            rows += [[task, arms, str(step + 1), number(float(middle[step]))] for step in shown if step >= 0]
-            words.append(f"{task}, {arms}: {middle[0]:.2f} at step 1, {middle[-1]:.2f} at step {steps}")
+            rows += [[task, arms, str(at[step]), number(float(middle[step]))] for step in shown if step >= 0]
+            words.append(f"{task}, {arms}: {middle[0]:.2f} at step {at[0]}, {middle[-1]:.2f} at step {at[-1]}")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(3))
