@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,9 +15,10 @@ from tqdm import tqdm
 from lmms_mtv import cells, plan
 from lmms_mtv.cells import Cell
 from lmms_mtv.compare import VECTORS, Bench
-from lmms_mtv.errors import ArgumentError, DataError, VectorFileError
+from lmms_mtv.errors import ArgumentError, DataError, MtvError
 from lmms_mtv.library import Library
 from lmms_mtv.plan import Place, Plan
+from lmms_mtv.report import marks, results
 from lmms_mtv.vector import HEADS, TaskVector
 
 SHOWN: Final = 5
@@ -59,11 +61,33 @@ def stored(folder: Path) -> list[Difference]:
     return found
 
 
+def tables(folder: Path, pages: Sequence[Path]) -> list[Difference]:
+    """Tables in ``pages`` that are not what the cells say. Raises :class:`DataError` if there are no intact cells."""
+    found = [results.read(folder)]
+    differences = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for stored_line, line in zip_longest(
+            text.splitlines(), marks.inserted(text, page.parent, found).splitlines(), fillvalue=""
+        ):
+            if stored_line != line:
+                differences.append(Difference(str(page), "table", line, stored_line))
+                break
+    return differences
+
+
+def pages(folder: Path) -> list[Path]:
+    """The pages in the folder and in the two above it that have tables of these results."""
+    found = [results.read(folder)]
+    near = [place / "README.md" for place in (folder, *folder.resolve().parents[:2])]
+    return [page for page in near if page.is_file() and marks.count(page.read_text("utf-8"), page.parent, found)]
+
+
 def _of_vector(cell: Cell, library: Library) -> list[Difference]:
     vector = cell.vector or {}
     try:
         loaded = _loaded(cell, library)
-    except (VectorFileError, DataError) as error:
+    except MtvError as error:
         return [Difference(str(cell.place), f"vector {vector['id']}", "as it was fitted", str(error))]
     if loaded.checksum != vector["checksum"]:
         return [Difference(str(cell.place), f"vector {vector['id']}", vector["checksum"][:16], loaded.checksum[:16])]
@@ -156,7 +180,7 @@ def _values(kept: Cell, made: Cell, library: Library, again: Library, tolerance:
     """Whether the vector that was fitted again has the values and heads of the stored one."""
     try:
         before, now = _loaded(kept, library), _loaded(made, again)
-    except (VectorFileError, DataError) as error:
+    except MtvError as error:
         return [Difference(str(kept.place), "vector", "a vector that loads", str(error))]
     found = []
     if before.heads != now.heads:

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from lmms_mtv.commands import check, compare, fit, library, lm_eval, prepare
+from lmms_mtv.commands import check, compare, fit, library, lm_eval, prepare, report
 from lmms_mtv.errors import MtvError
 
-COMMANDS = (prepare, fit, library, compare, check, lm_eval)
+COMMANDS = (prepare, fit, library, compare, report, check, lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -32,7 +32,8 @@ from lmms_mtv.vector import Edit
 pytest.importorskip("decord", reason="pip install -e '.[bases]'")
 pytest.importorskip("qwen_vl_utils", reason="pip install -e '.[bases]'")
 
-SHORT = "iterations=3,fit_shots=2,steps=2,samples=3,examples=3,candidate_examples=2,candidates=2,initial_logit=1.0,reuse=False"
+SHORT = "iterations=3,fit_shots=2,steps=2,samples=3,examples=3,candidate_examples=2,candidates=2"
+SHORT += ",initial_logit=1.0,reuse=False"
 TASK = "shapes_phrase_en"
 LIMIT = 6
 

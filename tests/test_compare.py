@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import evaluations
 import pytest
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
-from test_ranks import free_port
 
 from lmms_mtv import cells, check, cli, compare
 from lmms_mtv.cells import Cell
-from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv.errors import ArgumentError, DataError, LibraryError
+from lmms_mtv.fitting import FitSession
 from lmms_mtv.harness.bench import Bench
 from lmms_mtv.harness.plugin import register_tasks
 from lmms_mtv.harness.task import TaskPrompts
@@ -159,6 +160,13 @@ class TestReuse:
         again = bench.fit(Place(ENGLISH, "MTV", 0))
         assert again.checksum == first.checksum
         assert TaskVector.load(path).checksum == first.checksum
+
+    def test_a_library_that_cannot_be_written_is_told_before_the_fit(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("no folder")
+        bench = Bench(PLAN, tmp_path / "file" / "library")
+        monkeypatch.setattr(FitSession, "mean_activations", lambda *_: pytest.fail("it fits"))
+        with pytest.raises(LibraryError, match=r"the library .*file/library cannot be written to: .*library="):
+            bench.fit(Place(ENGLISH, "MTV", 0))
 
     @pytest.mark.parametrize(
         ("arguments", "match"),
@@ -316,6 +324,29 @@ class TestCheck:
         # The cells that use it on other tasks are told too.
         assert "shapes_color_es, its vector, seed 0" in told
 
+    def test_a_vector_that_is_gone(self, copy, capsys):
+        library = Library(copy / "vectors")
+        kept = cell(copy, "degraded", SPANISH, 1)
+        library.remove(library.resolve(kept.vector["id"]))
+        with pytest.raises(SystemExit, match="1 differences"):
+            checked(copy, "--stored")
+        assert f"| shapes_color_es, degraded, seed 1 | vector {kept.vector['id']} |" in capsys.readouterr().out
+
+    def test_a_table_that_says_something_else(self, copy, capsys):
+        page = copy.parent / "README.md"
+        page.write_text("# Results\n\n<!-- lmms-mtv report p -->\n<!-- /lmms-mtv report -->\n")
+        with pytest.raises(SystemExit, match="1 differences"):
+            checked(copy, "--stored")
+        cli.main(["report", str(copy), "--insert", str(page)])
+        checked(copy, "--stored")
+        text = page.read_text()
+        row = next(line for line in text.splitlines() if line.startswith("| MTV |"))
+        page.write_text(text.replace(row, row.replace("±", "+-")))
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="1 differences"):
+            checked(copy, "--stored")
+        assert "README.md | table |" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("change", "told"),
         [
@@ -362,8 +393,8 @@ class TestCheck:
 def command(*arguments: str, processes: int = 1) -> str:
     launch = ["-m"]
     if processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launch += ["--main_process_port", str(free_port()), "-m"]
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launch += ["--main_process_port", str(evaluations.free_port()), "-m"]
     done = subprocess.run(
         [sys.executable, *launch, "lmms_mtv", *arguments],
         capture_output=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import shapes
+from lmms_mtv import cells, check
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def test_the_wheel_has_tasks_and_checkpoint_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"lmms_mtv/tasks/{path.relative_to(ROOT / 'tasks')}" for path in tracked("tasks")} <= names
     assert {str(path.relative_to(ROOT)) for path in tracked("lmms_mtv")} <= names
+    assert {f"lmms_mtv/paper_results/{path.name}" for path in tracked("results/paper")} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "results/"))]
     assert wheel.stat().st_size < 8e6
 
@@ -80,22 +83,23 @@ def test_the_installed_wheel_runs_the_main_job(wheel, tmp_path):
     assert scores["mtv"] >= 0.95
 
 
-def test_the_tables_are_what_the_results_say():
-    runs = shapes.stored()
-    assert {run["arm"] for run in runs} == set(shapes.ARMS)
-    for path, text in shapes.pages(runs).items():
-        assert path.read_text(encoding="utf-8") == text, f"run: python -m benchmarks.shapes --render ({path.name})"
+@pytest.mark.parametrize("folder", sorted(path.parent for path in RESULTS.glob("*/plan.yaml")), ids=lambda f: f.name)
+def test_stored_results_hold(folder):
+    """All cells are there and as they were measured, the vectors too, and the tables say what they say."""
+    assert check.stored(folder) == []
+    pages = check.pages(folder)
+    assert RESULTS / "README.md" in pages
+    assert check.tables(folder, pages) == []
 
 
 def test_the_reference_run_shows_what_the_method_is_for():
     """The figures of the project's promise, over all stored seeds."""
-    runs = shapes.stored()
+    found = cells.read_all(RESULTS / "shapes")
     mean = {
-        arm: sum(found) / len(found)
-        for arm in shapes.ARMS
-        if (found := [shapes.mean_score(run, hard=False) for run in runs if run["arm"] == arm])
+        arm: statistics.mean(cell.score for cell in found if cell.arm == arm) for arm in {cell.arm for cell in found}
     }
-    assert len({run["seed"] for run in runs}) >= 3
+    assert {cell.seed for cell in found} == {0, 1, 2, 3, 4}
+    assert len({cell.task for cell in found}) == 9
     assert mean["zero-shot"] <= 0.25
     assert mean["4-shot"] >= 0.97
     assert mean["MTV"] >= 0.97

@@ -31,6 +31,8 @@ def run(given: argparse.Namespace) -> None:
 
     asked = plan.read(given.results)
     differences = check.stored(given.results)
+    if not differences:
+        differences += check.tables(given.results, check.pages(given.results))
     places = [] if given.stored or differences else check.chosen(asked, given.cells, given.seed)
 
     def load(asked: plan.Plan, library: Path) -> compare.Bench:
@@ -44,5 +46,6 @@ def run(given: argparse.Namespace) -> None:
     if differences:
         sys.stdout.write(check.table(differences) + "\n")
         raise ResultsError(f"{given.results}: {len(differences)} differences, see the table")
+    tables = ", ".join(str(page) for page in check.pages(given.results)) or "no page has tables of them"
     again = f", {len(places)} run again and the same within {dict(asked.tolerance)}" if places else ""
-    sys.stdout.write(f"{given.results}: {len(asked.places())} cells as they were measured{again}\n")
+    sys.stdout.write(f"{given.results}: {len(asked.places())} cells as they were measured{again}; tables: {tables}\n")

@@ -90,6 +90,7 @@ class Bench:
             task_manager=self._manager,
             log_samples=True,
             verbosity="ERROR",
+            distributed_executor_backend="torchrun" if ranks.current().count > 1 else "accelerate",
         )
         seen = _gathered(prompts[place.task])
         if found is None:

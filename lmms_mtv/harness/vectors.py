@@ -147,14 +147,17 @@ class Vectors(Generic[P]):
         vector = self._kept(recipe)
         reused = vector is not None
         if vector is None:
+            with self._ranks().together():
+                if self._method.settings() and self._leads:
+                    self._library.check_writable()
             vector = self._fit(prompts, config, recipe)
         source = "nothing to fit"
         if vector.edits:
             source = str(self._library.folder(vector.card))
-            if self._leads:
-                self._library.add(vector)
             if folder is not None and self._leads:
                 source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
+            if self._leads:
+                self._library.add(vector)
         self.record[name] = record.of_task(vector, source, self._arguments.seed, shots, reused)
         self.made[name] = vector
         return vector

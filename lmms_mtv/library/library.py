@@ -69,6 +69,12 @@ class Library:
             shutil.rmtree(made, ignore_errors=True)
         return folder / FILE
 
+    def check_writable(self) -> None:
+        """Raise :class:`LibraryError` if nothing can be added: better known before a fit than after it."""
+        there = next(place for place in (self.root, *self.root.parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise LibraryError(f"the library {self.root} cannot be written to: {_ELSEWHERE}")
+
     def get(self, card: VectorCard) -> TaskVector | None:
         """The vector of exactly this recipe, or None. A damaged one is a warning, and none.
 

@@ -1,1 +1,0 @@
-"""Runs that take longer than a test: the reference results, and what things cost."""
