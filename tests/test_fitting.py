@@ -139,6 +139,63 @@ def test_session_losses_equal_full_forwards_with_and_without_replay(tiny, tokens
     assert fallback.replays is False
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
+def test_blocks_that_attend_to_an_image_keep_its_keys_and_its_mask(tokens, generating):
+    """Mllama's cache holds keys of the image beside those of the tokens; a mask of each token tells its tiles."""
+    tiny = zoo.build(zoo.mllama)
+    edit, target = edits(tiny), list(PROMPT.target[:tokens])
+    expected = loop_of_full_forwards(tiny, PROMPT, edit, tokens)
+    unmasked = loop_of_full_forwards(dataclasses.replace(tiny, tiles=0), PROMPT, edit, tokens)
+    assert (expected - unmasked).abs().mean() > 1e-3, "the mask has to matter"
+    prefill = captured_from(TokenRunner(tiny, generating), PROMPT)
+    assert prefill.cache is not None
+    assert [layer.keys.shape[2] for layer in prefill.cache.layers] == [
+        prefill.length - 1,
+        34,
+        *[prefill.length - 1] * 2,
+    ]
+    for run in (prefill.replay, prefill.without_media().replay, prefill.forward):
+        assert (losses_of(run, tiny, edit, target) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("length", [33, 34, 35])
+def test_an_image_with_as_many_keys_as_the_prompt_has_tokens_is_not_taken_for_them(length):
+    tiny = zoo.build(zoo.mllama)
+    prompt = TokenPrompt(tuple(range(3, length + 2)), (91, 92, 93))
+    edit, prefill = edits(tiny, 4), captured_from(TokenRunner(tiny), prompt)
+    assert prefill.length == length
+    assert (prefill.cache is None) == (length == 34)
+    expected = loop_of_full_forwards(tiny, prompt, edit, 3)
+    for run in (prefill.forward, *([prefill.replay] if prefill.cache else [])):
+        assert (losses_of(run, tiny, edit, list(prompt.target)) - expected).abs().max() < 1e-4
+
+
+def test_a_fit_goes_on_where_one_prompt_of_many_cannot_be_replayed():
+    """With 8 demonstrations of 4 tokens, the prompt is as long as the image; with fewer it is not."""
+    tiny = zoo.build(zoo.mllama)
+    examples, edit = TokenExamples(answer=3), edits(tiny, 4)
+    running = session(tiny, examples=examples)
+    for shots in (2, 8, 3):
+        episode = Episode(20, tuple(range(shots)))
+        expected = loop_of_full_forwards(tiny, examples.prompt(episode), edit, 3)
+        for _ in range(2):
+            assert (running.losses(episode, edit, "all") - expected).abs().max() < 1e-4
+        assert running.replays is True
+        assert (running._prefills[episode][0].cache is None) == (shots == 8)
+
+
+def test_blocks_that_attend_to_images_are_left_out_of_a_replay_without_one():
+    tiny = dataclasses.replace(zoo.build(zoo.mllama), image_tokens=0, media=None, tiles=0)
+    edit = edits(tiny, 4)
+    expected = loop_of_full_forwards(tiny, PROMPT, edit, 3)
+    prefill = captured_from(TokenRunner(tiny), PROMPT)
+    assert prefill.cache is not None
+    assert prefill.bytes > 0
+    for run in (prefill.replay, prefill.forward):
+        assert (losses_of(run, tiny, edit, list(PROMPT.target)) - expected).abs().max() < 1e-4
+
+
 def mistral(window: int) -> zoo.Tiny:
     return zoo.Tiny("mistral", MistralForCausalLM(MistralConfig(**zoo._text(sliding_window=window))))
 

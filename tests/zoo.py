@@ -24,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -41,7 +43,8 @@ class Tiny:
     """A model in float32, how many tokens an image takes, and the inputs that go with images.
 
     ``framed``: images stand between two marks; ``absolute``: positions have to be given where there is padding;
-    ``kinds``: the input that tells tokens of images from those of text.
+    ``kinds``: the input that tells tokens of images from those of text; ``tiles``: of each image, with the input
+    ``cross_attention_mask`` that shows all tokens but padding the first of them; ``layers``: the blocks with heads.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Tiny:
     framed: bool = False
     absolute: bool = False
     kinds: str | None = None
+    tiles: int = 0
+    layers: tuple[int, ...] = tuple(range(LAYERS))
 
     def row(self, text: list[int]) -> list[int]:
         """Token ids of one prompt: an image, where the model takes one, and ``text``."""
@@ -80,8 +85,12 @@ class Tiny:
         return made | self.kinds_of(made["input_ids"])
 
     def kinds_of(self, ids: Tensor) -> dict[str, Tensor]:
-        """1 for a token of an image and 0 for any other, for a model that asks for it."""
-        return {self.kinds: (ids == IMAGE).long()} if self.kinds else {}
+        """What a model asks for of each token: 1 for one of an image and 0 for any other; the tiles that it sees."""
+        made = {self.kinds: (ids == IMAGE).long()} if self.kinds else {}
+        if self.tiles:
+            first = (torch.arange(self.tiles) == 0).long()
+            made["cross_attention_mask"] = (ids != PAD).long()[..., None, None] * first
+        return made
 
 
 def _text(**more: Any) -> dict[str, Any]:
@@ -201,6 +210,33 @@ def llava() -> Tiny:
     )
 
 
+def mllama() -> Tiny:
+    """Its second block attends to the image alone: 2 tiles of 17 keys, the second of which is padding."""
+    config = MllamaConfig(
+        text_config=_text(num_hidden_layers=LAYERS + 1, cross_attention_layers=[1]),
+        vision_config={
+            **_vision(patch_size=4),
+            "attention_heads": 2,
+            "num_global_layers": 1,
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2]],
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 32,
+        },
+        image_token_index=IMAGE,
+    )
+    model = MllamaForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "_gate" in name:  # else zero, and closed
+            torch.nn.init.constant_(parameter, 0.7)
+    media = lambda seeds: {  # noqa: E731
+        "pixel_values": _noise(seeds, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": torch.ones(len(seeds), 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.tensor([[[1, 0]]] * len(seeds)),
+    }
+    return Tiny("mllama", model, 1, media, tiles=2, layers=(0, 2, 3))
+
+
 def _patches(seeds: list[int], patch: int) -> dict[str, Tensor]:
     # 4 x 4 patches an image, 2 frames each, merged to 2 x 2 tokens.
     return {
@@ -254,7 +290,7 @@ def qwen3_vl() -> Tiny:
     return Tiny("qwen3_vl", model, 4, media, head_dim=12, framed=True, kinds="mm_token_type_ids")
 
 
-ARCHITECTURES = (idefics2, idefics3, llava, qwen2_5_vl, qwen3_vl, gemma3, gemma2, qwen3, llama, gpt2)
+ARCHITECTURES = (idefics2, idefics3, llava, qwen2_5_vl, qwen3_vl, mllama, gemma3, gemma2, qwen3, llama, gpt2)
 
 
 def build(architecture: Callable[[], Tiny]) -> Tiny:

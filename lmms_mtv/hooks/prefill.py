@@ -2,6 +2,7 @@
 
 The edit touches nothing before the last token of the prompt, so the keys and values of everything before it are the
 same for every mask. They are recorded from the model's own forward, with its preprocessing and its position ids.
+Keys and values that are not of the prompt's tokens, as where blocks attend to images, are the same to the end.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,13 +52,13 @@ class Prefill:
     @property
     def bytes(self) -> int:
         """Memory of the cache."""
-        tensors = (t for layer in self.cache.layers for t in (layer.keys, layer.values)) if self.cache else ()
+        tensors = (t for layer in _filled(self.cache) for t in (layer.keys, layer.values)) if self.cache else ()
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def without_media(self) -> Prefill:
-        """The same for replays alone: of the inputs only the tokens are kept, and which of them are real."""
+        """The same for replays alone: of the inputs only the tokens are kept, and the masks that belong to them."""
         kept = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
-        return dataclasses.replace(self, inputs=kept)
+        return dataclasses.replace(self, inputs=kept | self._views())
 
     def replay(self, model: nn.Module, sites: Sites, edit: Edit, target: Sequence[int]) -> Tensor:
         """Logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
@@ -75,6 +76,8 @@ class Prefill:
             "past_key_values": _expanded(self.cache, rows),
             "use_cache": True,
         }
+        for name, view in self._views().items():
+            given[name] = view[:, -1:].expand(rows, len(target), *view.shape[2:])
         if self.position_ids is not None:
             steps = torch.arange(len(target), device=self.position_ids.device)
             given["position_ids"] = (self.position_ids + steps).expand(*self.position_ids.shape[:-2], rows, len(target))
@@ -91,6 +94,8 @@ class Prefill:
             given["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], -1)
         if "attention_mask" in given:
             given["attention_mask"] = self._real(more)
+        for name, view in self._views().items():
+            given[name] = torch.cat([view, view[:, -1:].expand(1, more, *view.shape[2:])], 1)
         for name in _PER_TOKEN:
             if isinstance(kinds := given.get(name), Tensor):
                 given[name] = torch.cat([kinds, kinds.new_zeros(1, more)], 1)
@@ -111,6 +116,16 @@ class Prefill:
         """The attention mask [1, n + more] of the prompt and of ``more`` tokens that follow it."""
         mask: Tensor = self.inputs.get("attention_mask", torch.ones_like(self.inputs["input_ids"]))
         return torch.cat([mask, mask.new_ones(1, more)], 1)
+
+    def _views(self) -> dict[str, Tensor]:
+        """The masks [1, n, ...] of what else each token sees, as images. What follows sees what the last token does."""
+        shape = self.inputs["input_ids"].shape
+        return {
+            name: mask
+            for name, mask in self.inputs.items()
+            # A mask [1, n] may be of something else that happens to be as long: of another tokenizer's text, of sound.
+            if name.endswith("mask") and isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[:2] == shape
+        }
 
 
 class Captured:
@@ -163,7 +178,9 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not captured._done:
-            captured._cache = _without_last(getattr(output, "past_key_values", None))
+            ids = (captured._inputs or {}).get("input_ids")
+            if isinstance(ids, Tensor):
+                captured._cache = _without_last(getattr(output, "past_key_values", None), ids.shape[1], sites.skipped)
             captured._done = True
 
     with ExitStack() as stack:
@@ -180,29 +197,49 @@ def _copied(cache: Any) -> Any:
     return made
 
 
-def _without_last(cache: Any) -> Any | None:
+def _filled(cache: Any) -> list[Any]:
+    """The layers that hold keys and values: blocks that attend to images have none without an image."""
+    return [layer for layer in cache.layers if layer.keys is not None]
+
+
+def _without_last(cache: Any, length: int, others: Container[int]) -> Any | None:
+    """The cache of a prompt of ``length`` tokens without the last, or None if it cannot be had.
+
+    ``others`` are the blocks without self-attention over the tokens, whose layers stay whole.
+    """
     # A cache may have a state beside its layers, and layers without keys, where blocks have linear attention.
     layers = getattr(cache, "layers", None)
     if not layers or not getattr(cache, "is_croppable", True):
         return None
-    if not all(
-        getattr(layer, "is_croppable", False) and isinstance(getattr(layer, "keys", None), Tensor) for layer in layers
-    ):
+    if not all(getattr(layer, "is_croppable", False) and _known(layer) for layer in layers):
         return None
     cut = _copied(cache)
-    try:
-        for layer in cut.layers:
-            layer.crop(-1)
-    except (RuntimeError, ValueError):
-        # A sliding window that is full has already forgotten what would have to come back.
-        return None
+    for index, layer in enumerate(cut.layers):
+        if layer.keys is None:
+            continue
+        if (layer.get_seq_length() == length) == (index in others):
+            # Other layers than those expected are of the tokens, or an image has by chance as many keys as the prompt.
+            return None
+        if index not in others:
+            try:
+                layer.crop(-1)
+            except (RuntimeError, ValueError):
+                # A sliding window that is full has already forgotten what would have to come back.
+                return None
     return cut
+
+
+def _known(layer: Any) -> bool:
+    """Whether a layer holds keys, or nothing at all."""
+    if not hasattr(layer, "keys"):
+        return False
+    return isinstance(layer.keys, Tensor) or not getattr(layer, "is_initialized", True)
 
 
 def _expanded(cache: Any, rows: int) -> Any:
     """The cache of one row as that of ``rows`` rows. Views; the model's update copies them when it appends a token."""
     made = _copied(cache)
-    for layer in made.layers:
+    for layer in _filled(made):
         layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])
         layer.values = layer.values.expand(rows, *layer.values.shape[1:])
     return made
