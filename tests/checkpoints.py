@@ -31,6 +31,10 @@ from transformers import (
     LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaImageProcessor,
+    MllamaProcessor,
     PixtralImageProcessor,
     PixtralProcessor,
     PreTrainedModel,
@@ -365,3 +369,45 @@ def gemma3(folder: Path) -> Path:
         tie_word_embeddings=False,
     )
     return _save(Gemma3ForConditionalGeneration(config), processor, folder)
+
+
+def mllama(folder: Path) -> Path:
+    """Llama 3.2 Vision: images of up to 2 tiles of 17 keys, which the second block alone attends to."""
+    special = {"image_token": "<|image|>"}
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special.values(), "<|python_tag|>"]})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=special,
+    )
+    processor = MllamaProcessor(
+        MllamaImageProcessor(size={"height": 16, "width": 16}, max_image_tiles=2),
+        tokenizer,
+        chat_template=TURNS_TEMPLATE.replace("<image>", "<|image|>"),
+    )
+    config = MllamaConfig(
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
+        text_config=_text(
+            tokenizer, num_hidden_layers=3, cross_attention_layers=[1], bos_token_id=tokenizer.bos_token_id
+        ),
+        vision_config={
+            **_vision(16, 4),
+            "attention_heads": 2,
+            "num_global_layers": 1,
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 32,
+        },
+    )
+    model = MllamaForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "_gate" in name:  # else zero, and closed
+            torch.nn.init.constant_(parameter, 0.7)
+    return _save(model, processor, folder)

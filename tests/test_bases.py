@@ -70,6 +70,7 @@ BASES = (
     Base("mistral3_vl", "device_map=cpu", "mistral3", simple=True),
     Base("glm4v", "device_map=cpu", simple=True),
     Base("gemma3", "device_map=cpu", simple=True),
+    Base("llama_vision", "device_map=cpu,dtype=float32", "mllama", simple=True, batches=(1,)),
 )
 IDEFICS2, QWEN2_5_VL, LLAVA = BASES[0], BASES[1], next(base for base in BASES if base.name == "llava_hf")
 BOTH = {"qwen2_5_vl", "llava_hf"}
@@ -333,7 +334,8 @@ def test_the_target_ends_the_turn_that_the_wrapper_opens(base, folders):
     """All tiny checkpoints have a chat template, and their wrappers write with it."""
     wrapping, made = built(base, folders), prompts(base.simple)
     prompt = made.prompt(Episode(3, (1,)))
-    text = wrapping.wrapper.tokenizer.decode(wrapping.target_ids(prompt))
+    tokenizer = AutoProcessor.from_pretrained(folders[base.checkpoint or base.name]).tokenizer
+    text = tokenizer.decode(wrapping.target_ids(prompt))
     assert prompt.target in text
     assert wrapping._found
     assert text.strip() != prompt.target
