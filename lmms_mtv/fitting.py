@@ -6,7 +6,8 @@ import logging
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -111,6 +112,11 @@ class FitSession(Generic[P]):
         return self.sites.shape
 
     @property
+    def examples(self) -> int:
+        """Number of training examples."""
+        return len(self._examples)
+
+    @property
     def replays(self) -> bool | None:
         """Whether losses come from replays; None before the first loss."""
         return self._replays
@@ -130,11 +136,12 @@ class FitSession(Generic[P]):
     def _bar_options(self, description: str) -> dict[str, Any]:
         return {"desc": description, "disable": not self._progress, "dynamic_ncols": True, "leave": False}
 
-    def episodes(self, count: int, shots: int, purpose: str) -> list[Episode]:
+    def episodes(self, count: int, shots: int, purpose: str, pool: Sequence[int] | None = None) -> list[Episode]:
         """``count`` random queries, each with ``shots`` random demonstrations, the query never among them.
 
-        A query returns only after all others had their turn. Raises :class:`DataError` when the training split has
-        fewer than ``shots`` + 1 examples.
+        A query returns only after all others had their turn. Demonstrations come from the training examples in
+        ``pool``, or from all of them. Raises :class:`DataError` when the training split has fewer than ``shots`` + 1
+        examples, or ``pool`` has fewer than ``shots`` beside the query.
         """
         total, rng = len(self._examples), self.random(purpose)
         if total < shots + 1:
@@ -148,8 +155,17 @@ class FitSession(Generic[P]):
             queries += rng.sample(range(total), min(total, count - len(queries)))
         made = []
         for query in queries:
-            drawn = rng.sample(range(total - 1), shots)
-            made.append(Episode(query, tuple(index + (index >= query) for index in drawn)))
+            if pool is None:
+                drawn = rng.sample(range(total - 1), shots)
+                made.append(Episode(query, tuple(index + (index >= query) for index in drawn)))
+                continue
+            others = [index for index in pool if index != query]
+            if len(others) < shots:
+                raise DataError(
+                    f"{len(others)} training examples to draw {shots} demonstrations from: pass diverse= of at least "
+                    f"{shots + 1}, or a smaller fit_shots="
+                )
+            made.append(Episode(query, tuple(rng.sample(others, shots))))
         return made
 
     @torch.no_grad()
@@ -162,12 +178,7 @@ class FitSession(Generic[P]):
         own = self._ranks.share(episodes)
 
         def extracted(batch: Sequence[Episode]) -> Tensor:
-            with record(self.sites, prompts_only=True) as recording:
-                self._runner.run([self._examples.prompt(episode) for episode in batch])
-            rows = recording.last()
-            if rows.shape[0] != len(batch):
-                raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
-            return rows.to("cpu", torch.float64).sum(0)
+            return self._activations(batch).to("cpu", torch.float64).sum(0)
 
         with self._ranks.together(), tqdm(total=len(own), **self._bar_options("Extracting activations")) as bar:
             for batch, rows in self._batch_size.over(own, extracted):
@@ -177,12 +188,76 @@ class FitSession(Generic[P]):
         return (self._ranks.total(total) / len(episodes)).float()
 
     @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        """What the model makes of each training query without demonstrations, float32 [examples, H * D] on the CPU.
+
+        The activations of the heads of the middle layer at the last token of the zero-shot prompt: late enough to
+        have seen question and image, early enough to tell more than the first token of the answer. One prompt is run
+        for each training example.
+        """
+        queries = [Episode(query, ()) for query in range(len(self._examples))]
+        layers, heads, size = self.shape
+        found = torch.zeros(len(queries), heads * size)
+        own = self._ranks.share(range(len(queries)))
+        middle = layers // 2
+
+        def embedded(batch: Sequence[int]) -> Tensor:
+            return self._activations([queries[index] for index in batch])[:, middle].flatten(1).cpu()
+
+        with self._ranks.together(), tqdm(total=len(own), **self._bar_options("Embedding queries")) as bar:
+            for batch, rows in self._batch_size.over(own, embedded):
+                found[list(batch)] = rows
+                self.forwards += 1
+                bar.update(len(batch))
+        return self._ranks.total(found)
+
+    def _activations(self, batch: Sequence[Episode]) -> Tensor:
+        """Of each head at the last token of each prompt, float32 [prompts, L, H, D]."""
+        with record(self.sites, prompts_only=True) as recording:
+            self._runner.run([self._examples.prompt(episode) for episode in batch])
+        rows = recording.last()
+        if rows.shape[0] != len(batch):
+            raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
+        return rows
+
+    @torch.no_grad()
     def losses(self, episode: Episode, edit: Edit, tokens: Tokens = "first") -> Tensor:
         """Cross-entropy of the query's target under each of the K edits, float32 [K], on the CPU.
 
         ``tokens`` is ``first`` for the first target token, or ``all`` for the mean over all of them. The first call
         compares one replay with full forwards; if they differ, this session uses full forwards and says so.
         """
+        prefill, target = self._ready(episode, edit, tokens)
+        if edit.batch is None:
+            return self._losses(prefill, edit, target).cpu()
+        found = torch.zeros(edit.batch)
+        with self._ranks.together():
+            if edit.batch > self._ranks.rank:
+                found[self._ranks.mine] = self._losses(prefill, edit.taken(self._ranks.mine), target).cpu()
+        return self._ranks.total(found)
+
+    def loss_gradient(
+        self, episode: Episode, value: Tensor, mask: Tensor, tokens: Tokens = "first"
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of :meth:`losses` where ``mask`` replaces heads by ``value`` [L, H, D], and their gradient.
+
+        ``mask`` is float32 [K, L, H]; an entry m makes ``x' = (1 - m) * x + m * value`` of its head, so entries between
+        0 and 1 mix. Returns the losses, float32 [K], and the derivative of each with respect to its own mask, float32
+        [K, L, H], both on the CPU. It reaches the mask alone: no weight takes part, whatever its ``requires_grad``.
+
+        Raises :class:`HookError` if the model's own code turns gradients off.
+        """
+        mask = mask.detach()
+        with torch.no_grad():
+            prefill, target = self._ready(episode, Edit.replace(value, mask), tokens)
+        losses, gradient = torch.zeros(len(mask)), torch.zeros(mask.shape)
+        with self._ranks.together():
+            if own := range(len(mask))[self._ranks.mine]:
+                losses[own], gradient[own] = self._loss_gradient(prefill, value, mask[own], target)
+        return self._ranks.total(losses), self._ranks.total(gradient)
+
+    def _ready(self, episode: Episode, edit: Edit, tokens: Tokens) -> tuple[Prefill, list[int]]:
+        """The prefill of ``episode`` and the tokens that count, when it is settled whether there are replays."""
         with self._ranks.together(), alone():
             prefill, target = self._prefill(episode)
             if tokens == "first":
@@ -191,13 +266,28 @@ class FitSession(Generic[P]):
         if self._replays is None:
             # One rank that cannot replay is enough: all of them have to do the same.
             self._replays = self._ranks.total(torch.tensor(float(replays))).item() == self._ranks.count
-        if edit.batch is None:
-            return self._losses(prefill, edit, target).cpu()
-        found = torch.zeros(edit.batch)
-        with self._ranks.together():
-            if edit.batch > self._ranks.rank:
-                found[self._ranks.mine] = self._losses(prefill, edit.taken(self._ranks.mine), target).cpu()
-        return self._ranks.total(found)
+        return prefill, target
+
+    def _loss_gradient(self, prefill: Prefill, value: Tensor, mask: Tensor, target: list[int]) -> tuple[Tensor, Tensor]:
+        replays = self._replays and prefill.cache is not None
+        run = prefill.replay if replays else prefill.forward
+
+        def of_rows(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+            part = mask[rows[0] : rows[-1] + 1].clone().requires_grad_()
+            with torch.enable_grad(), _frozen(self._runner.model):
+                logits = run(self._runner.model, self.sites, Edit.replace(value, part), target)
+                losses = _cross_entropy(logits, target)
+                if not losses.requires_grad:
+                    raise HookError("the code of this model turns gradients off: leave out optimizer=gradient")
+                (gradient,) = torch.autograd.grad(losses.sum(), part)
+            return losses.detach().cpu(), gradient
+
+        # The copies of the cache and their gradients, at the worst; whole prompts keep all that they computed.
+        limit = self._memory // max(2 * prefill.bytes, 1) if replays else 1
+        found = [part for _, part in self._replay_rows.over(range(len(mask)), of_rows, limit)]
+        self.forwards += len(found)
+        losses, gradients = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
 
     def _losses(self, prefill: Prefill, edit: Edit, target: list[int]) -> Tensor:
         run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
@@ -261,6 +351,19 @@ class FitSession(Generic[P]):
             )
             return False
         return True
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Weights that take no gradient inside the block."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _cross_entropy(logits: Tensor, target: Sequence[int]) -> Tensor:

@@ -1,4 +1,5 @@
-"""REINFORCE over masks: which heads to edit, learned from losses alone (MTV, arXiv 2406.15334, section 3.2)."""
+"""Which heads to edit, as probabilities: learned from losses alone by REINFORCE (MTV, arXiv 2406.15334, section 3.2),
+or from their gradients through masks that are nearly 0 or 1 (concrete distribution, arXiv 1611.00712)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from lmms_mtv.errors import NumericsError
 
 EDGE = 1e-3
 """Probabilities are kept this far from 0 and 1, and the spread of losses from 0."""
+
+TEMPERATURE = 0.5
+"""Of the concrete distribution: the lower, the nearer masks are to 0 and 1, and the rougher gradients."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,17 @@ class Policy:
         probabilities = self.probabilities
         likely = probabilities.where(probabilities >= floor, torch.zeros_like(probabilities))
         return torch.rand(count, *likely.shape, generator=generator) < likely
+
+    def above(self, threshold: float) -> Tensor:
+        """The mask of the heads at least as likely as ``threshold``, bool [L, H]."""
+        return self.probabilities >= threshold
+
+    def top(self, count: int) -> Tensor:
+        """The mask of the ``count`` most likely heads, bool [L, H]; of equal ones the first."""
+        order = self.logits.detach().flatten().sort(descending=True, stable=True).indices
+        mask = torch.zeros(self.logits.numel(), dtype=torch.bool)
+        mask[order[:count]] = True
+        return mask.view(self.logits.shape)
 
 
 def reinforce(
@@ -63,6 +78,43 @@ def reinforce(
             probabilities = logits.sigmoid().clamp(EDGE, 1 - EDGE)
             chosen = torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
             torch.autograd.backward((chosen * advantage).sum())
+        optimizer.step()
+        history.append(found.mean().item())
+    return Policy(logits.detach()), history
+
+
+def concrete(
+    loss_gradient: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    shape: tuple[int, int],
+    *,
+    steps: Iterable[int],
+    samples: int,
+    lr: float,
+    initial_logit: float,
+    generator: torch.Generator,
+) -> tuple[Policy, list[float]]:
+    """Learn a :class:`Policy` from gradients.
+
+    ``loss_gradient(step, masks)`` gives the float [samples] losses of the float32 [samples, L, H] masks, and the
+    derivative of each with respect to its mask, float [samples, L, H]. Masks are drawn from the binary concrete
+    distribution, ``sigmoid((logit + noise) / 0.5)`` with logistic noise: more than one half just as often as the policy
+    would choose the head. Each step minimises their mean loss with Adam. Returns the policy and the mean loss of
+    each step, of mixed masks. Raises :class:`NumericsError` on a loss or derivative that is not finite.
+    """
+    logits = torch.full(shape, initial_logit, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    history = []
+    for step in steps:
+        noise = torch.rand(samples, *shape, generator=generator).logit(eps=1e-6)
+        with torch.enable_grad():
+            masks = ((logits + noise) / TEMPERATURE).sigmoid()
+        found, gradient = loss_gradient(step, masks.detach())
+        if not (found.isfinite().all() and gradient.isfinite().all()):
+            raise NumericsError(
+                f"a loss of selection step {step} or its gradient is NaN or infinite: use dtype=float32"
+            )
+        optimizer.zero_grad()
+        torch.autograd.backward(masks, gradient / samples)
         optimizer.step()
         history.append(found.mean().item())
     return Policy(logits.detach()), history

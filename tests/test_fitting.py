@@ -353,3 +353,75 @@ def test_a_batch_or_a_prompt_that_ends_in_padding_is_no_prefill():
         pass
     with pytest.raises(HookError, match="no forward"):
         captured.prefill()
+
+
+@pytest.mark.parametrize("replays", [True, False], ids=["replay", "full"])
+@pytest.mark.parametrize("tokens", ["first", "all"])
+def test_the_gradient_of_a_mask_is_that_of_finite_differences(tokens, replays):
+    tiny = zoo.build(zoo.idefics3)
+    tiny.model.double()
+    fit, episode = session(tiny), Episode(3, (1, 2))
+    fit._replays = replays
+    rng = torch.Generator().manual_seed(0)
+    value = torch.randn(fit.shape, generator=rng)
+    mask = torch.rand(3, *fit.shape[:2], generator=rng)
+
+    def losses(moved: torch.Tensor) -> torch.Tensor:
+        return fit.losses(episode, Edit(value, 1 - moved, moved), tokens)
+
+    with torch.no_grad():
+        found, gradient = fit.loss_gradient(episode, value, mask, tokens)
+    torch.testing.assert_close(found, losses(mask))
+    step, expected = 1e-2, torch.zeros_like(mask)
+    for layer in range(fit.shape[0]):
+        for head in range(fit.shape[1]):
+            moved = torch.zeros_like(mask)
+            moved[:, layer, head] = step
+            expected[:, layer, head] = (losses(mask + moved) - losses(mask - moved)) / (2 * step)
+    assert expected.abs().max() > 1e-2, "the masks have to matter"
+    assert (gradient - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_gradients_leave_the_model_as_it_was():
+    tiny = zoo.build(zoo.idefics3)
+    fit, mask = session(tiny), torch.full((3, *session(tiny).shape[:2]), 0.5)
+    first = next(tiny.model.parameters())
+    first.requires_grad_(False)
+    learning = [parameter.requires_grad for parameter in tiny.model.parameters()]
+    hooks = zoo.hooks(tiny.model)
+    _, gradient = fit.loss_gradient(Episode(0, ()), torch.ones(fit.shape), mask)
+    assert fit.replays is True
+    assert gradient.abs().max() > 0
+    assert not gradient.requires_grad
+    assert [parameter.requires_grad for parameter in tiny.model.parameters()] == learning
+    assert all(parameter.grad is None for parameter in tiny.model.parameters())
+    assert zoo.hooks(tiny.model) == hooks
+
+    few = session(tiny, memory=1)  # one row at a time
+    assert (few.loss_gradient(Episode(0, ()), torch.ones(fit.shape), mask)[1] - gradient).abs().max() < 1e-5
+
+    forward = tiny.model.forward
+    tiny.model.forward = torch.no_grad()(forward)
+    with pytest.raises(HookError, match="turns gradients off"):
+        fit.loss_gradient(Episode(0, ()), torch.ones(fit.shape), mask)
+    assert [parameter.requires_grad for parameter in tiny.model.parameters()] == learning
+
+
+def test_embeddings_are_the_middle_layer_of_zero_shot_queries():
+    tiny = zoo.build(zoo.idefics3)
+    fit = session(tiny, examples=TokenExamples(5), batch_size=2)
+    found = fit.embeddings()
+    assert found.shape == (5, fit.shape[1] * fit.shape[2])
+    for query in range(5):
+        expected = fit.mean_activations([Episode(query, ())])[fit.shape[0] // 2].flatten()
+        torch.testing.assert_close(found[query], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_demonstrations_come_from_the_pool():
+    fit, pool = session(zoo.build(zoo.llama)), [4, 9, 11, 20]
+    episodes = fit.episodes(60, 3, "values", pool)
+    assert {index for episode in episodes for index in episode.demonstrations} == set(pool)
+    assert all(episode.query not in episode.demonstrations for episode in episodes)
+    assert all(len(set(episode.demonstrations)) == 3 for episode in episodes)
+    with pytest.raises(DataError, match="diverse= of at least 5"):
+        fit.episodes(60, 4, "values", pool)

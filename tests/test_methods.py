@@ -9,11 +9,11 @@ import torch
 import zoo
 from sessions import TokenExamples, session
 
-from lmms_mtv import methods
+from lmms_mtv import facility, methods
 from lmms_mtv.errors import ArgumentError, NumericsError
 from lmms_mtv.methods import mtv, none
 from lmms_mtv.methods import random as control
-from lmms_mtv.policy import EDGE, Policy, reinforce
+from lmms_mtv.policy import EDGE, TEMPERATURE, Policy, concrete, reinforce
 from lmms_mtv.vector import HEADS
 
 SHORT = {"iterations": 6, "steps": 12, "samples": 4, "examples": 5, "candidates": 3, "candidate_examples": 4}
@@ -183,3 +183,149 @@ def test_wrong_names_and_values_are_told_apart():
     with pytest.raises(ArgumentError, match="steps=True"):
         method.configure({"steps": True})
     assert method.configure({"lr": 1}).lr == 1
+
+
+@pytest.mark.parametrize("wrong", ["reinforce", 3])
+def test_a_setting_with_a_choice_and_none_is_checked(wrong):
+    method = methods.get("mtv")
+    with pytest.raises(ArgumentError, match=f"optimizer={wrong!r} of method mtv: expected one of gradient$"):
+        method.configure({"optimizer": wrong})
+    assert method.configure({"optimizer": "gradient"}).optimizer == "gradient"
+    assert method.configure({"optimizer": None}).optimizer is None
+
+
+def test_settings_that_contradict_each_other_are_told():
+    for given, message in (
+        ({"threshold": 0.5, "top_k": 3}, "pass one of them"),
+        ({"threshold": 1.0}, "threshold=1.0"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 3, "floor": 0.8}, "floor=0.8"),
+        ({"gradient_steps": 3}, "gradient_steps=3 .*optimizer=gradient"),
+        ({"optimizer": "gradient", "steps": 3}, "steps=3 is of REINFORCE.*gradient_steps="),
+        ({"optimizer": "gradient", "gradient_lr": 0}, "gradient_lr=0"),
+        ({"diverse": 4}, "diverse=4, .*5"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            mtv.Config(**given)
+
+
+def test_the_authors_way_has_no_new_setting():
+    """So that vectors keep their ids."""
+    new = ("threshold", "top_k", "optimizer", "gradient_steps", "gradient_samples", "gradient_lr", "diverse")
+    config = mtv.Config()
+    assert [getattr(config, name) for name in new] == [None] * len(new)
+    filled = mtv.Config(optimizer="gradient", gradient_steps=7)
+    assert filled.gradient_steps == 7
+    assert None not in (filled.gradient_samples, filled.gradient_lr)
+
+
+def test_heads_by_threshold_and_by_number():
+    policy = Policy(torch.tensor([[0.0, 9.0, -2.0], [12.0, 0.0, 1.0]]))
+    assert policy.above(0.7).tolist() == [[False, True, False], [True, False, True]]
+    # 9 and 12 are equally likely after clamping; of the two of logit 0 the first counts.
+    assert policy.top(1).tolist() == [[False, False, False], [True, False, False]]
+    assert policy.top(4).tolist() == [[True, True, False], [True, False, True]]
+
+
+@pytest.mark.parametrize("final", [{"threshold": 0.26}, {"top_k": 5}])
+def test_final_heads_follow_the_probabilities(final):
+    tiny = zoo.build(zoo.llama)
+    sampled = mtv.fit(session(tiny), mtv.Config(**SHORT))
+    fitted = mtv.fit(session(tiny), mtv.Config(**SHORT, **final))
+    assert fitted.losses["policy"] == sampled.losses["policy"]
+    assert fitted.losses["probabilities"] == sampled.losses["probabilities"]
+    gain, probabilities = fitted.edits[HEADS].gain.flatten(), torch.tensor(fitted.losses["probabilities"])
+    if "top_k" in final:
+        assert gain.sum() == 5
+        assert probabilities[gain == 1].min() > probabilities[gain == 0].max()
+    else:
+        assert 0 < gain.sum() < len(gain)
+        assert torch.equal(gain == 1, probabilities >= 0.26)
+    assert fitted.losses["candidates"] == fitted.losses["chosen"]
+
+
+def test_final_heads_that_cannot_be_had_are_errors():
+    tiny = zoo.build(zoo.llama)
+    with pytest.raises(ArgumentError, match="top_k=99, but the model has 12 heads"):
+        mtv.fit(session(tiny), mtv.Config(**SHORT, top_k=99))
+    with pytest.raises(ArgumentError, match=r"threshold=0.99: no head .* pass a lower one"):
+        mtv.fit(session(tiny), mtv.Config(**SHORT, threshold=0.99))
+
+
+def test_concrete_masks_recover_a_planted_mask():
+    planted = (torch.rand(4, 8, generator=torch.Generator().manual_seed(3)) < 0.3).float()
+    seen = []
+
+    def distance(step, masks):
+        seen.append(masks)
+        return (masks - planted).square().flatten(1).sum(1), 2 * (masks - planted)
+
+    options = {"samples": 8, "lr": 1.0, "initial_logit": -1.0}
+    policy, history = concrete(distance, (4, 8), steps=range(30), generator=torch.Generator().manual_seed(0), **options)
+    assert torch.equal(policy.probabilities > 0.5, planted.bool())
+    assert history[0] > 5 > 1 > history[-1]
+    # More than one half exactly as often as a Bernoulli choice of the first logits.
+    many = []
+    concrete(
+        lambda step, masks: many.append(masks) or (torch.zeros(len(masks)), torch.zeros_like(masks)),
+        (2, 2),
+        steps=range(1),
+        generator=torch.Generator().manual_seed(0),
+        **options | {"samples": 20000},
+    )
+    assert ((many[0] > 0.5).float().mean(0) - torch.tensor(-1.0).sigmoid()).abs().max() < 0.02
+    with pytest.raises(NumericsError, match="step 0"):
+        concrete(
+            lambda step, masks: (torch.zeros(len(masks)), masks * torch.nan),
+            (2, 2),
+            steps=range(1),
+            generator=torch.Generator(),
+            **options,
+        )
+
+
+def test_one_concrete_step_is_the_derivative_of_the_relaxed_sample():
+    """d mask / d logit = mask (1 - mask) / temperature; one step of Adam on its mean over samples."""
+    gradient = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1))
+    seen = []
+    policy, _ = concrete(
+        lambda step, masks: seen.append(masks) or (masks.flatten(1).sum(1), gradient),
+        (2, 3),
+        steps=range(1),
+        samples=6,
+        lr=0.1,
+        initial_logit=-1.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    expected = (gradient * seen[0] * (1 - seen[0]) / TEMPERATURE).mean(0)
+    torch.testing.assert_close(policy.logits, -1.0 - 0.1 * expected / (expected.abs() + 1e-8))
+
+
+@pytest.mark.parametrize("architecture", [zoo.llama, zoo.idefics3])
+def test_gradient_masks_lower_the_loss_and_follow_the_seed(architecture):
+    tiny = zoo.build(architecture)
+    short = {name: SHORT[name] for name in ("iterations", "candidates", "candidate_examples")}
+    # One query, so that the losses of all steps compare.
+    config = mtv.Config(**short, examples=1, optimizer="gradient", gradient_samples=4, gradient_lr=0.3)
+    hooks = zoo.hooks(tiny.model)
+    fitted = mtv.fit(session(tiny), config)
+    assert zoo.hooks(tiny.model) == hooks
+    policy = fitted.losses["policy"]
+    assert len(policy) == config.gradient_steps
+    assert sum(policy[-10:]) < sum(policy[:10])
+    again = mtv.fit(session(tiny), config)
+    assert torch.equal(again.edits[HEADS].gain, fitted.edits[HEADS].gain)
+    assert again.losses["probabilities"] == fitted.losses["probabilities"]
+    assert mtv.fit(session(tiny, seed=1), config).losses["probabilities"] != fitted.losses["probabilities"]
+
+
+def test_diverse_demonstrations_are_drawn_from_what_stands_for_all():
+    tiny = zoo.build(zoo.llama)
+    config = mtv.Config(**SHORT, diverse=7)
+    pool = mtv.pool(session(tiny), config)
+    assert pool == sorted(facility.greedy(session(tiny, batch_size=4).embeddings(), 7))
+    expected = session(tiny).mean_activations(session(tiny).episodes(6, 4, "values", pool))
+    assert torch.equal(mtv.fit(session(tiny), config).edits[HEADS].value, expected)
+    assert mtv.pool(session(tiny), mtv.Config()) is None
+    with pytest.raises(ArgumentError, match="diverse=31, but the training split has 30"):
+        mtv.fit(session(tiny), mtv.Config(**SHORT, diverse=31))

@@ -50,7 +50,21 @@ def fitted(ranks: Ranks) -> dict:
     masks = torch.rand(2, *sites.shape[:2], generator=torch.Generator().manual_seed(1)) < 0.5
     losses = session.losses(Episode(0, (1,)), Edit.replace(edit.value, masks), "all")
     alone = session.losses(Episode(0, (1,)), edit)
-    return {"value": edit.value, "heads": edit.heads, "losses": losses, "alone": alone.cpu()}
+    gradient = session.loss_gradient(Episode(0, (1,)), edit.value, masks.float(), "all")[1]
+    config = method.configure(
+        {"iterations": 2, "examples": 3, "candidate_examples": 2, "optimizer": "gradient", "diverse": 9}
+        | {"gradient_steps": 6, "gradient_samples": 5}
+    )
+    other = method.fit(sessions.session(tiny, ranks=ranks), config).edits["heads"]
+    return {
+        "gradient": gradient,
+        "other": other.value,
+        "other_heads": other.heads,
+        "value": edit.value,
+        "heads": edit.heads,
+        "losses": losses,
+        "alone": alone.cpu(),
+    }
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -64,6 +78,9 @@ def test_a_fit_is_the_same_and_a_failure_is_everyones(count, tmp_path):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         torch.testing.assert_close(found["value"], expected["value"], rtol=1e-6, atol=1e-7)
         assert found["heads"] == expected["heads"]
+        torch.testing.assert_close(found["other"], expected["other"], rtol=1e-6, atol=1e-7)
+        assert found["other_heads"] == expected["other_heads"]
+        assert (found["gradient"] - expected["gradient"]).abs().max() < 1e-5
         assert (found["losses"] - expected["losses"]).abs().max() < 1e-5
         assert (found["alone"] - expected["alone"]).abs().max() < 1e-5
         last = "ValueError: only here" if rank == count - 1 else f"MtvError: 1 of {count} processes failed"

@@ -23,6 +23,9 @@ from lmms_mtv.vector import Edit
 GROUP = "lmms_mtv.methods"
 """Entry-point group of methods from other packages: name of the method = its module."""
 
+_UNIONS = (types.UnionType, typing.Union)
+"""How ``X | None`` is written, with and without a Literal in it."""
+
 _FIRST = ("none", "mtv", "random")
 
 
@@ -78,7 +81,7 @@ def get(name: str) -> Method:
 def _fits(value: object, hint: Any) -> bool:
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in _UNIONS:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if (container := typing.get_origin(hint)) is not None:
         return isinstance(value, container)
@@ -92,4 +95,6 @@ def _fits(value: object, hint: Any) -> bool:
 def _called(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in _UNIONS:
+        return " or ".join(_called(option) for option in typing.get_args(hint) if option is not types.NoneType)
     return getattr(hint, "__name__", str(hint))

@@ -3,7 +3,8 @@
 Stored: the mean activation of every head at the last token of many few-shot prompts, and the set of heads found by
 REINFORCE. Injected: at those heads the mean replaces the activation, at the last prompt token and at every generated
 token. Trained: one probability for each head; all weights are frozen. Cost: ``iterations`` few-shot prefills, then
-``steps`` replays of the last token of ``samples`` masks each.
+``steps`` replays of the last token of ``samples`` masks each. With ``optimizer=gradient`` the probabilities are learned
+from gradients through the same replays instead, in fewer steps.
 
 The defaults are those of the authors' code. Differences from it are listed in docs/concepts.md.
 """
@@ -12,16 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
+from lmms_mtv import facility
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fitting import Episode, FitSession, Tokens
 from lmms_mtv.methods import Fitted
-from lmms_mtv.policy import reinforce
+from lmms_mtv.policy import EDGE, Policy, concrete, reinforce
 from lmms_mtv.vector import HEADS, Edit
+
+_OF_GRADIENT: Final = {"steps": 30, "samples": 8, "lr": 1.0}
+"""Defaults of ``gradient_steps`` and so on, chosen on training queries of shapes tasks."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,13 @@ class Config:
     ``candidates`` masks drawn at the end the one with the lowest mean loss on ``candidate_examples`` further training
     queries is kept; probabilities below ``floor`` are set to 0 first (0.8 in the authors' code for Idefics2).
     ``heads``, as (layer, head), are taken as they are, and nothing is selected (heads of another task, section 4).
+
+    What follows is not the authors'; None is their way. ``threshold`` takes the heads that are at least as likely, and
+    ``top_k`` that many most likely ones, instead of choosing among candidates. ``optimizer`` ``gradient`` learns the
+    probabilities from gradients through masks between 0 and 1; then ``gradient_steps`` (30) of
+    ``gradient_samples`` (8) masks each and with learning rate ``gradient_lr`` (1.0) stand for ``steps``,
+    ``samples`` and ``lr``. ``diverse`` training examples, those that stand best for all (facility location on
+    :meth:`~lmms_mtv.fitting.FitSession.embeddings`), are the demonstrations of the prompts that are averaged.
     """
 
     iterations: int = 100
@@ -48,6 +60,13 @@ class Config:
     candidate_examples: int = 50
     floor: float = 0.0
     heads: tuple[tuple[int, int], ...] | None = None
+    threshold: float | None = None
+    top_k: int | None = None
+    optimizer: Literal["gradient"] | None = None
+    gradient_steps: int | None = None
+    gradient_samples: int | None = None
+    gradient_lr: float | None = None
+    diverse: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("iterations", "examples", "candidates", "candidate_examples"):
@@ -58,15 +77,67 @@ class Config:
             raise ArgumentError(f"samples={self.samples}, expected at least 2: masks are compared with each other")
         if self.fit_shots < 0 or self.steps < 0 or self.lr <= 0 or not 0 <= self.floor < 1:
             raise ArgumentError("expected fit_shots and steps of at least 0, lr above 0, floor in [0, 1)")
+        self._check_final()
+        self._check_gradient()
+        if self.diverse is not None and self.diverse < self.fit_shots + 1:
+            raise ArgumentError(
+                f"diverse={self.diverse}, expected at least fit_shots + 1 = {self.fit_shots + 1}: a query is never "
+                "among its own demonstrations"
+            )
+
+    def _check_final(self) -> None:
+        if self.threshold is not None and self.top_k is not None:
+            raise ArgumentError(f"threshold={self.threshold} and top_k={self.top_k}: pass one of them")
+        if self.threshold is not None and not 0 < self.threshold <= 1 - EDGE:
+            raise ArgumentError(f"threshold={self.threshold}, expected above 0 and at most {1 - EDGE}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ArgumentError(f"top_k={self.top_k}, expected at least 1")
+        if self.floor and (self.threshold is not None or self.top_k is not None):
+            raise ArgumentError(f"floor={self.floor} is for candidates that are drawn: leave out threshold= and top_k=")
+
+    def _check_gradient(self) -> None:
+        for name, default in _OF_GRADIENT.items():
+            value = getattr(self, f"gradient_{name}")
+            if self.optimizer is None and value is not None:
+                raise ArgumentError(
+                    f"gradient_{name}={value} is for masks learned from gradients: pass optimizer=gradient"
+                )
+            if self.optimizer is not None and getattr(self, name) != getattr(Config, name):
+                raise ArgumentError(
+                    f"{name}={getattr(self, name)} is of REINFORCE: with optimizer=gradient pass gradient_{name}="
+                )
+            if self.optimizer is not None and value is None:
+                # Filled in, so that the card tells it and the vector's id changes if the default does.
+                object.__setattr__(self, f"gradient_{name}", default)
+            elif value is not None and value <= 0:
+                raise ArgumentError(f"gradient_{name}={value}, expected above 0")
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Mean activations, and the heads to replace by them."""
-    value = session.mean_activations(session.episodes(config.iterations, config.fit_shots, "values"))
+    """Mean activations, and the heads to replace by them.
+
+    Raises :class:`ArgumentError` for a ``top_k`` or ``diverse`` of more than there are, and a ``threshold`` that no
+    head reaches.
+    """
+    layers, heads, _ = session.shape
+    if config.top_k is not None and config.top_k > layers * heads:
+        raise ArgumentError(f"top_k={config.top_k}, but the model has {layers * heads} heads")
+    value = session.mean_activations(
+        session.episodes(config.iterations, config.fit_shots, "values", pool(session, config))
+    )
     if config.heads is not None:
         return Fitted({HEADS: Edit.replace(value, _given(config.heads, session.shape[:2]))})
     mask, losses = select(session, config, value)
     return Fitted({HEADS: Edit.replace(value, mask)}, losses)
+
+
+def pool(session: FitSession[Any], config: Config) -> list[int] | None:
+    """The training examples that demonstrations are drawn from, or None for all."""
+    if config.diverse is None:
+        return None
+    if config.diverse > session.examples:
+        raise ArgumentError(f"diverse={config.diverse}, but the training split has {session.examples} examples")
+    return sorted(facility.greedy(session.embeddings(), config.diverse))
 
 
 def _given(heads: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Tensor:
@@ -82,19 +153,8 @@ def select(session: FitSession[Any], config: Config, value: Tensor) -> tuple[Ten
     # enough of them.
     drawn = session.episodes(config.examples + config.candidate_examples, session.shots, "selection")
     queries, judges = drawn[: config.examples], drawn[config.examples :]
-    order = session.random("order")
-    chosen = [order.randrange(len(queries)) for _ in range(config.steps)]
-
-    policy, history = reinforce(
-        lambda step, masks: session.losses(queries[chosen[step]], Edit.replace(value, masks), config.loss),
-        session.shape[:2],
-        steps=session.bar(range(config.steps), "Selecting heads"),
-        samples=config.samples,
-        lr=config.lr,
-        initial_logit=config.initial_logit,
-        generator=session.generator("masks"),
-    )
-    candidates = policy.sample(config.candidates, session.generator("candidates"), config.floor)
+    policy, history = _learned(session, config, value, queries)
+    candidates = _candidates(session, config, policy)
     # The empty mask comes along, to know the loss without any edit.
     judged = torch.cat([candidates, torch.zeros_like(candidates[:1])])
     losses = mean_losses(session, judges, Edit.replace(value, judged), config.loss)
@@ -106,6 +166,49 @@ def select(session: FitSession[Any], config: Config, value: Tensor) -> tuple[Ten
         "chosen": [losses[best].item()],
         "probabilities": policy.probabilities.flatten().tolist(),
     }
+
+
+def _learned(
+    session: FitSession[Any], config: Config, value: Tensor, queries: Sequence[Episode]
+) -> tuple[Policy, list[float]]:
+    """The policy, and its mean loss at each step."""
+    gradient = config.optimizer is not None
+    names = [f"gradient_{name}" if gradient else name for name in _OF_GRADIENT]
+    steps, samples, lr = (getattr(config, name) for name in names)
+    order = session.random("order")
+    chosen = [queries[order.randrange(len(queries))] for _ in range(steps)]
+
+    def losses(step: int, masks: Tensor) -> Tensor:
+        return session.losses(chosen[step], Edit.replace(value, masks), config.loss)
+
+    def loss_gradient(step: int, masks: Tensor) -> tuple[Tensor, Tensor]:
+        return session.loss_gradient(chosen[step], value, masks, config.loss)
+
+    options: dict[str, Any] = {
+        "steps": session.bar(range(steps), "Selecting heads"),
+        "samples": samples,
+        "lr": lr,
+        "initial_logit": config.initial_logit,
+        "generator": session.generator("masks"),
+    }
+    if gradient:
+        return concrete(loss_gradient, session.shape[:2], **options)
+    return reinforce(losses, session.shape[:2], **options)
+
+
+def _candidates(session: FitSession[Any], config: Config, policy: Policy) -> Tensor:
+    """The masks of which the best one is kept, bool [candidates, L, H]."""
+    if config.top_k is not None:
+        return policy.top(config.top_k).unsqueeze(0)
+    if config.threshold is None:
+        return policy.sample(config.candidates, session.generator("candidates"), config.floor)
+    mask = policy.above(config.threshold)
+    if not mask.any():
+        raise ArgumentError(
+            f"threshold={config.threshold}: no head is that likely, the likeliest has "
+            f"{policy.probabilities.max().item():.3g}: pass a lower one, or top_k="
+        )
+    return mask.unsqueeze(0)
 
 
 def mean_losses(session: FitSession[Any], episodes: Sequence[Episode], edit: Edit, tokens: Tokens) -> Tensor:
