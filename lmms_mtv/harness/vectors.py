@@ -205,7 +205,7 @@ class Vectors(Generic[P]):
         if self._leads:
             self._logger.info(
                 f"vector {found.id} for {found.card.task} is reused from {self._library.folder(recipe)}, "
-                f"{len(found.heads)} heads: pass reuse=False to fit it again"
+                f"{found.described()}: pass reuse=False to fit it again"
             )
             if older := {k: v for k, v in found.card.versions.items() if record.versions().get(k) != v}:
                 listed = ", ".join(f"{name} {version}" for name, version in older.items())
@@ -248,11 +248,10 @@ class Vectors(Generic[P]):
 
 
 def _summary(vector: TaskVector, session: FitSession[Any]) -> str:
-    layers, heads, _ = session.shape
     losses: Mapping[str, Sequence[float]] = vector.card.losses
     loss = f", loss {losses['unedited'][0]:.3f} -> {losses['chosen'][0]:.3f}" if "chosen" in losses else ""
     return (
         f"fitted {vector.card.method} for {vector.card.task} in {vector.card.seconds:.1f} s: vector {vector.id}, "
-        f"{len(vector.heads)} of {layers * heads} heads{loss} (without edit -> with it, on training queries), "
+        f"{vector.described()}{loss} (without edit -> with it, on training queries), "
         f"{session.forwards} forwards"
     )
