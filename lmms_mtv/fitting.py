@@ -138,11 +138,12 @@ class FitSession(Generic[P]):
     def _bar_options(self, description: str) -> dict[str, Any]:
         return {"desc": description, "disable": not self._progress, "dynamic_ncols": True, "leave": False}
 
-    def episodes(self, count: int, shots: int, purpose: str) -> list[Episode]:
+    def episodes(self, count: int, shots: int, purpose: str, unlike: Iterable[Episode] = ()) -> list[Episode]:
         """``count`` random queries, each with ``shots`` random demonstrations, the query never among them.
 
-        A query returns only after all others had their turn. Raises :class:`DataError` when the training split has
-        fewer than ``shots`` + 1 examples.
+        A query returns only after all others had their turn. Examples that are in ``unlike`` are no queries, if
+        ``count`` others are left. Raises :class:`DataError` when the training split has fewer than ``shots`` + 1
+        examples.
         """
         total, rng = len(self._examples), self.random(purpose)
         if total < shots + 1:
@@ -151,9 +152,12 @@ class FitSession(Generic[P]):
                 f"least {shots + 1}: pass fit_shots= (and shots=) of at most {max(total - 1, 0)}, or a larger split "
                 "with demonstrations="
             )
+        used = {index for episode in unlike for index in (episode.query, *episode.demonstrations)}
+        fresh = [index for index in range(total) if index not in used]
+        pool = fresh if len(fresh) >= count else range(total)
         queries: list[int] = []
         while len(queries) < count:
-            queries += rng.sample(range(total), min(total, count - len(queries)))
+            queries += rng.sample(pool, min(len(pool), count - len(queries)))
         made = []
         for query in queries:
             drawn = rng.sample(range(total - 1), shots)
@@ -185,6 +189,27 @@ class FitSession(Generic[P]):
         return (self._ranks.total(total) / len(episodes)).float()
 
     @torch.no_grad()
+    def answered_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> tuple[Tensor, Tensor]:
+        """Activations at the last token of each prompt, and at that of its query's target after it.
+
+        Both are float32 [N, L, H, D] for N ``episodes``, on the CPU; (H, D) is (1, width) in a ``stream`` other than
+        the heads. The target ends with what ends an answer in the prompt.
+        """
+        found = torch.zeros(2, len(episodes), *shape(self.sites, stream))
+        with self._ranks.together(), alone():
+            for index in self.bar(self._ranks.share(range(len(episodes))), "Extracting activations"):
+                prefill, target = self._prefill(episodes[index], whole=True)
+                self._verify(prefill, [stream])
+                # A forward runs the target without its last token, so the whole of it needs one more.
+                for which, following in enumerate((target[:1], [*target, target[-1]])):
+                    with record(self.sites, stream) as recording:
+                        prefill.forward(self._runner.model, self.sites, {}, following)
+                    found[which, index] = recording.last()[0].cpu()
+                    self.forwards += 1
+        before, after = self._ranks.total(found)
+        return before, after
+
+    @torch.no_grad()
     def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens = "first") -> Tensor:
         """Cross-entropy of the query's target under each of the K edits, float32 [K], on the CPU.
 
@@ -198,9 +223,7 @@ class FitSession(Generic[P]):
             prefill, target = self._prefill(episode, whole or not self._verified.issuperset(edits))
             if tokens == "first":
                 target = target[:1]
-            for stream in edits.keys() - self._verified:
-                verify(self._runner.model, self.sites, prefill.inputs, stream)
-                self._verified.add(stream)
+            self._verify(prefill, edits)
             compares = self._replays is None and not whole
             replays = self._compared(prefill, edits, target) if compares else bool(self._replays)
         if compares:
@@ -215,6 +238,13 @@ class FitSession(Generic[P]):
                 own = taken(edits, self._ranks.mine)
                 found[self._ranks.mine] = self._losses(prefill, own, target, whole).cpu()
         return self._ranks.total(found)
+
+    def mean_losses(
+        self, episodes: Sequence[Episode], edit: Edit | Edits, tokens: Tokens = "first", description: str = "Choosing"
+    ) -> Tensor:
+        """Mean over ``episodes`` of the losses of each edit, float32 [K] on the CPU."""
+        bar = self.bar(episodes, description)
+        return torch.stack([self.losses(episode, edit, tokens) for episode in bar]).mean(0)
 
     def _losses(self, prefill: Prefill, edits: Edits, target: list[int], whole: bool) -> Tensor:
         run = prefill.replay if self._replays and prefill.cache is not None and not whole else prefill.forward
@@ -260,6 +290,12 @@ class FitSession(Generic[P]):
         while len(self._prefills) > 1 and sum(kept.bytes for kept, _ in self._prefills.values()) > self._memory:
             self._prefills.popitem(last=False)
         return prefill, target
+
+    def _verify(self, prefill: Prefill, streams: Iterable[str]) -> None:
+        """Make sure, once in this session, of the places where ``streams`` run."""
+        for stream in sorted(set(streams) - self._verified):
+            verify(self._runner.model, self.sites, prefill.inputs, stream)
+            self._verified.add(stream)
 
     def _compared(self, prefill: Prefill, edits: Edits, target: list[int]) -> bool:
         """Whether replays equal full forwards on this model."""

@@ -14,6 +14,7 @@ import torch
 
 from lmms_mtv import methods
 from lmms_mtv.batches import BatchSize
+from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
@@ -105,6 +106,11 @@ class Vectors(Generic[P]):
         self._library = Library(Path(arguments.library) if arguments.library is not None else None)
         self._loaded = self._named(arguments.vector)
         self._heads = self._named(arguments.heads)
+        if self._heads is not None and HEADS not in self._heads.edits:
+            raise ArgumentError(
+                f"heads={arguments.heads} names a vector of {self._heads.card.method} ({self._heads.described()}): "
+                "name one that edits heads"
+            )
 
     def _named(self, reference: str | None) -> TaskVector | None:
         """The vector that an argument names, made sure to be of this model."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fitting import Episode, FitSession, Tokens
+from lmms_mtv.fitting import FitSession, Tokens
 from lmms_mtv.methods import Fitted
 from lmms_mtv.policy import reinforce
 from lmms_mtv.vector import HEADS, Edit
@@ -97,7 +97,7 @@ def select(session: FitSession[Any], config: Config, value: Tensor) -> tuple[Ten
     candidates = policy.sample(config.candidates, session.generator("candidates"), config.floor)
     # The empty mask comes along, to know the loss without any edit.
     judged = torch.cat([candidates, torch.zeros_like(candidates[:1])])
-    losses = mean_losses(session, judges, Edit.replace(value, judged), config.loss)
+    losses = session.mean_losses(judges, Edit.replace(value, judged), config.loss, "Choosing the final heads")
     best = int(losses[:-1].argmin())
     return candidates[best], {
         "policy": history,
@@ -106,9 +106,3 @@ def select(session: FitSession[Any], config: Config, value: Tensor) -> tuple[Ten
         "chosen": [losses[best].item()],
         "probabilities": policy.probabilities.flatten().tolist(),
     }
-
-
-def mean_losses(session: FitSession[Any], episodes: Sequence[Episode], edit: Edit, tokens: Tokens) -> Tensor:
-    """Mean over ``episodes`` of the losses of each edit, float32 [K] on the CPU."""
-    bar = session.bar(episodes, "Choosing the final heads")
-    return torch.stack([session.losses(episode, edit, tokens).cpu() for episode in bar]).mean(0)
