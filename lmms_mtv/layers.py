@@ -10,8 +10,10 @@ from torch import Tensor
 from lmms_mtv.vector import Edit
 
 
-def best_layer(losses: Callable[[Edit], Tensor], value: Tensor, keep: float) -> tuple[Edit, dict[str, list[float]]]:
-    """The edit ``keep * x + value`` of the layer where its loss is smallest.
+def best_layer(
+    losses: Callable[[Edit], Tensor], value: Tensor, keep: float, once: bool = False
+) -> tuple[Edit, dict[str, list[float]]]:
+    """The edit ``keep * x + value``, ``once`` or not, of the layer where its loss is smallest.
 
     ``value`` is float32 [L, 1, D]. ``losses`` gives the float [K] losses of a batch of K = L + 1 edits: of each layer
     alone, and of none. Returns the edit, whose values elsewhere are 0, and the losses by name: ``layers``,
@@ -19,10 +21,10 @@ def best_layer(losses: Callable[[Edit], Tensor], value: Tensor, keep: float) -> 
     """
     layers = len(value)
     alone = torch.cat([torch.eye(layers), torch.zeros(1, layers)]).unsqueeze(-1)
-    found = losses(Edit(value, 1 - (1 - keep) * alone, alone))
+    found = losses(Edit(value, 1 - (1 - keep) * alone, alone, once=once))
     best = int(found[:-1].argmin())
     chosen = alone[best]
-    edit = Edit(value * chosen.unsqueeze(-1), 1 - (1 - keep) * chosen, chosen.clone())
+    edit = Edit(value * chosen.unsqueeze(-1), 1 - (1 - keep) * chosen, chosen.clone(), once=once)
     return edit, {
         "layers": found[:-1].tolist(),
         "unedited": [found[-1].item()],

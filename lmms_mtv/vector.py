@@ -44,7 +44,7 @@ STREAMS: Final = (HEADS, ATTENTION, MLP, RESIDUAL)
 """What can be edited; names of the edits in :attr:`TaskVector.edits`."""
 
 _PARTS: Final = ("value", "keep", "gain")
-_FLAGS: Final = ("everywhere", "renormed")
+_FLAGS: Final = ("everywhere", "once", "renormed")
 
 Geometry = tuple[tuple[int, str, int, int], ...]
 """For each site: index of the block, name of the module, number of heads, size of a head."""
@@ -58,16 +58,18 @@ class Edit:
     stream other than the heads H is 1 and D the model's width. Each of the tensors may have a leading dimension K: then
     row k of a batch of K rows gets edit k.
 
-    The edit is at the last real position of each row, or ``everywhere``, at all positions. ``renormed`` scales x' to
-    the Euclidean norm of x, for each head (ICV, arXiv 2311.06668; LIVE, arXiv 2406.13185).
+    The edit is at the last real position of each row, or ``everywhere``, at all positions, or ``once``, at the last
+    token of the prompt and not at the tokens that follow it. ``renormed`` scales x' to the Euclidean norm of x, for
+    each head (ICV, arXiv 2311.06668; LIVE, arXiv 2406.13185).
 
-    Raises :class:`GeometryError` if the shapes do not belong together.
+    Raises :class:`GeometryError` if the shapes do not belong together, or if it is to be both everywhere and once.
     """
 
     value: Tensor
     keep: Tensor
     gain: Tensor
     everywhere: bool = False
+    once: bool = False
     renormed: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +82,8 @@ class Edit:
             raise GeometryError(f"value, keep and gain of an edit disagree in layers, heads or batch: {shapes}")
         if not all(t.is_floating_point() for t in (self.value, self.keep, self.gain)):
             raise GeometryError("value, keep and gain of an edit must be floating point")
+        if self.everywhere and self.once:
+            raise GeometryError("an edit is everywhere, or once, not both")
 
     @classmethod
     def replace(cls, value: Tensor, mask: Tensor) -> Edit:
@@ -101,12 +105,11 @@ class Edit:
 
     def taken(self, index: int | slice) -> Edit:
         """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
-        return Edit(
-            self.value[index] if self.value.dim() > 3 else self.value,
-            self.keep[index] if self.keep.dim() > 2 else self.keep,
-            self.gain[index] if self.gain.dim() > 2 else self.gain,
-            self.everywhere,
-            self.renormed,
+        return dataclasses.replace(
+            self,
+            value=self.value[index] if self.value.dim() > 3 else self.value,
+            keep=self.keep[index] if self.keep.dim() > 2 else self.keep,
+            gain=self.gain[index] if self.gain.dim() > 2 else self.gain,
         )
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vectors import card, vector
 
 from lmms_mtv import Edit, Episode, TaskVector, applied, combined, find_sites, record, verify
-from lmms_mtv.errors import DiscoveryError, GeometryError, VectorFileError
+from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, VectorFileError
 from lmms_mtv.hooks import ReplayError, capture, places, shape, written
 from lmms_mtv.library import page
 from lmms_mtv.vector import ATTENTION, HEADS, MLP, RESIDUAL, STREAMS, checksum
@@ -172,6 +172,65 @@ def test_a_batch_of_edits_gives_each_row_its_own():
             torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_an_edit_that_is_once_is_at_the_end_of_the_prompt_alone(tiny):
+    """Generated tokens are those of a full forward that is edited at the last prompt token and nowhere else."""
+    sites, inputs = find_sites(tiny.model), tiny.inputs([TEXTS[0]])
+    edits = {RESIDUAL: random_edit(shape(sites, RESIDUAL), once=True)}
+    never = [2, zoo.IMAGE, zoo.VISION_START, zoo.VISION_END]
+    options = {"max_new_tokens": 4, "suppress_tokens": never, "do_sample": False, "pad_token_id": 0}
+    with applied(sites, edits) as fired:
+        output = tiny.model.generate(**inputs, **options)
+    assert fired.count == 4
+    length = inputs["input_ids"].shape[1]
+    for new in range(1, 5):
+        longer = inputs | {"input_ids": output[:, : length + new - 1]}
+        longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+        longer.pop("position_ids", None)
+        longer |= tiny.kinds_of(longer["input_ids"])
+        expected = []
+        for place, layer in zip(places(sites, RESIDUAL), range(zoo.LAYERS), strict=True):
+
+            def write(_, args, output, layer=layer):
+                state, edit = first(output).clone(), edits[RESIDUAL]
+                at = state[:, length - 1]
+                state[:, length - 1] = edit.keep[layer] * at + edit.gain[layer] * edit.value[layer]
+                return (state, *output[1:]) if isinstance(output, tuple) else state
+
+            expected.append(place.module.register_forward_hook(write))
+        by_hand = tiny.model(**longer).logits[0, -1]
+        for handle in expected:
+            handle.remove()
+        with applied(sites, edits, tail=new):
+            scored = tiny.model(**longer).logits[0, -1]
+        torch.testing.assert_close(scored, by_hand, rtol=1e-4, atol=1e-4)
+        by_hand[never] = -torch.inf
+        assert by_hand.argmax() == output[0, length + new - 1]
+
+
+def test_the_end_of_a_prompt_is_found_in_tails_of_several_lengths():
+    tiny = zoo.build(zoo.llama)
+    sites, inputs = find_sites(tiny.model), tiny.inputs(TEXTS, "right")
+    edits = {MLP: random_edit(shape(sites, MLP), once=True)}
+    with applied(sites, edits, tail=torch.tensor([3, 1, 2])):
+        together = tiny.model(**inputs).logits
+    for row, (text, tail) in enumerate(zip(TEXTS, (3, 1, 2), strict=True)):
+        with applied(sites, edits, tail=tail):
+            alone = tiny.model(**tiny.inputs([text])).logits[0]
+        torch.testing.assert_close(together[row, : len(text)], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_that_goes_on_from_a_cache_does_not_tell_where_it_ends():
+    tiny = zoo.build(zoo.llama)
+    sites = find_sites(tiny.model)
+    cache = tiny.model(input_ids=torch.tensor([[5, 6, 7]])).past_key_values
+    edits = {MLP: random_edit(shape(sites, MLP), once=True)}
+    with pytest.raises(HookError, match="run prompts whole"), applied(sites, edits):
+        tiny.model(input_ids=torch.tensor([[8]]), past_key_values=cache)
+    assert zoo.hooks(tiny.model) == 0
+    with pytest.raises(GeometryError, match="not both"):
+        random_edit((3, 1, 32), once=True, everywhere=True)
+
+
 @pytest.mark.parametrize("stream", [HEADS, RESIDUAL])
 def test_a_renormed_edit_turns_and_keeps_the_norm(stream):
     """LIVE, arXiv 2406.13185: h' = (h + alpha v) ||h|| / ||h + alpha v||, for each head where it is one of heads."""
@@ -258,10 +317,14 @@ def test_what_heads_write_is_their_projection_without_the_bias(tiny):
 @pytest.mark.parametrize("tokens", ["first", "all"])
 def test_losses_of_a_stream_are_those_of_full_forwards(tokens):
     """Edits of the last positions are replayed, those of all positions are not; a session does both in any order."""
+    once = {RESIDUAL: True, MLP: False}
     tiny, episode = zoo.build(zoo.idefics3), Episode(3, (1, 2))
     sites = find_sites(tiny.model)
     last, whole = (
-        {s: random_edit(shape(sites, s), batch=b, everywhere=e) for s, b in ((MLP, None), (RESIDUAL, 2))}
+        {
+            s: random_edit(shape(sites, s), batch=b, everywhere=e, once=once[s] and not e)
+            for s, b in ((MLP, None), (RESIDUAL, 2))
+        }
         for e in (False, True)
     )
     for order in ((last, whole), (whole, last)):
@@ -307,14 +370,14 @@ class TestFiles:
         edits = {HEADS: vector().edits[HEADS], RESIDUAL: random_edit((2, 1, 8), **flags)}
         return TaskVector(edits, card(method="other"))
 
-    @pytest.mark.parametrize("flags", [{}, {"everywhere": True}, {"everywhere": True, "renormed": True}])
+    @pytest.mark.parametrize("flags", [{}, {"everywhere": True}, {"once": True, "renormed": True}])
     def test_streams_and_their_flags_come_back(self, tmp_path, flags):
         made = self.made(**flags)
         back = TaskVector.load(made.save(tmp_path / "v.safetensors"))
         assert back.edits.keys() == made.edits.keys()
         for name, edit in made.edits.items():
             assert all(torch.equal(getattr(edit, p), getattr(back.edits[name], p)) for p in ("value", "keep", "gain"))
-            assert (edit.everywhere, edit.renormed) == (back.edits[name].everywhere, back.edits[name].renormed)
+            assert all(getattr(edit, f) == getattr(back.edits[name], f) for f in ("everywhere", "once", "renormed"))
         assert back.id == made.id
         assert back.heads == vector().heads
 

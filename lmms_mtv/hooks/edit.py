@@ -77,7 +77,7 @@ def _hooked(sites: Sites, positions: Positions, hooks: Sequence[tuple[Place, Cha
 
 
 class Fired:
-    """How often the edit ran at each site, of one stream after the other."""
+    """How often the edit ran at each site, of one stream after the other, be it to let a token after a prompt pass."""
 
     def __init__(self, sites: int) -> None:
         self.by_site = [0] * sites
@@ -90,15 +90,22 @@ class Fired:
 
 @contextmanager
 def applied(
-    target: nn.Module | Sites, vector: TaskVector | Edits | Edit, *, tail: int | Tensor = 1, real: Tensor | None = None
+    target: nn.Module | Sites,
+    vector: TaskVector | Edits | Edit,
+    *,
+    tail: int | Tensor = 1,
+    real: Tensor | None = None,
+    resumed: bool = False,
 ) -> Iterator[Fired]:
     """Edit every forward inside the block at the last real position of each row.
 
     ``target`` is a model, or its sites; ``vector`` may also be edits by stream, or one edit of heads. A forward over a
     prompt is edited at the prompt's last token, each further forward at the token it generates. ``tail`` edits that
     many last real positions instead of one: a number, or an integer tensor with one for each row. Edits that are
-    ``everywhere`` are at all positions of all forwards. An edit with a leading dimension K needs batches of K rows.
-    ``real`` [rows, tokens], 1 for a real token, is for one padded forward that is not given an attention mask.
+    ``everywhere`` are at all positions of all forwards; those that are ``once`` let the forwards pass that go on from
+    the cache of a prompt, and of the tail take the first position. An edit with a leading dimension K needs batches of
+    K rows. ``real`` [rows, tokens], 1 for a real token, is for one padded forward that is not given an attention mask.
+    ``resumed`` says that the prompt itself goes on from a cache, as in a replay.
 
     Out of place: the activations that other modules hold are not touched. All is checked before anything is
     registered, and no hook is left after the block, also when it raises.
@@ -119,7 +126,7 @@ def applied(
                 f"an edit of {stream} of (layers, heads, size) {edit.shape} does not fit the model's "
                 f"{shape(sites, stream)}"
             )
-    fired, positions = Fired(len(sites) * len(edits)), Positions(tail, real)
+    fired, positions = Fired(len(sites) * len(edits)), Positions(tail, real, resumed)
     steps = [
         (place, edit, layer) for stream, edit in edits.items() for layer, place in enumerate(places(sites, stream))
     ]
@@ -148,7 +155,15 @@ def _editing(edit: Edit, layer: int, positions: Positions, fired: Fired, index: 
         y = torch.addcmul(shifts if shifts.dim() == 1 else shifts[row], x, keeps if keeps.dim() == 1 else keeps[row])
         return _rescaled(y, x, heads) if edit.renormed else y
 
-    def change(x: Tensor) -> Tensor:
+    def change(x: Tensor) -> Tensor | None:
+        fired.by_site[index] += 1
+        if edit.once and positions.follows:
+            if not positions.prompts:
+                raise HookError(
+                    "the first forward already went on from a cache, so that where the prompt ends is not known: run "
+                    "prompts whole"
+                )
+            return None
         rows, length = x.shape[:2]
         if edit.batch not in (None, rows):
             raise HookError(f"an edit of {edit.batch} rows met a batch of {rows} rows")
@@ -156,10 +171,9 @@ def _editing(edit: Edit, layer: int, positions: Positions, fired: Fired, index: 
             row = torch.arange(rows, device=x.device).repeat_interleave(length)
             edited = mixed(x.flatten(0, 1), row).view_as(x)
         else:
-            row, column = positions.of(x)
+            row, column = positions.of(x, first=edit.once)
             edited = x.clone()
             edited[row, column] = mixed(x[row, column], row)
-        fired.by_site[index] += 1
         return edited
 
     return change

@@ -84,7 +84,7 @@ class Prefill:
         if self.position_ids is not None:
             steps = torch.arange(len(target), device=self.position_ids.device)
             given["position_ids"] = (self.position_ids + steps).expand(*self.position_ids.shape[:-2], rows, len(target))
-        with applied(sites, edits, tail=len(target)):
+        with applied(sites, edits, tail=len(target), resumed=True):
             logits: Tensor = model(**given).logits
         return logits[:, -len(target) :].float()
 

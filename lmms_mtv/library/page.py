@@ -91,7 +91,7 @@ def _heads(vector: TaskVector) -> str:
 def _layers(vector: TaskVector, edit: Edit) -> str:
     layers = [vector.card.geometry[layer][0] for layer, _ in edit.heads]
     listed = f" (layers {', '.join(map(str, layers))})" if layers else ""
-    ways = ", at all positions" * edit.everywhere + ", norm kept" * edit.renormed
+    ways = ", at all positions" * edit.everywhere + ", at the prompt alone" * edit.once + ", norm kept" * edit.renormed
     return f"{len(layers)} of {len(vector.card.geometry)} layers{listed}{ways}"
 
 

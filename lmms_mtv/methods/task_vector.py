@@ -1,14 +1,12 @@
 """Task vectors (Hendel, Geva and Globerson 2023, arXiv 2310.15916).
 
 Stored: the hidden state after one block, at the last token of demonstrations and a query. Injected: it replaces the
-hidden state after that block, at the last prompt token and at every generated token. Trained: nothing; the layer is the
-one of the lowest loss among all, on training queries that no stored state comes from. Cost: ``iterations`` few-shot
+hidden state after that block, once, at the last token of the prompt. Trained: nothing; the layer is the one of the
+lowest loss among all, on training queries that no stored state comes from. Cost: ``iterations`` few-shot
 prefills, then one replay of the last token, of as many rows as there are layers, for each of ``examples`` queries.
 
-The choices that are ours: the loss instead of the accuracy chooses the layer; ``fit_shots`` as MTV has it; the state
-may be a mean over several prompts; and generated tokens are edited too, as by all methods here, while the paper answers
-with one token. A state that replaces that of every token tends to say the same token again, so that answers of several
-tokens suffer.
+The choices that are ours: the loss instead of the accuracy chooses the layer; ``fit_shots`` as MTV has it; and the
+state may be a mean over several prompts.
 """
 
 from __future__ import annotations
@@ -50,6 +48,9 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     value = session.mean_activations(prompts, RESIDUAL)
     queries = session.episodes(config.examples, session.shots, "selection", unlike=prompts)
     edit, losses = best_layer(
-        lambda edits: session.mean_losses(queries, {RESIDUAL: edits}, config.loss, "Choosing the layer"), value, keep=0
+        lambda edits: session.mean_losses(queries, {RESIDUAL: edits}, config.loss, "Choosing the layer"),
+        value,
+        keep=0,
+        once=True,
     )
     return Fitted({RESIDUAL: edit}, losses)
