@@ -255,9 +255,11 @@ class Vectors(Generic[P]):
 
 def _summary(vector: TaskVector, session: FitSession[Any]) -> str:
     losses: Mapping[str, Sequence[float]] = vector.card.losses
-    loss = f", loss {losses['unedited'][0]:.3f} -> {losses['chosen'][0]:.3f}" if "chosen" in losses else ""
+    loss = ""
+    if "chosen" in losses:
+        before, after = losses["unedited"][0], losses["chosen"][0]
+        loss = f", loss {before:.3f} -> {after:.3f} (without edit -> with it, on training queries)"
     return (
         f"fitted {vector.card.method} for {vector.card.task} in {vector.card.seconds:.1f} s: vector {vector.id}, "
-        f"{vector.described()}{loss} (without edit -> with it, on training queries), "
-        f"{session.forwards} forwards"
+        f"{vector.described()}{loss}, {session.forwards} forwards"
     )
