@@ -182,18 +182,21 @@ def _values(kept: Cell, made: Cell, library: Library, again: Library, tolerance:
         before, now = _loaded(kept, library), _loaded(made, again)
     except MtvError as error:
         return [Difference(str(kept.place), "vector", "a vector that loads", str(error))]
+    if before.edits.keys() != now.edits.keys():
+        what = f"streams of vector {before.id}"
+        return [Difference(str(kept.place), what, ", ".join(before.edits), ", ".join(now.edits))]
     found = []
     if before.heads != now.heads:
         both = len(set(before.heads) & set(now.heads))
         stored_heads, found_heads = f"{len(before.heads)} heads", f"{len(now.heads)} heads, {both} in common"
         found.append(Difference(str(kept.place), f"heads of vector {before.id}", stored_heads, found_heads))
-    gap = (before.edits[HEADS].value - now.edits[HEADS].value).abs().max().item()
-    scale = before.edits[HEADS].value.abs().max().item()
-    if gap > tolerance * scale:
-        what = f"values of vector {before.id}"
-        found.append(
-            Difference(str(kept.place), what, f"within {tolerance:g} of the largest", f"{gap / scale:.3g} off")
-        )
+    for stream, edit in before.edits.items():
+        gap = (edit.value - now.edits[stream].value).abs().max().item()
+        scale = edit.value.abs().max().item()
+        if gap > tolerance * scale:
+            what = f"values of vector {before.id}" + ("" if stream == HEADS else f" in {stream}")
+            off = f"{gap / scale:.3g} off" if scale else "not all 0"
+            found.append(Difference(str(kept.place), what, f"within {tolerance:g} of the largest", off))
     return found
 
 

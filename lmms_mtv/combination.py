@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -85,6 +86,8 @@ def _shares(vectors: Sequence[TaskVector], weights: Sequence[float] | None, any_
 def _sum(edits: Sequence[Edit], shares: Sequence[float]) -> Edit:
     if len({edit.shape for edit in edits}) > 1 or any(edit.batch is not None for edit in edits):
         raise GeometryError("edits of different shapes, or of batches, cannot be combined")
+    if len({(edit.everywhere, edit.once) for edit in edits}) > 1 or any(edit.renormed for edit in edits):
+        raise GeometryError("edits at different positions, or that keep norms, have no sum that is such an edit")
     device = edits[0].value.device
 
     def total(terms: Sequence[Tensor]) -> Tensor:
@@ -95,7 +98,7 @@ def _sum(edits: Sequence[Edit], shares: Sequence[float]) -> Edit:
     keep = total([keep for _, keep, _ in doubles])
     # Where gains cancel, values need not: a head has a gain if it has one in any edit.
     gain = torch.stack([share * gain for share, (_, _, gain) in zip(shares, doubles, strict=True)]).ne(0).any(0)
-    return Edit(value.float(), keep.float(), gain.float())
+    return dataclasses.replace(edits[0], value=value.float(), keep=keep.float(), gain=gain.float())
 
 
 def _agreed(cards: Sequence[VectorCard], name: str, otherwise: Any) -> Any:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from lmms_mtv.batches import BatchSize, alone
 from lmms_mtv.errors import DataError, HookError, NumericsError
-from lmms_mtv.hooks import Prefill, Sites, capture, record, verify
+from lmms_mtv.hooks import Prefill, Sites, capture, record, shape, verify
 from lmms_mtv.ranks import Ranks
-from lmms_mtv.vector import Edit
+from lmms_mtv.vector import HEADS, Edit, Edits, by_stream, rows_of, taken
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ P_co = TypeVar("P_co", covariant=True)
 P_contra = TypeVar("P_contra", contravariant=True)
 T = TypeVar("T")
 
-Run = Callable[[nn.Module, Sites, Edit, Sequence[int]], Tensor]
+Run = Callable[[nn.Module, Sites, Edits, Sequence[int]], Tensor]
 """How a prompt is run with edits: from its cache or whole."""
 
 Tokens = Literal["first", "all"]
@@ -36,10 +36,14 @@ Tokens = Literal["first", "all"]
 
 
 class Episode(NamedTuple):
-    """A training query and the demonstrations before it, as indices of training examples."""
+    """A training query and the demonstrations before it, as indices of training examples.
+
+    ``answers`` are the examples whose targets the demonstrations show, if not their own.
+    """
 
     query: int
     demonstrations: tuple[int, ...]
+    answers: tuple[int, ...] | None = None
 
 
 class Examples(Protocol[P_co]):
@@ -48,7 +52,10 @@ class Examples(Protocol[P_co]):
     def __len__(self) -> int: ...
 
     def prompt(self, episode: Episode) -> P_co:
-        """The prompt of an episode, with the query's target known to the runner."""
+        """The prompt of an episode, with the query's target known to the runner.
+
+        Raises :class:`DataError` for an episode with ``answers`` where targets cannot be exchanged.
+        """
         ...
 
 
@@ -105,6 +112,7 @@ class FitSession(Generic[P]):
         self._ranks = ranks or Ranks()
         self._prefills: OrderedDict[Episode, tuple[Prefill, list[int]]] = OrderedDict()
         self._replays: bool | None = None
+        self._verified: set[str] = set()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -136,12 +144,20 @@ class FitSession(Generic[P]):
     def _bar_options(self, description: str) -> dict[str, Any]:
         return {"desc": description, "disable": not self._progress, "dynamic_ncols": True, "leave": False}
 
-    def episodes(self, count: int, shots: int, purpose: str, pool: Sequence[int] | None = None) -> list[Episode]:
+    def episodes(
+        self,
+        count: int,
+        shots: int,
+        purpose: str,
+        pool: Sequence[int] | None = None,
+        unlike: Iterable[Episode] = (),
+    ) -> list[Episode]:
         """``count`` random queries, each with ``shots`` random demonstrations, the query never among them.
 
         A query returns only after all others had their turn. Demonstrations come from the training examples in
-        ``pool``, or from all of them. Raises :class:`DataError` when the training split has fewer than ``shots`` + 1
-        examples, or ``pool`` has fewer than ``shots`` beside the query.
+        ``pool``, or from all of them. Examples that are in ``unlike`` are no queries, if ``count`` others are left.
+        Raises :class:`DataError` when the training split has fewer than ``shots`` + 1 examples, or ``pool`` has fewer
+        than ``shots`` beside the query.
         """
         total, rng = len(self._examples), self.random(purpose)
         if total < shots + 1:
@@ -150,9 +166,12 @@ class FitSession(Generic[P]):
                 f"least {shots + 1}: pass fit_shots= (and shots=) of at most {max(total - 1, 0)}, or a larger split "
                 "with demonstrations="
             )
+        used = {index for episode in unlike for index in (episode.query, *episode.demonstrations)}
+        fresh = [index for index in range(total) if index not in used]
+        asked = fresh if len(fresh) >= count else range(total)
         queries: list[int] = []
         while len(queries) < count:
-            queries += rng.sample(range(total), min(total, count - len(queries)))
+            queries += rng.sample(asked, min(len(asked), count - len(queries)))
         made = []
         for query in queries:
             if pool is None:
@@ -169,16 +188,16 @@ class FitSession(Generic[P]):
         return made
 
     @torch.no_grad()
-    def mean_activations(self, episodes: Sequence[Episode]) -> Tensor:
+    def mean_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> Tensor:
         """Mean over ``episodes`` of each head's activation at the last token, float32 [L, H, D] on the CPU.
 
-        MTV, arXiv 2406.15334, section 3.1: ``mu_l = (1/T) sum_t z_l``.
+        MTV, arXiv 2406.15334, section 3.1: ``mu_l = (1/T) sum_t z_l``. Another ``stream`` gives [L, 1, width].
         """
-        total = torch.zeros(self.shape, dtype=torch.float64)
+        total = torch.zeros(shape(self.sites, stream), dtype=torch.float64)
         own = self._ranks.share(episodes)
 
         def extracted(batch: Sequence[Episode]) -> Tensor:
-            return self._activations(batch).to("cpu", torch.float64).sum(0)
+            return self._activations(batch, stream).to("cpu", torch.float64).sum(0)
 
         with self._ranks.together(), tqdm(total=len(own), **self._bar_options("Extracting activations")) as bar:
             for batch, rows in self._batch_size.over(own, extracted):
@@ -211,9 +230,9 @@ class FitSession(Generic[P]):
                 bar.update(len(batch))
         return self._ranks.total(found)
 
-    def _activations(self, batch: Sequence[Episode]) -> Tensor:
-        """Of each head at the last token of each prompt, float32 [prompts, L, H, D]."""
-        with record(self.sites, prompts_only=True) as recording:
+    def _activations(self, batch: Sequence[Episode], stream: str = HEADS) -> Tensor:
+        """Of each head at the last token of each prompt, float32 [prompts, L, H, D], or of a stream."""
+        with record(self.sites, stream, prompts_only=True) as recording:
             self._runner.run([self._examples.prompt(episode) for episode in batch])
         rows = recording.last()
         if rows.shape[0] != len(batch):
@@ -221,19 +240,45 @@ class FitSession(Generic[P]):
         return rows
 
     @torch.no_grad()
-    def losses(self, episode: Episode, edit: Edit, tokens: Tokens = "first") -> Tensor:
+    def answered_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> tuple[Tensor, Tensor]:
+        """Activations at the last token of each prompt, and at that of its query's target after it.
+
+        Both are float32 [N, L, H, D] for N ``episodes``, on the CPU; (H, D) is (1, width) in a ``stream`` other than
+        the heads. The target ends with what ends an answer in the prompt.
+        """
+        found = torch.zeros(2, len(episodes), *shape(self.sites, stream))
+        with self._ranks.together(), alone():
+            for index in self.bar(self._ranks.share(range(len(episodes))), "Extracting activations"):
+                prefill, target = self._prefill(episodes[index], whole=True)
+                self._verify(prefill, [stream])
+                # A forward runs the target without its last token, so the whole of it needs one more.
+                for which, following in enumerate((target[:1], [*target, target[-1]])):
+                    with record(self.sites, stream) as recording:
+                        prefill.forward(self._runner.model, self.sites, {}, following)
+                    found[which, index] = recording.last()[0].cpu()
+                    self.forwards += 1
+        before, after = self._ranks.total(found)
+        return before, after
+
+    @torch.no_grad()
+    def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens = "first") -> Tensor:
         """Cross-entropy of the query's target under each of the K edits, float32 [K], on the CPU.
 
-        ``tokens`` is ``first`` for the first target token, or ``all`` for the mean over all of them. The first call
-        compares one replay with full forwards; if they differ, this session uses full forwards and says so.
+        ``edit`` is of the heads, or edits by stream. ``tokens`` is ``first`` for the first target token, or ``all`` for
+        the mean over all of them. The first call compares one replay with full forwards; if they differ, this session
+        uses full forwards and says so. Edits of all positions always take full forwards, one for each of them.
         """
-        prefill, target = self._ready(episode, edit, tokens)
-        if edit.batch is None:
-            return self._losses(prefill, edit, target).cpu()
-        found = torch.zeros(edit.batch)
+        edits = by_stream(edit)
+        whole = any(each.everywhere for each in edits.values())
+        prefill, target = self._ready(episode, edits, tokens, whole)
+        rows = rows_of(edits)
+        if rows is None:
+            return self._losses(prefill, edits, target, whole).cpu()
+        found = torch.zeros(rows)
         with self._ranks.together():
-            if edit.batch > self._ranks.rank:
-                found[self._ranks.mine] = self._losses(prefill, edit.taken(self._ranks.mine), target).cpu()
+            if rows > self._ranks.rank:
+                own = taken(edits, self._ranks.mine)
+                found[self._ranks.mine] = self._losses(prefill, own, target, whole).cpu()
         return self._ranks.total(found)
 
     def loss_gradient(
@@ -249,21 +294,23 @@ class FitSession(Generic[P]):
         """
         mask = mask.detach()
         with torch.no_grad():
-            prefill, target = self._ready(episode, Edit.replace(value, mask), tokens)
+            prefill, target = self._ready(episode, by_stream(Edit.replace(value, mask)), tokens)
         losses, gradient = torch.zeros(len(mask)), torch.zeros(mask.shape)
         with self._ranks.together():
             if own := range(len(mask))[self._ranks.mine]:
                 losses[own], gradient[own] = self._loss_gradient(prefill, value, mask[own], target)
         return self._ranks.total(losses), self._ranks.total(gradient)
 
-    def _ready(self, episode: Episode, edit: Edit, tokens: Tokens) -> tuple[Prefill, list[int]]:
+    def _ready(self, episode: Episode, edits: Edits, tokens: Tokens, whole: bool = False) -> tuple[Prefill, list[int]]:
         """The prefill of ``episode`` and the tokens that count, when it is settled whether there are replays."""
         with self._ranks.together(), alone():
-            prefill, target = self._prefill(episode)
+            prefill, target = self._prefill(episode, whole or not self._verified.issuperset(edits))
             if tokens == "first":
                 target = target[:1]
-            replays = self._compared(prefill, edit, target) if self._replays is None else self._replays
-        if self._replays is None:
+            self._verify(prefill, edits)
+            compares = self._replays is None and not whole
+            replays = self._compared(prefill, edits, target) if compares else bool(self._replays)
+        if compares:
             # One rank that cannot replay is enough: all of them have to do the same.
             self._replays = self._ranks.total(torch.tensor(float(replays))).item() == self._ranks.count
         return prefill, target
@@ -289,34 +336,43 @@ class FitSession(Generic[P]):
         losses, gradients = zip(*found, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
-    def _losses(self, prefill: Prefill, edit: Edit, target: list[int]) -> Tensor:
-        run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
+    def mean_losses(
+        self, episodes: Sequence[Episode], edit: Edit | Edits, tokens: Tokens = "first", description: str = "Choosing"
+    ) -> Tensor:
+        """Mean over ``episodes`` of the losses of each edit, float32 [K] on the CPU."""
+        bar = self.bar(episodes, description)
+        return torch.stack([self.losses(episode, edit, tokens) for episode in bar]).mean(0)
+
+    def _losses(self, prefill: Prefill, edits: Edits, target: list[int], whole: bool) -> Tensor:
+        run = prefill.replay if self._replays and prefill.cache is not None and not whole else prefill.forward
         try:
-            parts = self._in_batches(run, prefill, edit, target)
+            parts = self._in_batches(run, prefill, edits, target)
             self.forwards += len(parts)
             return torch.cat(parts)
         except NumericsError:
             # Once more, to name the layer if it is one.
             with record(self.sites) as recording:
-                run(self._runner.model, self.sites, edit, target)
+                run(self._runner.model, self.sites, edits, target)
             recording.last()
             raise
 
-    def _in_batches(self, run: Run, prefill: Prefill, edit: Edit, target: list[int]) -> list[Tensor]:
-        """The losses of ``edit``, as many rows at a time as the memory takes."""
+    def _in_batches(self, run: Run, prefill: Prefill, edits: Edits, target: list[int]) -> list[Tensor]:
+        """The losses of ``edits``, as many rows at a time as the memory takes."""
 
         def of_rows(rows: Sequence[int]) -> Tensor:
-            part = edit.taken(slice(rows[0], rows[-1] + 1))
+            part = taken(edits, slice(rows[0], rows[-1] + 1))
             return _cross_entropy(run(self._runner.model, self.sites, part, target), target)
 
         # A replay copies the cache for each of its rows.
         limit = self._memory // max(prefill.bytes, 1)
-        return [found for _, found in self._replay_rows.over(range(edit.batch or 1), of_rows, limit)]
+        return [found for _, found in self._replay_rows.over(range(rows_of(edits) or 1), of_rows, limit)]
 
-    def _prefill(self, episode: Episode) -> tuple[Prefill, list[int]]:
-        if episode in self._prefills:
+    def _prefill(self, episode: Episode, whole: bool) -> tuple[Prefill, list[int]]:
+        """The prefilled prompt of an episode and its target; ``whole`` if more than its last token is to run again."""
+        kept = self._prefills.get(episode)
+        if kept is not None and not (whole and kept[0].tokens_only):
             self._prefills.move_to_end(episode)
-            return self._prefills[episode]
+            return kept
         prompt = self._examples.prompt(episode)
         target = self._runner.target_ids(prompt)
         if not target:
@@ -325,23 +381,27 @@ class FitSession(Generic[P]):
             self._runner.run([prompt])
         self.forwards += 1
         prefill = captured.prefill()
-        if self._replays and prefill.cache is not None:
+        if self._replays and prefill.cache is not None and not whole:
             prefill = prefill.without_media()
         self._prefills[episode] = prefill, target
         while len(self._prefills) > 1 and sum(kept.bytes for kept, _ in self._prefills.values()) > self._memory:
             self._prefills.popitem(last=False)
         return prefill, target
 
-    def _compared(self, prefill: Prefill, edit: Edit, target: list[int]) -> bool:
-        """Whether replays equal full forwards on this model; makes sure of the sites on the way."""
-        model = self._runner.model
-        verify(model, self.sites, prefill.inputs)
+    def _verify(self, prefill: Prefill, streams: Iterable[str]) -> None:
+        """Make sure, once in this session, of the places where ``streams`` run."""
+        for stream in sorted(set(streams) - self._verified):
+            verify(self._runner.model, self.sites, prefill.inputs, stream)
+            self._verified.add(stream)
+
+    def _compared(self, prefill: Prefill, edits: Edits, target: list[int]) -> bool:
+        """Whether replays equal full forwards on this model."""
         if prefill.cache is None:
             logger.warning("the cache of this model cannot be replayed: losses come from full forwards, more slowly")
             return False
-        full = torch.cat(self._in_batches(prefill.forward, prefill, edit, target))
-        replayed = torch.cat(self._in_batches(prefill.replay, prefill, edit, target))
-        parameter = next(model.parameters())
+        full = torch.cat(self._in_batches(prefill.forward, prefill, edits, target))
+        replayed = torch.cat(self._in_batches(prefill.replay, prefill, edits, target))
+        parameter = next(self._runner.model.parameters())
         tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
         gap = (full - replayed).abs().max().item()
         if gap > tolerance * (1 + full.abs().max().item()):

@@ -1,7 +1,8 @@
 """What is inserted into a model, and the record of where it comes from.
 
 The one primitive is ``x' = keep * x + gain * value``, for each attention head (DESIGN: MTV is ``keep`` 0 and ``gain``
-1 at the chosen heads; anything learned or scaled is another choice of the three tensors).
+1 at the chosen heads; anything learned or scaled is another choice of the three tensors). The other streams of a block
+take the same form, as if each were one head of the model's width.
 """
 
 from __future__ import annotations
@@ -28,7 +29,22 @@ SCHEMA: Final = 1
 """Version of the card's fields."""
 
 HEADS: Final = "heads"
-"""Name of the edit of the attention heads in :attr:`TaskVector.edits`."""
+"""Stream of the attention heads: the input of each block's attention output projection."""
+
+ATTENTION: Final = "attention"
+"""Stream of what self-attention adds to a block: the output of its module."""
+
+MLP: Final = "mlp"
+"""Stream of what the MLP adds to a block: the output of its module."""
+
+RESIDUAL: Final = "residual"
+"""Stream of the hidden state after each block."""
+
+STREAMS: Final = (HEADS, ATTENTION, MLP, RESIDUAL)
+"""What can be edited; names of the edits in :attr:`TaskVector.edits`."""
+
+_PARTS: Final = ("value", "keep", "gain")
+_FLAGS: Final = ("everywhere", "once", "renormed")
 
 Geometry = tuple[tuple[int, str, int, int], ...]
 """For each site: index of the block, name of the module, number of heads, size of a head."""
@@ -36,17 +52,25 @@ Geometry = tuple[tuple[int, str, int, int], ...]
 
 @dataclass(frozen=True)
 class Edit:
-    """``x' = keep * x + gain * value`` for the heads of all layers.
+    """``x' = keep * x + gain * value`` for the heads of all layers, or for another stream of them.
 
-    ``value`` is float32 [L, H, D], ``keep`` and ``gain`` are float32 [L, H]: L layers, H heads, D numbers a head.
-    Each of them may have a leading dimension K: then row k of a batch of K rows gets edit k.
+    ``value`` is float32 [L, H, D], ``keep`` and ``gain`` are float32 [L, H]: L layers, H heads, D numbers a head. In a
+    stream other than the heads H is 1 and D the model's width. Each of the tensors may have a leading dimension K: then
+    row k of a batch of K rows gets edit k.
 
-    Raises :class:`GeometryError` if the shapes do not belong together.
+    The edit is at the last real position of each row, or ``everywhere``, at all positions, or ``once``, at the last
+    token of the prompt and not at the tokens that follow it. ``renormed`` scales x' to the Euclidean norm of x, for
+    each head (ICV, arXiv 2311.06668; LIVE, arXiv 2406.13185).
+
+    Raises :class:`GeometryError` if the shapes do not belong together, or if it is to be both everywhere and once.
     """
 
     value: Tensor
     keep: Tensor
     gain: Tensor
+    everywhere: bool = False
+    once: bool = False
+    renormed: bool = False
 
     def __post_init__(self) -> None:
         shapes = [tuple(t.shape) for t in (self.value, self.keep, self.gain)]
@@ -58,6 +82,8 @@ class Edit:
             raise GeometryError(f"value, keep and gain of an edit disagree in layers, heads or batch: {shapes}")
         if not all(t.is_floating_point() for t in (self.value, self.keep, self.gain)):
             raise GeometryError("value, keep and gain of an edit must be floating point")
+        if self.everywhere and self.once:
+            raise GeometryError("an edit is everywhere, or once, not both")
 
     @classmethod
     def replace(cls, value: Tensor, mask: Tensor) -> Edit:
@@ -77,16 +103,13 @@ class Edit:
         leading = [t.shape[0] for t, plain in ((self.value, 3), (self.keep, 2), (self.gain, 2)) if t.dim() > plain]
         return leading[0] if leading else None
 
-    def row(self, index: int) -> Edit:
-        """Edit ``index`` of a batch of K; an edit without a batch is itself."""
-        return self.taken(index)
-
     def taken(self, index: int | slice) -> Edit:
         """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
-        return Edit(
-            self.value[index] if self.value.dim() > 3 else self.value,
-            self.keep[index] if self.keep.dim() > 2 else self.keep,
-            self.gain[index] if self.gain.dim() > 2 else self.gain,
+        return dataclasses.replace(
+            self,
+            value=self.value[index] if self.value.dim() > 3 else self.value,
+            keep=self.keep[index] if self.keep.dim() > 2 else self.keep,
+            gain=self.gain[index] if self.gain.dim() > 2 else self.gain,
         )
 
     @property
@@ -96,6 +119,33 @@ class Edit:
         while touched.dim() > 2:
             touched = touched.any(0)
         return tuple((layer, head) for layer, head in touched.nonzero().tolist())
+
+
+Edits = Mapping[str, Edit]
+"""Edits by the stream they belong to."""
+
+
+def by_stream(edits: Edit | Edits) -> Edits:
+    """``edits`` as a mapping; an edit alone is one of the heads.
+
+    Raises :class:`GeometryError` for a stream that there is not, and for edits that are for batches of different sizes.
+    """
+    found = {HEADS: edits} if isinstance(edits, Edit) else edits
+    if unknown := sorted(found.keys() - set(STREAMS)):
+        raise GeometryError(f"edits of {', '.join(unknown)}, expected streams among {', '.join(STREAMS)}")
+    if len(batches := {edit.batch for edit in found.values()} - {None}) > 1:
+        raise GeometryError(f"edits of several streams are for batches of {sorted(filter(None, batches))} rows")
+    return found
+
+
+def rows_of(edits: Edits) -> int | None:
+    """The K of a batch of K edits, or None for edits that are the same for every row."""
+    return next((edit.batch for edit in edits.values() if edit.batch is not None), None)
+
+
+def taken(edits: Edits, index: int | slice) -> Edits:
+    """Some of a batch of K edits, or one of them, in every stream."""
+    return {name: edit.taken(index) for name, edit in edits.items()}
 
 
 @dataclass(frozen=True)
@@ -210,10 +260,10 @@ class VectorCard:
 class TaskVector:
     """Edits by the stream they belong to, and the card that says where they come from.
 
-    ``edits`` holds one :class:`Edit` under :data:`HEADS`; it is empty for the method ``none``.
+    ``edits`` holds an :class:`Edit` under each of :data:`STREAMS` that is changed; it is empty for the method ``none``.
     """
 
-    edits: Mapping[str, Edit]
+    edits: Edits
     card: VectorCard
 
     @property
@@ -228,14 +278,27 @@ class TaskVector:
     @property
     def checksum(self) -> str:
         """SHA-256 of the tensors, without the card."""
-        return checksum("", self._tensors())
+        return checksum("", self.tensors())
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
+    def described(self) -> str:
+        """What is edited, in words: ``15 of 32 heads``, ``residual of 1 of 4 layers``."""
+        parts = []
+        for name, edit in self.edits.items():
+            layers, heads, _ = edit.shape
+            what = f"{layers * heads} heads" if name == HEADS else f"{layers} layers"
+            parts.append(("" if name == HEADS else f"{name} of ") + f"{len(edit.heads)} of {what}")
+        return ", ".join(parts) or "nothing"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file of this vector holds: float32, on the CPU, by name."""
+        parts = {
             f"{name}.{part}": getattr(edit, part).detach().to("cpu", torch.float32).contiguous()
             for name, edit in self.edits.items()
-            for part in ("value", "keep", "gain")
+            for part in _PARTS
         }
+        # Only what is set, so that a file without flags is what it was before there were any.
+        flags = (f"{name}.{flag}" for name, edit in self.edits.items() for flag in _FLAGS if getattr(edit, flag))
+        return parts | {flag: torch.ones(1) for flag in flags}
 
     def check(self, geometry: Geometry, model: str | None = None) -> None:
         """Raise :class:`GeometryError` unless the vector was made for these sites and, if given, for ``model``."""
@@ -249,8 +312,10 @@ class TaskVector:
                 f"vector {self.id} was fitted for {_described(self.card.geometry)}, this model has "
                 f"{_described(geometry)}: fit a vector for this model"
             )
-        for name, edit in self.edits.items():
-            expected = (len(geometry), *geometry[0][2:]) if geometry else (0, 0, 0)
+        for name, edit in by_stream(self.edits).items():
+            heads = geometry[0][2:] if geometry else (0, 0)
+            # The card does not tell the model's width: whoever has the model compares it.
+            expected = (len(geometry), *(heads if name == HEADS else (1, edit.shape[-1])))
             if edit.shape != expected:
                 raise GeometryError(
                     f"edit {name!r} of vector {self.id} has shape {edit.shape}, its card says {expected}"
@@ -258,7 +323,7 @@ class TaskVector:
 
     def content(self) -> bytes:
         """What :meth:`save` writes: safetensors with the card in its metadata. Raises :class:`NumericsError` on NaN."""
-        tensors = self._tensors()
+        tensors = self.tensors()
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
@@ -293,9 +358,13 @@ class TaskVector:
         if metadata.get("checksum") != checksum(metadata["card"], tensors):
             raise VectorFileError(f"{path} is not as it was saved (its checksum differs): fit the vector again")
         edits = {}
+        if extra := sorted(key for key in tensors if key.rpartition(".")[2] not in (*_PARTS, *_FLAGS)):
+            raise VectorFileError(f"{path} has tensors that this version does not know ({', '.join(extra)}): upgrade")
         for name in sorted({key.rpartition(".")[0] for key in tensors}):
+            flags = {flag: f"{name}.{flag}" in tensors for flag in _FLAGS}
             try:
-                edits[name] = Edit(*(tensors[f"{name}.{part}"] for part in ("value", "keep", "gain")))
+                value, keep, gain = (tensors[f"{name}.{part}"] for part in _PARTS)
+                edits[name] = Edit(value, keep, gain, **flags)
             except (KeyError, GeometryError) as error:
                 raise VectorFileError(f"the tensors of {path} are incomplete or do not fit: {error}") from None
             if not all(t.isfinite().all() for t in (edits[name].value, edits[name].keep, edits[name].gain)):

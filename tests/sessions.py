@@ -27,7 +27,9 @@ class TokenExamples:
         return self._count
 
     def prompt(self, episode: Episode) -> TokenPrompt:
-        text = [token for index in episode.demonstrations for token in (self._question(index), *self._target(index))]
+        answers = episode.demonstrations if episode.answers is None else episode.answers
+        shown = zip(episode.demonstrations, answers, strict=True)
+        text = [token for index, answer in shown for token in (self._question(index), *self._target(answer))]
         return TokenPrompt((*text, self._question(episode.query)), self._target(episode.query))
 
     def _question(self, index: int) -> int:

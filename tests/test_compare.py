@@ -20,7 +20,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_mtv import cells, check, cli, compare
 from lmms_mtv.cells import Cell
 from lmms_mtv.errors import ArgumentError, DataError, LibraryError
-from lmms_mtv.fitting import FitSession
+from lmms_mtv.fitting import Episode, FitSession
 from lmms_mtv.harness.bench import Bench
 from lmms_mtv.harness.plugin import register_tasks
 from lmms_mtv.harness.task import TaskPrompts
@@ -216,6 +216,14 @@ class TestWrong:
             assert before == same
             assert before.query == after.query
             assert all(a.target != b.target for a, b in zip(before.demonstrations, after.demonstrations, strict=True))
+
+    def test_an_episode_may_exchange_its_answers(self, task):
+        prompts = TaskPrompts(task, None)
+        plain, other = (prompts.prompt(Episode(5, (0, 1, 2), answers)) for answers in (None, (1, 2, 0)))
+        assert [d.messages for d in plain.demonstrations] == [d.messages for d in other.demonstrations]
+        first, second, third = (d.target for d in plain.demonstrations)
+        assert [d.target for d in other.demonstrations] == [second, third, first]
+        assert (plain.query, plain.target) == (other.query, other.target)
 
     def test_the_recipe_says_so(self, task):
         digests = {TaskPrompts(task, None, wrong=w, seed=s).digest() for w, s in ((0, 0), (0.2, 0), (0.4, 0), (0.4, 1))}

@@ -397,6 +397,17 @@ class TestBadInput:
     def test_wrong_values(self, wrong, named):
         self.refused(MtvError, named, f"pretrained=tiny,{wrong}")
 
+    def test_heads_of_a_vector_that_edits_none(self, tmp_path):
+        run = tmp_path / "run"
+        from lmms_eval.api.task import Task
+
+        Task.args = None
+        given = "method=task_vector,iterations=2,fit_shots=2,examples=2,reuse=False"
+        evaluate(f"pretrained=tiny,{given}", ["shapes_color_en"], cli_args=Arguments(run), limit=1)
+        (path,) = run.rglob("vector.safetensors")
+        assert set(TaskVector.load(path).edits) == {"residual"}
+        self.refused(ArgumentError, r"task_vector \(residual of 1 of 4 layers\)", f"pretrained=tiny,heads={path}")
+
     @pytest.fixture
     def saved(self, tmp_path) -> Path:
         evaluate_with = f"pretrained=tiny,{SHORT}"

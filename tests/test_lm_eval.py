@@ -474,6 +474,28 @@ class TestFits:
             one, two = text.prompt(episode), messages.prompt(episode)
             assert one.context == base.rendered(two)
             assert runner.target_ids(one) == base.target_ids(two)
+        with pytest.raises(DataError, match="corrupted=bare"):
+            text.prompt(Episode(3, (1, 2), (2, 1)))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"method": "function_vector", "corrupted": "bare", "effect_examples": 2, "top": 2},
+            {"method": "task_vector"},
+            {"method": "icv"},
+        ],
+        ids=lambda settings: settings["method"],
+    )
+    def test_methods_of_other_streams_change_answers_and_likelihoods(self, text_model, folder, settings):
+        fitting = {name: SHORT[name] for name in ("iterations", "fit_shots", "reuse")} | settings
+        if settings["method"] != "icv":
+            fitting["examples"] = 3
+        lm, answers = run(text_model, folder, ["answers", "arc"], **fitting)
+        _, plain = run(text_model, folder, ["answers", "arc"], method="none")
+        for name in ("own_answers", "own_arc"):
+            assert lm._record[name]["heads"] == []
+            assert lm._record[name]["method"] == settings["method"]
+            assert answers[name] != plain[name]
 
     def test_few_shot_prompts_are_counted(self, text_model, folder):
         lm, _ = run(text_model, folder, ["arc"], {"num_fewshot": 2}, **SHORT)

@@ -36,5 +36,5 @@ def run(given: argparse.Namespace) -> None:
     for place in bench.places():
         vector = bench.fit(place)
         if bench.leads:
-            heads = f"{len(vector.heads)} heads" if vector.edits else "nothing to fit"
-            sys.stdout.write(f"{place.task}, seed {place.seed}: {vector.card.method} {vector.id}, {heads}\n")
+            edited = vector.described() if vector.edits else "nothing to fit"
+            sys.stdout.write(f"{place.task}, seed {place.seed}: {vector.card.method} {vector.id}, {edited}\n")

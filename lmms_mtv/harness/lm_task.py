@@ -92,8 +92,14 @@ class LmPrompts:
     def prompt(self, episode: Episode) -> LmPrompt:
         """The prompt of a training query, with its target.
 
-        Raises :class:`DataError` if the task has no target, or names one that is none of its choices.
+        Raises :class:`DataError` if the task has no target, or names one that is none of its choices, and for an
+        episode with ``answers``.
         """
+        if episode.answers is not None:
+            raise DataError(
+                f"task {self.training.name} writes its demonstrations itself, so their answers cannot be exchanged: "
+                "pass corrupted=bare"
+            )
         documents = self.training.documents
         doc, shown = documents[episode.query], [documents[index] for index in episode.demonstrations]
         kind = self._task.OUTPUT_TYPE

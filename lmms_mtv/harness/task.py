@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,12 @@ class TaskPrompts:
         """The prompt of a training query, with its target."""
         query = self._demonstration("training", self.training.documents, episode.query)
         description = self._description(self.training.documents[episode.query])
-        return self._made(query.messages, description, episode.demonstrations, query.target)
+        prompt = self._made(query.messages, description, episode.demonstrations, query.target)
+        if episode.answers is None:
+            return prompt
+        targets = [self.training.target(self.training.documents[index]) for index in episode.answers]
+        shown = [Demonstration(d.messages, target) for d, target in zip(prompt.demonstrations, targets, strict=True)]
+        return dataclasses.replace(prompt, demonstrations=tuple(shown))
 
     def evaluation(self, doc_id: int, split: str, shots: int, seed: int) -> Prompt:
         """The prompt of an evaluated document after ``shots`` demonstrations.

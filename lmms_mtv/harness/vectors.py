@@ -14,6 +14,7 @@ import torch
 
 from lmms_mtv import methods
 from lmms_mtv.batches import BatchSize
+from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
@@ -105,6 +106,11 @@ class Vectors(Generic[P]):
         self._library = Library(Path(arguments.library) if arguments.library is not None else None)
         self._loaded = self._named(arguments.vector)
         self._heads = self._named(arguments.heads)
+        if self._heads is not None and HEADS not in self._heads.edits:
+            raise ArgumentError(
+                f"heads={arguments.heads} names a vector of {self._heads.card.method} ({self._heads.described()}): "
+                "name one that edits heads"
+            )
 
     def _named(self, reference: str | None) -> TaskVector | None:
         """The vector that an argument names, made sure to be of this model."""
@@ -205,7 +211,7 @@ class Vectors(Generic[P]):
         if self._leads:
             self._logger.info(
                 f"vector {found.id} for {found.card.task} is reused from {self._library.folder(recipe)}, "
-                f"{len(found.heads)} heads: pass reuse=False to fit it again"
+                f"{found.described()}: pass reuse=False to fit it again"
             )
             if older := {k: v for k, v in found.card.versions.items() if record.versions().get(k) != v}:
                 listed = ", ".join(f"{name} {version}" for name, version in older.items())
@@ -248,11 +254,12 @@ class Vectors(Generic[P]):
 
 
 def _summary(vector: TaskVector, session: FitSession[Any]) -> str:
-    layers, heads, _ = session.shape
     losses: Mapping[str, Sequence[float]] = vector.card.losses
-    loss = f", loss {losses['unedited'][0]:.3f} -> {losses['chosen'][0]:.3f}" if "chosen" in losses else ""
+    loss = ""
+    if "chosen" in losses:
+        before, after = losses["unedited"][0], losses["chosen"][0]
+        loss = f", loss {before:.3f} -> {after:.3f} (without edit -> with it, on training queries)"
     return (
         f"fitted {vector.card.method} for {vector.card.task} in {vector.card.seconds:.1f} s: vector {vector.id}, "
-        f"{len(vector.heads)} of {layers * heads} heads{loss} (without edit -> with it, on training queries), "
-        f"{session.forwards} forwards"
+        f"{vector.described()}{loss}, {session.forwards} forwards"
     )

@@ -1,12 +1,14 @@
-"""Finding the heads of a model, reading them, changing them, and replaying the last token of a prompt."""
+"""Finding the heads and other streams of a model, reading and changing them, and replaying a prompt's last token."""
 
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
 from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
+from lmms_mtv.hooks.streams import Place, places, shape, written
 from lmms_mtv.hooks.watch import Watch, watched
 
 __all__ = [
     "Fired",
+    "Place",
     "Prefill",
     "Recording",
     "ReplayError",
@@ -16,7 +18,10 @@ __all__ = [
     "applied",
     "capture",
     "find_sites",
+    "places",
     "record",
+    "shape",
     "verify",
     "watched",
+    "written",
 ]

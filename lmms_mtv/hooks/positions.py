@@ -59,20 +59,29 @@ class Positions:
     """The last real positions of the forward that is running, worked out once for all sites.
 
     ``real`` [rows, tokens], 1 for a real token, stands in for the attention mask of a padded forward that gets none.
+    ``resumed`` says that a cache holds the beginning of a prompt, and its end is in the forward.
     """
 
-    def __init__(self, tail: int | Tensor = 1, real: Tensor | None = None) -> None:
+    def __init__(self, tail: int | Tensor = 1, real: Tensor | None = None, resumed: bool = False) -> None:
         self._tail = tail
         self._real = real
+        self._resumed = resumed
         self._mask: Tensor | None = None
         self._outer: object = _UNKNOWN
         self._found: tuple[Tensor, Tensor] | None = None
         self._running = False
         self.continues = False
         """Whether the running forward goes on from tokens that are already in a cache."""
+        self.follows = False
+        """Whether it is over tokens that come after a prompt: it goes on from a cache that holds the whole prompt."""
+        self.prompts = 0
+        """How many forwards of prompts there were, from their beginning, or from where a replay takes them up."""
 
-    def of(self, activation: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns in ``activation``, which is [rows, length, width], on its device."""
+    def of(self, activation: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
+        """Rows and columns in ``activation``, which is [rows, length, width], on its device.
+
+        With ``first`` of the ``tail`` of each row only its first position, which is where the prompt ends.
+        """
         if not self._running:
             raise HookError(
                 "an attention site ran outside the decoder that was found, so that padding is not known: pass decoder= "
@@ -87,6 +96,10 @@ class Positions:
                 )
             self._found = last_real(self._mask if self._real is None else self._real, rows, length, self._tail)
         row, column = self._found
+        if first:
+            begins = torch.ones_like(row, dtype=torch.bool)
+            begins[1:] = row[1:] != row[:-1]
+            row, column = row[begins], column[begins]
         return row.to(activation.device), column.to(activation.device)
 
     @contextmanager
@@ -118,6 +131,8 @@ class Positions:
             self._found = None
             self._running = True
             self.continues = cached_tokens(cache_given(args, kwargs)) > 0
+            self.follows = self.continues and not self._resumed
+            self.prompts += not self.follows
 
         def after(*_: Any) -> None:
             self._running = False

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lmms_mtv.errors import HookError
 from lmms_mtv.hooks.edit import applied
 from lmms_mtv.hooks.sites import Sites
-from lmms_mtv.vector import Edit
+from lmms_mtv.vector import Edit, Edits, by_stream, rows_of, taken
 
 _OF_ONE_CALL = ("past_key_values", "cache_position", "use_cache", "logits_to_keep", "labels", "return_dict")
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
@@ -37,12 +37,14 @@ class Prefill:
 
     ``inputs`` are the arguments of the model's forward, ``cache`` the keys and values of the first n - 1 tokens
     (None if they could not be had), ``position_ids`` those of the last token, [..., 1, 1], or None if the model works
-    them out itself. All are on the model's devices.
+    them out itself. All are on the model's devices. ``tokens_only``: the inputs are those of replays, and the prompt
+    cannot run whole.
     """
 
     inputs: Mapping[str, Any]
     position_ids: Tensor | None
     cache: Any | None
+    tokens_only: bool = False
 
     @property
     def length(self) -> int:
@@ -58,17 +60,21 @@ class Prefill:
     def without_media(self) -> Prefill:
         """The same for replays alone: of the inputs only the tokens are kept, and the masks that belong to them."""
         kept = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
-        return dataclasses.replace(self, inputs=kept | self._views())
+        return dataclasses.replace(self, inputs=kept | self._views(), tokens_only=True)
 
-    def replay(self, model: nn.Module, sites: Sites, edit: Edit, target: Sequence[int]) -> Tensor:
+    def replay(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """Logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
 
         Returns float32 [K, len(target), vocabulary]. The edit is applied at the prompt's last token and at every
-        target token before the last, as in generation. Raises :class:`ReplayError` without a cache.
+        target token before the last, as in generation. Raises :class:`ReplayError` without a cache, and for an edit
+        that is everywhere.
         """
+        edits = by_stream(edit)
         if self.cache is None:
             raise ReplayError("this prompt has no cache to replay from")
-        rows = edit.batch or 1
+        if any(each.everywhere for each in edits.values()):
+            raise ReplayError("an edit of all positions changes what the cache holds: it needs full forwards")
+        rows = rows_of(edits) or 1
         ids = self._followed_by(target)[:, self.length - 1 :]
         given: dict[str, Any] = {
             "input_ids": ids.expand(rows, -1),
@@ -81,11 +87,11 @@ class Prefill:
         if self.position_ids is not None:
             steps = torch.arange(len(target), device=self.position_ids.device)
             given["position_ids"] = (self.position_ids + steps).expand(*self.position_ids.shape[:-2], rows, len(target))
-        with applied(sites, edit, tail=len(target)):
+        with applied(sites, edits, tail=len(target), resumed=True):
             logits: Tensor = model(**given).logits
         return logits[:, -len(target) :].float()
 
-    def forward(self, model: nn.Module, sites: Sites, edit: Edit, target: Sequence[int]) -> Tensor:
+    def forward(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """The same logits as :meth:`replay`, from a full forward of the prompt for each edit."""
         more = len(target) - 1
         given = dict(self.inputs) | {"input_ids": self._followed_by(target), "use_cache": False}
@@ -101,9 +107,9 @@ class Prefill:
                 given[name] = torch.cat([kinds, kinds.new_zeros(1, more)], 1)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = len(target)
-        logits = []
-        for row in range(edit.batch or 1):
-            with applied(sites, edit.row(row), tail=len(target)):
+        edits, logits = by_stream(edit), []
+        for row in range(rows_of(edits) or 1):
+            with applied(sites, taken(edits, row), tail=len(target)):
                 logits.append(model(**given).logits[:, -len(target) :].float())
         return torch.cat(logits)
 

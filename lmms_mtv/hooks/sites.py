@@ -23,20 +23,25 @@ _PROJECTION: Final = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "o"
 _HEAD_DIM: Final = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")
 _HEADS: Final = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _INPUT: Final = re.compile(r"(^|_)(q|k|v|qkv|query|key|value|attn|pack|kv)(_|$)|qkv", re.IGNORECASE)
-_CROSS: Final = re.compile(r"cross|enc(oder)?_?(dec|att)", re.IGNORECASE)
+CROSS: Final = re.compile(r"cross|enc(oder)?_?(dec|att)", re.IGNORECASE)
 _RECURRENT: Final = re.compile(r"conv1d|^A_log$|decay|slope")
 _HIDDEN: Final = ("hidden_size", "n_embd", "d_model")
 _BLOCKS: Final = ("decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 class Site(NamedTuple):
-    """One attention output projection: index of its block, dotted name, the module, its heads and their size."""
+    """One attention output projection: index of its block, dotted name, the module, its heads and their size.
+
+    ``attention`` is the module that has it and ``block`` the block that has that one, each with its dotted name.
+    """
 
     layer: int
     name: str
     module: nn.Module
     heads: int
     head_dim: int
+    attention: tuple[str, nn.Module]
+    block: tuple[str, nn.Module]
 
 
 class Sites(tuple[Site, ...]):
@@ -69,6 +74,17 @@ class Sites(tuple[Site, ...]):
     def shape(self) -> tuple[int, int, int]:
         """Layers, heads, size of a head."""
         return len(self), self[0].heads, self[0].head_dim
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states, which is that of what the output projections give.
+
+        Raises :class:`DiscoveryError` if neither they nor the configuration say it.
+        """
+        width = out_features(self[0].module) or _first_integer(_text_config(self.model), _HIDDEN)
+        if width is None:
+            raise DiscoveryError(f"{self[0].name} does not say how wide its output is: only its heads can be edited")
+        return width
 
 
 def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
@@ -107,8 +123,10 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
             )
         part_name, attention, projection = found[0]
         module = getattr(attention, projection)
-        full = ".".join(filter(None, (name, block_name, part_name, projection)))
-        sites.append(Site(layer, full, module, *_heads(attention, module, full)))
+        around = ".".join(filter(None, (name, block_name)))
+        inner = ".".join(filter(None, (around, part_name)))
+        full = f"{inner}.{projection}"
+        sites.append(Site(layer, full, module, *_heads(attention, module, full), (inner, attention), (around, block)))
     if not sites:
         raise DiscoveryError(f"no attention output projection in the blocks of {name or 'the model'}: pass decoder=")
     if skipped:
@@ -223,17 +241,18 @@ def _projection(name: str, module: nn.Module, hidden: int | None) -> str | None:
     children = dict(module.named_children())
     if "att" not in f"{own_name} {kind}".lower() or not any(map(_INPUT.search, children)):
         return None
-    if _CROSS.search(own_name) or "cross" in kind.lower():
+    if CROSS.search(own_name) or "cross" in kind.lower():
         return None
     if any(map(_RECURRENT.search, (*children, *module._parameters, *module._buffers))):
         return None
     for projection in _PROJECTION:
-        if projection in children and (hidden is None or _out_features(children[projection]) in (hidden, None)):
+        if projection in children and (hidden is None or out_features(children[projection]) in (hidden, None)):
             return projection
     return None
 
 
-def _out_features(module: nn.Module) -> int | None:
+def out_features(module: nn.Module) -> int | None:
+    """Width of a projection's output, or None where the module does not say it."""
     for attribute in ("out_features", "nf"):
         if isinstance(width := getattr(module, attribute, None), int):
             return width

@@ -250,12 +250,8 @@ def same_edits(one: TaskVector, other: TaskVector) -> bool:
     """Whether two vectors hold the very same numbers, in float32 as a file has them."""
     if one.edits.keys() != other.edits.keys():
         return False
-    pairs = (
-        (getattr(edit, part).detach().cpu().float(), getattr(other.edits[name], part).detach().cpu().float())
-        for name, edit in one.edits.items()
-        for part in ("value", "keep", "gain")
-    )
-    return all(torch.equal(left, right) for left, right in pairs)
+    left, right = one.tensors(), other.tensors()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def _moved(made: Path, folder: Path) -> None:

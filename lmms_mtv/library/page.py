@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Final
 
-from lmms_mtv.vector import TaskVector, VectorCard
+from lmms_mtv.vector import HEADS, Edit, TaskVector, VectorCard
 
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -20,11 +20,14 @@ def of(vector: TaskVector, repository: str | None = None) -> str:
     # Quoted, since a card may come from anyone and this line is there to be copied into a shell.
     arguments, task = shlex.quote(_line(f"pretrained={card.model},vector={wanted}")), shlex.quote(_line(card.task))
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts(vector))
+    heads = set(vector.edits) <= {HEADS}
+    what = "Activations that stand at some attention heads" if heads else "Changes of the hidden states"
+    # Only a vector of heads is one of that paper.
+    paper = "\n([Multimodal Task Vectors](https://arxiv.org/abs/2406.15334))" if heads else ""
     return f"""{_metadata(card)}
 # Task vector: {_cell(card.method)} for {_cell(card.task)}
 
-Activations that stand at some attention heads of {_code(card.model)} in place of demonstrations in the prompt
-([Multimodal Task Vectors](https://arxiv.org/abs/2406.15334)), made by lmms-mtv. No weight is changed.
+{what} of {_code(card.model)} in place of demonstrations in the prompt{paper}, made by lmms-mtv. No weight is changed.
 
 ```bash
 lmms-eval --model mtv --model_args {arguments} --tasks {task}
@@ -56,7 +59,8 @@ def facts(vector: TaskVector) -> list[tuple[str, str]]:
         ("shots in the prompt", str(card.shots)),
         ("seed", str(card.seed)),
         ("method", card.method),
-        ("edited heads", _heads(vector)),
+        *([("edited heads", _heads(vector))] if HEADS in vector.edits or not vector.edits else []),
+        *((f"edited {name}", _layers(vector, edit)) for name, edit in vector.edits.items() if name != HEADS),
         *((f"parent {name}", f"weight {weight:g}") for name, weight in card.parents.items()),
         *((f"loss, {name}", _loss(losses)) for name, losses in card.losses.items() if losses),
         *([("fitted in", f"{card.seconds:.1f} s")] if card.seconds else []),
@@ -82,6 +86,13 @@ def _heads(vector: TaskVector) -> str:
     listed = "; ".join(f"layer {layer}: {', '.join(map(str, heads))}" for layer, heads in layers.items())
     total = sum(heads for _, _, heads, _ in vector.card.geometry)
     return f"{len(vector.heads)} of {total}" + (f" ({listed})" if listed else "")
+
+
+def _layers(vector: TaskVector, edit: Edit) -> str:
+    layers = [vector.card.geometry[layer][0] for layer, _ in edit.heads]
+    listed = f" (layers {', '.join(map(str, layers))})" if layers else ""
+    ways = ", at all positions" * edit.everywhere + ", at the prompt alone" * edit.once + ", norm kept" * edit.renormed
+    return f"{len(layers)} of {len(vector.card.geometry)} layers{listed}{ways}"
 
 
 def _loss(losses: Sequence[float]) -> str:

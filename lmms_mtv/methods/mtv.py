@@ -157,7 +157,7 @@ def select(session: FitSession[Any], config: Config, value: Tensor) -> tuple[Ten
     candidates = _candidates(session, config, policy)
     # The empty mask comes along, to know the loss without any edit.
     judged = torch.cat([candidates, torch.zeros_like(candidates[:1])])
-    losses = mean_losses(session, judges, Edit.replace(value, judged), config.loss)
+    losses = session.mean_losses(judges, Edit.replace(value, judged), config.loss, "Choosing the final heads")
     best = int(losses[:-1].argmin())
     return candidates[best], {
         "policy": history,
@@ -209,9 +209,3 @@ def _candidates(session: FitSession[Any], config: Config, policy: Policy) -> Ten
             f"{policy.probabilities.max().item():.3g}: pass a lower one, or top_k="
         )
     return mask.unsqueeze(0)
-
-
-def mean_losses(session: FitSession[Any], episodes: Sequence[Episode], edit: Edit, tokens: Tokens) -> Tensor:
-    """Mean over ``episodes`` of the losses of each edit, float32 [K] on the CPU."""
-    bar = session.bar(episodes, "Choosing the final heads")
-    return torch.stack([session.losses(episode, edit, tokens).cpu() for episode in bar]).mean(0)

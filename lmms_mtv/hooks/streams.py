@@ -1,0 +1,125 @@
+"""Where each stream runs through the blocks: heads, self-attention, MLP, and the hidden state after the block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lmms_mtv.errors import DiscoveryError, HookError
+from lmms_mtv.hooks.sites import CROSS, Site, Sites
+from lmms_mtv.vector import ATTENTION, HEADS, MLP, RESIDUAL
+
+Change = Callable[[Tensor], Tensor | None]
+"""Sees a stream, [rows, tokens, heads * size], and gives what goes on in its place, or None to leave it."""
+
+
+class Place(NamedTuple):
+    """Where a stream runs through one block: as the input of a module, or else as its output, or the first of these."""
+
+    name: str
+    module: nn.Module
+    enters: bool
+    heads: int
+    size: int
+
+
+def places(sites: Sites, stream: str) -> tuple[Place, ...]:
+    """The places of ``stream``, one for each site.
+
+    Raises :class:`DiscoveryError` if the blocks have no module of their own for it.
+    """
+    if stream == HEADS:
+        return tuple(Place(site.name, site.module, True, site.heads, site.head_dim) for site in sites)
+    modules = [{ATTENTION: _attention, MLP: _mlp, RESIDUAL: _block}[stream](site) for site in sites]
+    found = tuple(Place(name, module, False, 1, sites.width) for name, module in modules)
+    if len({id(place.module) for place in found}) < len(found):
+        raise DiscoveryError(
+            f"blocks share the module of their {stream} ({found[0].name}, ...), whose runs cannot be told apart: "
+            "choose a method that edits another stream"
+        )
+    return found
+
+
+def shape(sites: Sites, stream: str) -> tuple[int, int, int]:
+    """Layers, heads, size of a head of ``stream``: (L, 1, width of the model) but for the heads."""
+    return sites.shape if stream == HEADS else (len(sites), 1, sites.width)
+
+
+def _attention(site: Site) -> tuple[str, nn.Module]:
+    return site.attention
+
+
+def _block(site: Site) -> tuple[str, nn.Module]:
+    return site.block
+
+
+def _mlp(site: Site) -> tuple[str, nn.Module]:
+    """The part of a block, other than attention, that has matrices: norms have none."""
+    around, block = site.block
+    found = [
+        (f"{around}.{name}", child)
+        for name, child in block.named_children()
+        if _has_matrix(child) and not CROSS.search(name) and site.attention[1] not in child.modules()
+    ]
+    if len(found) != 1:
+        listed = ", ".join(name for name, _ in found) or "none"
+        raise DiscoveryError(
+            f"{around} has no single module that is its MLP (candidates: {listed}): choose a method that edits another "
+            "stream"
+        )
+    return found[0]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(tensor.dim() > 1 for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
+
+
+@contextmanager
+def changing(place: Place, change: Change) -> Iterator[None]:
+    """Hand what runs through ``place`` inside the block to ``change``."""
+
+    def entering(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = change(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    def leaving(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first, *others = output if isinstance(output, tuple) else (output,)
+        if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[-1] != place.size:
+            found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+            raise HookError(
+                f"{place.name} gave {found}, expected a tensor of [rows, tokens, {place.size}]: choose a method that "
+                "edits another stream"
+            )
+        changed = change(first)
+        if changed is None:
+            return None
+        return (changed, *others) if isinstance(output, tuple) else changed
+
+    if place.enters:
+        handle = place.module.register_forward_pre_hook(entering)
+    else:
+        handle = place.module.register_forward_hook(leaving)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def written(sites: Sites, heads: Tensor) -> Tensor:
+    """What heads of the values ``heads`` [L, H, D] add to the hidden state: their projection without its bias.
+
+    Returns float32 [L, 1, width] on the CPU. Computed by the modules themselves, whatever their layout and weights.
+    """
+    parameter = next(tensor for tensor in sites.model.parameters() if tensor.is_floating_point())
+    rows = []
+    for site, value in zip(sites, heads, strict=True):
+        device = next((tensor.device for tensor in site.module.parameters()), parameter.device)
+        given = value.flatten().to(device, parameter.dtype)
+        both = site.module(torch.stack([given, torch.zeros_like(given)]).unsqueeze(1)).float()
+        rows.append((both[0] - both[1]).cpu())
+    return torch.stack(rows)

@@ -1,0 +1,99 @@
+"""Function vectors (Todd, Li, Sharma, Mueller, Wallace and Bau 2024, arXiv 2310.15213).
+
+Stored: the sum, over the ``top`` heads, of what each head's mean activation over few-shot prompts adds to the hidden
+state: the output projection of the head's slice, without the bias. The heads are those with the largest average
+indirect effect: how much more likely the first answer token gets when the head's mean replaces its activation, in
+prompts whose demonstrations do not tell the task. Injected: added to the hidden state after one block, at the last
+prompt token and at every generated token. Trained: nothing. Cost: ``iterations`` few-shot prefills; for each of
+``effect_examples`` prompts a replay of the last token of one row for each head of the model; for each of ``examples``
+queries one of a row for each layer.
+
+The choices that are ours: the layer is the one of the lowest loss among all, on training queries that the vector does
+not come from (about a third of the depth in the paper); the same prompts' demonstrations may be left out instead of
+shuffled, for tasks whose answers alone tell the task. Where a block normalises what attention adds (Gemma 2 and 3), the
+sum is of what comes before that norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.fitting import Episode, FitSession, Tokens
+from lmms_mtv.hooks import written
+from lmms_mtv.layers import best_layer
+from lmms_mtv.methods import Fitted
+from lmms_mtv.vector import RESIDUAL, Edit
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of function vectors.
+
+    The means are over ``iterations`` prompts of ``fit_shots`` demonstrations. Effects are averaged over
+    ``effect_examples`` prompts of as many demonstrations, which show each other's answers (``corrupted`` ``shuffled``),
+    or over bare queries (``bare``). ``top`` heads make the vector. ``examples`` training queries choose the layer, by
+    the ``loss`` of the ``first`` answer token or the mean over ``all``.
+    """
+
+    iterations: int = 100
+    fit_shots: int = 10
+    effect_examples: int = 25
+    corrupted: Literal["shuffled", "bare"] = "shuffled"
+    top: int = 10
+    examples: int = 32
+    loss: Tokens = "first"
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "effect_examples", "top", "examples"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.fit_shots < (2 if self.corrupted == "shuffled" else 0):
+            raise ArgumentError(
+                f"fit_shots={self.fit_shots}: shuffled answers need at least 2 demonstrations; pass corrupted=bare for "
+                "prompts without any"
+            )
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """The sum of what the heads with the largest effect add, and the layer after which to add it."""
+    prompts = session.episodes(config.iterations, config.fit_shots, "values")
+    means = session.mean_activations(prompts)
+    corrupted = _corrupted(session, config)
+    effects = _effects(session, means, corrupted)
+    # Heads of one model may be fewer than asked for.
+    chosen = torch.zeros(effects.numel())
+    chosen[effects.flatten().topk(min(config.top, effects.numel())).indices] = 1
+    vector = written(session.sites, means * chosen.view_as(effects).unsqueeze(-1)).sum(0)
+    queries = session.episodes(config.examples, session.shots, "selection", unlike=(*prompts, *corrupted))
+    edit, losses = best_layer(
+        lambda edits: session.mean_losses(queries, {RESIDUAL: edits}, config.loss, "Choosing the layer"),
+        vector.expand(len(session.sites), 1, -1),
+        keep=1,
+    )
+    return Fitted({RESIDUAL: edit}, losses | {"effects": effects.flatten().tolist()})
+
+
+def _corrupted(session: FitSession[Any], config: Config) -> list[Episode]:
+    """Prompts that do not say what the task is."""
+    if config.corrupted == "bare":
+        return session.episodes(config.effect_examples, 0, "effects")
+    rng = session.random("shuffled answers")
+    drawn = session.episodes(config.effect_examples, config.fit_shots, "effects")
+    return [episode._replace(answers=tuple(rng.sample(episode.demonstrations, config.fit_shots))) for episode in drawn]
+
+
+def _effects(session: FitSession[Any], means: Tensor, episodes: Sequence[Episode]) -> Tensor:
+    """How much each head's mean in its place adds to the probability of the first answer token, float32 [L, H]."""
+    layers, heads, _ = session.shape
+    each = torch.eye(layers * heads).view(-1, layers, heads)
+    # The empty mask comes along, to know the probability without any edit.
+    edit = Edit.replace(means, torch.cat([each, torch.zeros_like(each[:1])]))
+    bar = session.bar(episodes, "Measuring the effects of heads")
+    likely = torch.stack([(-session.losses(episode, edit)).exp() for episode in bar]).mean(0)
+    return (likely[:-1] - likely[-1]).view(layers, heads)

@@ -1,0 +1,58 @@
+"""In-context vectors (Liu, Ye, Xing and Zou 2024, arXiv 2311.06668).
+
+Stored: for each layer one direction, the first principal component of the differences that an answer makes to the
+hidden state of the last token, over training examples each on its own. Injected: added to the hidden state after every
+block, at all positions of all forwards, and the state scaled to the norm it had. Trained: nothing. Cost:
+``iterations`` prompts run three times. An evaluated forward is edited at every token of the prompt.
+
+The choices that are ours: the component is that of the differences themselves, which are not centred, and points the
+way of their mean; it is as long as the layer's hidden states are on average, so that ``strength`` is a share of them;
+and the last token with the answer is the last of what ends an answer in the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.fitting import FitSession
+from lmms_mtv.methods import Fitted
+from lmms_mtv.vector import RESIDUAL, Edit
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of in-context vectors.
+
+    ``iterations`` prompts of ``fit_shots`` demonstrations (the paper: 0) are run with and without their answers.
+    ``strength`` is how long the added vector is, as a share of the hidden states' mean norm.
+    """
+
+    iterations: int = 100
+    fit_shots: int = 0
+    strength: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.fit_shots < 0:
+            raise ArgumentError(f"iterations={self.iterations}, fit_shots={self.fit_shots}: expected at least 1 and 0")
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """The direction of the answers in each layer."""
+    prompts = session.episodes(config.iterations, config.fit_shots, "values")
+    before, after = session.answered_activations(prompts, RESIDUAL)
+    norms = before.norm(dim=-1, keepdim=True).mean(0)
+    value = norms * torch.stack([_direction(layer) for layer in (after - before).squeeze(2).unbind(1)]).unsqueeze(1)
+    ones = torch.ones(value.shape[:2])
+    return Fitted({RESIDUAL: Edit(value, ones, config.strength * ones, everywhere=True, renormed=True)})
+
+
+def _direction(differences: Tensor) -> Tensor:
+    """The unit vector [D] with the largest sum of squared products with ``differences`` [N, D], along their mean."""
+    component: Tensor = torch.linalg.svd(differences.double(), full_matrices=False).Vh[0]
+    along = differences.double().mean(0) @ component
+    return (component if along >= 0 else -component).float()

@@ -1,0 +1,56 @@
+"""Task vectors (Hendel, Geva and Globerson 2023, arXiv 2310.15916).
+
+Stored: the hidden state after one block, at the last token of demonstrations and a query. Injected: it replaces the
+hidden state after that block, once, at the last token of the prompt. Trained: nothing; the layer is the one of the
+lowest loss among all, on training queries that no stored state comes from. Cost: ``iterations`` few-shot
+prefills, then one replay of the last token, of as many rows as there are layers, for each of ``examples`` queries.
+
+The choices that are ours: the loss instead of the accuracy chooses the layer; ``fit_shots`` as MTV has it; and the
+state may be a mean over several prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.fitting import FitSession, Tokens
+from lmms_mtv.layers import best_layer
+from lmms_mtv.methods import Fitted
+from lmms_mtv.vector import RESIDUAL
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of task vectors.
+
+    The state is the mean over ``iterations`` prompts (the paper: 1) of ``fit_shots`` demonstrations. ``examples``
+    training queries choose the layer, by the ``loss`` of the ``first`` answer token or the mean over ``all``.
+    """
+
+    iterations: int = 1
+    fit_shots: int = 4
+    examples: int = 32
+    loss: Tokens = "first"
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.examples < 1 or self.fit_shots < 0:
+            raise ArgumentError(
+                f"iterations={self.iterations}, examples={self.examples}, fit_shots={self.fit_shots}: expected at "
+                "least 1, 1 and 0"
+            )
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """The hidden states of few-shot prompts, and the layer where they stand in best for demonstrations."""
+    prompts = session.episodes(config.iterations, config.fit_shots, "values")
+    value = session.mean_activations(prompts, RESIDUAL)
+    queries = session.episodes(config.examples, session.shots, "selection", unlike=prompts)
+    edit, losses = best_layer(
+        lambda edits: session.mean_losses(queries, {RESIDUAL: edits}, config.loss, "Choosing the layer"),
+        value,
+        keep=0,
+        once=True,
+    )
+    return Fitted({RESIDUAL: edit}, losses)
