@@ -41,6 +41,7 @@ def stored(folder: Path) -> list[Difference]:
     Raises :class:`ArgumentError` if there is no plan.
     """
     asked, library = plan.read(folder), Library(folder / VECTORS)
+    vectors = _paths(library)
     found: list[Difference] = []
     for place in asked.places():
         try:
@@ -54,7 +55,7 @@ def stored(folder: Path) -> list[Difference]:
         if dict(cell.arguments) != dict(asked.arms[place.arm]):
             found.append(Difference(str(place), "arguments", str(asked.arms[place.arm]), str(dict(cell.arguments))))
         if library.root.is_dir() and cell.vector is not None:
-            found += _of_vector(cell, library)
+            found += _of_vector(cell, vectors)
     known = {cells.path(folder, place) for place in asked.places()}
     for path in sorted(set(folder.glob(f"{cells.FOLDER}/*/*.json")) - known):
         found.append(Difference(str(path.relative_to(folder)), "cell", "no cell of the plan", "a file"))
@@ -83,10 +84,10 @@ def pages(folder: Path) -> list[Path]:
     return [page for page in near if page.is_file() and marks.count(page.read_text("utf-8"), page.parent, found)]
 
 
-def _of_vector(cell: Cell, library: Library) -> list[Difference]:
+def _of_vector(cell: Cell, vectors: Mapping[str, Path]) -> list[Difference]:
     vector = cell.vector or {}
     try:
-        loaded = _loaded(cell, library)
+        loaded = _loaded(cell, vectors)
     except MtvError as error:
         return [Difference(str(cell.place), f"vector {vector['id']}", "as it was fitted", str(error))]
     if loaded.checksum != vector["checksum"]:
@@ -94,10 +95,17 @@ def _of_vector(cell: Cell, library: Library) -> list[Difference]:
     return []
 
 
-def _loaded(cell: Cell, library: Library) -> TaskVector:
-    """The stored vector of a cell. Raises as :meth:`TaskVector.load` and :meth:`Library.resolve` do."""
-    assert cell.vector is not None
-    return TaskVector.load(library.resolve(cell.vector["id"]).path)
+def _paths(library: Library) -> dict[str, Path]:
+    """The files of a library by the ids of their vectors."""
+    return {entry.id: entry.path for entry in library.entries()}
+
+
+def _loaded(cell: Cell, vectors: Mapping[str, Path]) -> TaskVector:
+    """The stored vector of a cell. Raises :class:`DataError` if there is none, else as :meth:`TaskVector.load`."""
+    identity = (cell.vector or {}).get("id", "")
+    if identity not in vectors:
+        raise DataError(f"no vector {identity} that can be read: run lmms-mtv library verify")
+    return TaskVector.load(vectors[identity])
 
 
 def chosen(asked: Plan, count: int | None, seed: int) -> list[Place]:
@@ -179,7 +187,7 @@ def _samples(kept: Cell, made: Cell) -> list[Difference]:
 def _values(kept: Cell, made: Cell, library: Library, again: Library, tolerance: float) -> list[Difference]:
     """Whether the vector that was fitted again has the values and heads of the stored one."""
     try:
-        before, now = _loaded(kept, library), _loaded(made, again)
+        before, now = _loaded(kept, _paths(library)), _loaded(made, _paths(again))
     except MtvError as error:
         return [Difference(str(kept.place), "vector", "a vector that loads", str(error))]
     if before.edits.keys() != now.edits.keys():
