@@ -40,7 +40,7 @@ def test_the_wheel_has_tasks_and_checkpoint_and_nothing_else(wheel):
 
 def tracked(folder: str) -> list[Path]:
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", folder],
+        ["git", "ls-files", "--cached", folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
