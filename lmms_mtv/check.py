@@ -128,6 +128,7 @@ def rerun(
     if unknown := [place for place in places if place not in asked.places()]:
         raise ArgumentError(f"the results in {folder} have no cell {unknown[0]}")
     library = Library(folder / VECTORS)
+    vectors = _paths(library)
     if library.root.is_dir():
         # Arms may name vectors of other arms; what they fit themselves is fitted again.
         shutil.copytree(library.root, scratch, dirs_exist_ok=True)
@@ -140,7 +141,7 @@ def rerun(
         if made is not None and kept is not None:
             found += _between(kept, made[0], asked)
             if kept.vector is not None and library.root.is_dir():
-                found += _values(kept, made[0], library, again, asked.tolerance.get("values", 0.0))
+                found += _values(kept, made[0], vectors, again, asked.tolerance.get("values", 0.0))
     return found
 
 
@@ -184,10 +185,10 @@ def _samples(kept: Cell, made: Cell) -> list[Difference]:
     return changed[:SHOWN] + rest
 
 
-def _values(kept: Cell, made: Cell, library: Library, again: Library, tolerance: float) -> list[Difference]:
+def _values(kept: Cell, made: Cell, vectors: Mapping[str, Path], again: Library, tolerance: float) -> list[Difference]:
     """Whether the vector that was fitted again has the values and heads of the stored one."""
     try:
-        before, now = _loaded(kept, _paths(library)), _loaded(made, _paths(again))
+        before, now = _loaded(kept, vectors), _loaded(made, _paths(again))
     except MtvError as error:
         return [Difference(str(kept.place), "vector", "a vector that loads", str(error))]
     if before.edits.keys() != now.edits.keys():
@@ -210,14 +211,7 @@ def _values(kept: Cell, made: Cell, library: Library, again: Library, tolerance:
 
 def _given(settings: Mapping[str, Any]) -> object:
     """The settings but for those that are None, as a method may get another one later."""
-    return _listed({name: value for name, value in settings.items() if value is not None})
-
-
-def _listed(value: object) -> object:
-    """``value`` as JSON gives it back: tuples are lists there."""
-    if isinstance(value, dict):
-        return {key: _listed(inner) for key, inner in value.items()}
-    return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value
+    return plan.plain({name: value for name, value in settings.items() if value is not None})
 
 
 def table(differences: Sequence[Difference]) -> str:

@@ -114,7 +114,7 @@ class Plan:
     def write(self, folder: Path) -> None:
         """Write ``plan.yaml`` into ``folder``."""
         content = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {}, [])}
-        text = yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True, width=120)
+        text = yaml.safe_dump(plain(content), sort_keys=False, allow_unicode=True, width=120)
         files.write(folder / FILE, text.encode())
 
 
@@ -155,7 +155,8 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() or c in "._" else " " for c in name).split())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` as YAML and JSON give it back: mappings are dicts, and tuples are lists."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value

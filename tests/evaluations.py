@@ -29,15 +29,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(*arguments: str, folder: Path, processes: int = 1) -> str:
-    """``lmms-eval ARGUMENTS`` in ``folder``, alone or started by accelerate; what it wrote, once it went well."""
-    start = ["-m", "lmms_eval", *arguments]
+def launcher(processes: int) -> list[str]:
+    """The beginning of a command that runs a module, alone or in several processes started by accelerate."""
+    start = [sys.executable, "-m"]
     if processes > 1:
         # With --cpu, accelerate starts a single process, whatever --num_processes says.
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        start = [*launcher, "--main_process_port", str(free_port()), *start]
+        start += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        start += ["--main_process_port", str(free_port()), "-m"]
+    return start
+
+
+def command(*arguments: str, folder: Path, processes: int = 1) -> str:
+    """``lmms-eval ARGUMENTS`` in ``folder``, alone or started by accelerate; what it wrote, once it went well."""
     done = subprocess.run(
-        [sys.executable, *start],
+        [*launcher(processes), "lmms_eval", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,18 +10,9 @@ import numpy as np
 
 from lmms_mtv import cells
 from lmms_mtv.cells import Cell
+from lmms_mtv.commands.compare import ARMS
 from lmms_mtv.plan import Place, Plan
 
-ARMS: dict[str, dict[str, Any]] = {
-    "zero-shot": {"method": "none"},
-    "1-shot": {"method": "none", "shots": 1},
-    "2-shot": {"method": "none", "shots": 2},
-    "4-shot": {"method": "none", "shots": 4},
-    "8-shot": {"method": "none", "shots": 8},
-    "random heads": {"method": "random"},
-    "MTV": {"method": "mtv"},
-    "MTV + 1-shot": {"method": "mtv", "shots": 1},
-}
 CHANCE = {"zero-shot": 0.12, "random heads": 0.09, "1-shot": 0.80, "2-shot": 0.88, "4-shot": 0.94, "8-shot": 0.96}
 TASKS = [*(f"shapes_{what}_{of}" for what in ("background", "color", "position", "shape") for of in ("en", "es"))]
 TASKS += ["shapes_phrase_en"]

@@ -399,12 +399,8 @@ class TestCheck:
 
 
 def command(*arguments: str, processes: int = 1) -> str:
-    launch = ["-m"]
-    if processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        launch += ["--main_process_port", str(evaluations.free_port()), "-m"]
     done = subprocess.run(
-        [sys.executable, *launch, "lmms_mtv", *arguments],
+        [*evaluations.launcher(processes), "lmms_mtv", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

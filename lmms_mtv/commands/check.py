@@ -31,8 +31,10 @@ def run(given: argparse.Namespace) -> None:
 
     asked = plan.read(given.results)
     differences = check.stored(given.results)
+    pages: list[Path] = []
     if not differences:
-        differences += check.tables(given.results, check.pages(given.results))
+        pages = check.pages(given.results)
+        differences += check.tables(given.results, pages)
     places = [] if given.stored or differences else check.chosen(asked, given.cells, given.seed)
 
     def load(asked: plan.Plan, library: Path) -> compare.Bench:
@@ -46,6 +48,6 @@ def run(given: argparse.Namespace) -> None:
     if differences:
         sys.stdout.write(check.table(differences) + "\n")
         raise ResultsError(f"{given.results}: {len(differences)} differences, see the table")
-    tables = ", ".join(str(page) for page in check.pages(given.results)) or "no page has tables of them"
+    tables = ", ".join(map(str, pages)) or "no page has tables of them"
     again = f", {len(places)} run again and the same within {dict(asked.tolerance)}" if places else ""
     sys.stdout.write(f"{given.results}: {len(asked.places())} cells as they were measured{again}; tables: {tables}\n")

@@ -35,12 +35,6 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="a YAML file, or a folder of results")
     parser.add_argument("--output", required=True, type=Path, help="folder of results")
-    add_flags(parser)
-    parser.set_defaults(run=run)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that stand for a plan, or change one."""
     parser.add_argument("--model_args", type=pairs, default={}, metavar="KEY=VALUE,...", help="of all arms")
     parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="TASK,...", help="tasks or groups")
     parser.add_argument(
@@ -53,6 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
     parser.add_argument("--batch_size", type=yaml.safe_load, metavar="ROWS", help="a number, or auto")
     parser.add_argument("--limit", type=int, metavar="N", help="documents of each task")
+    parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> None:

@@ -72,11 +72,10 @@ class Mtv(lmms):  # type: ignore[misc]
 
         Raises :class:`ArgumentError` for an argument of the base, which is loaded already, or an unknown one.
         """
-        self.check(given)
+        arguments, method, settings, _ = self._divided(given)
         arm = Mtv.__new__(Mtv)
         super(Mtv, arm).__init__()
         arm._given, arm._known, arm._pretrained = {**self._given, **given}, self._known, self._pretrained
-        arguments, method, settings, _ = divide(arm._given, self._known)
         checked(arguments)
         arm._begin(arguments, method, settings, self._base, self._sites)
         return arm
@@ -98,13 +97,17 @@ class Mtv(lmms):  # type: ignore[misc]
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Raise :class:`ArgumentError` unless :meth:`arm` could be made with ``given``."""
+        self._divided(given)
+
+    def _divided(self, given: Mapping[str, Any]) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
+        """What :func:`divide` makes of ``given`` beside the arguments that this model was made with."""
         if fixed := sorted(key for key in given if key in self._known or key in ("base", "decoder")):
             raise ArgumentError(f"{', '.join(fixed)}: one model is loaded for all arms, so this belongs to the model")
-        divide({**self._given, **given}, self._known)
+        return divide({**self._given, **given}, self._known)
 
-    def fit(self, task: Any, output: str | None = None) -> TaskVector:
+    def fit(self, task: Any) -> TaskVector:
         """The vector of a task of the harness, fitted or reused, without evaluating."""
-        return self._vectors.of(self._prompts(task), self._shots(task), self._folder(output) if output else None)
+        return self._vectors.of(self._prompts(task), self._shots(task), None)
 
     def _prompts(self, task: Any) -> TaskPrompts:
         wrapped, given = isinstance(self._base, Wrapped), self._arguments

@@ -14,7 +14,7 @@ import torch
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fitting import FitSession
 from lmms_mtv.methods import Fitted, mtv
-from lmms_mtv.vector import HEADS, Edit
+from lmms_mtv.vector import HEADS
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,4 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     inside, outside = drawn[mask[drawn]], drawn[~mask[drawn]]
     mask[inside[: round(config.drop * len(inside))]] = False
     mask[outside[: round(config.add * len(inside))]] = True
-    # The losses of MTV's own masks are not those of these heads.
-    losses = {name: fitted.losses[name] for name in ("policy", "probabilities", "unedited") if name in fitted.losses}
-    return Fitted({HEADS: Edit.replace(edit.value, mask.view(edit.gain.shape))}, losses)
+    return mtv.reselected(fitted, mask.view(edit.gain.shape))

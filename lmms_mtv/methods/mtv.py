@@ -140,6 +140,15 @@ def pool(session: FitSession[Any], config: Config) -> list[int] | None:
     return sorted(facility.greedy(session.embeddings(), config.diverse))
 
 
+def reselected(fitted: Fitted, mask: Tensor) -> Fitted:
+    """A fit with the values it has at the heads of another ``mask`` [L, H], as controls need it.
+
+    The losses of MTV's own masks are left out: they are not those of these heads.
+    """
+    kept = {name: fitted.losses[name] for name in ("policy", "probabilities", "unedited") if name in fitted.losses}
+    return Fitted({HEADS: Edit.replace(fitted.edits[HEADS].value, mask)}, kept)
+
+
 def _given(heads: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Tensor:
     mask = torch.zeros(shape, dtype=torch.bool)
     for layer, head in heads:

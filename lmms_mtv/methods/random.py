@@ -12,7 +12,7 @@ import torch
 
 from lmms_mtv.fitting import FitSession
 from lmms_mtv.methods import Fitted, mtv
-from lmms_mtv.vector import HEADS, Edit
+from lmms_mtv.vector import HEADS
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,4 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     fitted = mtv.fit(session, config)
     edit, generator = fitted.edits[HEADS], session.generator("random heads")
     drawn = torch.stack([layer[torch.randperm(len(layer), generator=generator)] for layer in edit.gain])
-    # The losses of MTV's own masks are not those of these heads.
-    losses = {name: fitted.losses[name] for name in ("policy", "probabilities", "unedited") if name in fitted.losses}
-    return Fitted({HEADS: Edit.replace(edit.value, drawn)}, losses)
+    return mtv.reselected(fitted, drawn)
