@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import random
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from random import Random
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -17,7 +16,8 @@ from tqdm import tqdm
 
 from lmms_mtv.batches import BatchSize, alone
 from lmms_mtv.errors import DataError, HookError, NumericsError
-from lmms_mtv.hooks import Prefill, Sites, capture, record, shape, verify
+from lmms_mtv.hooks import Prefill, Sites, applied, capture, checkpointed, record, shape, verify
+from lmms_mtv.kept import Kept
 from lmms_mtv.ranks import Ranks
 from lmms_mtv.vector import HEADS, Edit, Edits, by_stream, rows_of, taken
 
@@ -44,6 +44,18 @@ class Episode(NamedTuple):
     query: int
     demonstrations: tuple[int, ...]
     answers: tuple[int, ...] | None = None
+
+
+class Answer(NamedTuple):
+    """What a model makes of a query's target, T tokens of it.
+
+    ``logits`` is float32 [T, vocabulary], and predicts ``target``, int64 [T]. ``states`` are float32 [T, L, H, D], of a
+    stream at the positions that predict them, or None if no stream was asked for.
+    """
+
+    logits: Tensor
+    target: Tensor
+    states: Tensor | None = None
 
 
 class Examples(Protocol[P_co]):
@@ -79,7 +91,8 @@ class FitSession(Generic[P]):
 
     ``shots`` is the number of demonstrations in the prompts that the vector will be used with: losses are of such
     prompts. ``batch_size`` is the rows of an extracting forward. ``memory`` is how many bytes of prefilled prompts
-    are kept, and how many the copies of one may take in a replay. ``ranks`` are the processes that fit together, each
+    are kept (of prompts and answers that are learned from, half of it each), and how many the copies of one may take in
+    a replay. ``ranks`` are the processes that fit together, each
     with a session of its own: prompts and edits are shared out among them, and all get the same results. All
     randomness comes from ``seed`` and the purpose it is drawn for, so that nothing depends on the order of calls, on
     ``batch_size`` or on ``ranks``.
@@ -110,7 +123,9 @@ class FitSession(Generic[P]):
         self._memory = memory
         self._progress = progress
         self._ranks = ranks or Ranks()
-        self._prefills: OrderedDict[Episode, tuple[Prefill, list[int]]] = OrderedDict()
+        self._prefills: Kept[Episode, tuple[Prefill, list[int]]] = Kept(memory)
+        self._learners: Kept[Episode, tuple[Prefill, list[int]]] = Kept(memory // 2)
+        self._answers: Kept[tuple[Episode, Tokens, str | None], Answer] = Kept(memory // 2)
         self._replays: bool | None = None
         self._verified: set[str] = set()
 
@@ -129,9 +144,9 @@ class FitSession(Generic[P]):
         """Whether losses come from replays; None before the first loss."""
         return self._replays
 
-    def random(self, purpose: str) -> random.Random:
+    def random(self, purpose: str) -> Random:
         """A generator for ``purpose``, independent of all others."""
-        return random.Random(f"{self.seed}/{purpose}")
+        return Random(f"{self.seed}/{purpose}")
 
     def generator(self, purpose: str) -> torch.Generator:
         """The same for torch, on the CPU."""
@@ -160,12 +175,7 @@ class FitSession(Generic[P]):
         than ``shots`` beside the query.
         """
         total, rng = len(self._examples), self.random(purpose)
-        if total < shots + 1:
-            raise DataError(
-                f"the training split has {total} examples, but prompts of {shots} demonstrations and a query need at "
-                f"least {shots + 1}: pass fit_shots= (and shots=) of at most {max(total - 1, 0)}, or a larger split "
-                "with demonstrations="
-            )
+        self._check_enough(shots)
         used = {index for episode in unlike for index in (episode.query, *episode.demonstrations)}
         fresh = [index for index in range(total) if index not in used]
         asked = fresh if len(fresh) >= count else range(total)
@@ -175,8 +185,7 @@ class FitSession(Generic[P]):
         made = []
         for query in queries:
             if pool is None:
-                drawn = rng.sample(range(total - 1), shots)
-                made.append(Episode(query, tuple(index + (index >= query) for index in drawn)))
+                made.append(self._drawn(query, shots, rng))
                 continue
             others = [index for index in pool if index != query]
             if len(others) < shots:
@@ -186,6 +195,28 @@ class FitSession(Generic[P]):
                 )
             made.append(Episode(query, tuple(rng.sample(others, shots))))
         return made
+
+    def redrawn(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
+        """The queries of ``episodes``, each with ``shots`` random demonstrations instead of its own.
+
+        Raises :class:`DataError` when the training split has fewer than ``shots`` + 1 examples.
+        """
+        rng = self.random(purpose)
+        self._check_enough(shots)
+        return [self._drawn(episode.query, shots, rng) for episode in episodes]
+
+    def _drawn(self, query: int, shots: int, rng: Random) -> Episode:
+        """An episode whose demonstrations may be any example but the query."""
+        drawn = rng.sample(range(len(self._examples) - 1), shots)
+        return Episode(query, tuple(index + (index >= query) for index in drawn))
+
+    def _check_enough(self, shots: int) -> None:
+        if (total := len(self._examples)) < shots + 1:
+            raise DataError(
+                f"the training split has {total} examples, but prompts of {shots} demonstrations and a query need at "
+                f"least {shots + 1}: pass fit_shots= (and shots=) of at most {max(total - 1, 0)}, or a larger split "
+                "with demonstrations="
+            )
 
     @torch.no_grad()
     def mean_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> Tensor:
@@ -301,6 +332,107 @@ class FitSession(Generic[P]):
                 losses[own], gradient[own] = self._loss_gradient(prefill, value, mask[own], target)
         return self._ranks.total(losses), self._ranks.total(gradient)
 
+    @torch.no_grad()
+    def answer(self, episode: Episode, tokens: Tokens = "all", stream: str | None = None) -> Answer:
+        """What the model, unedited, makes of the query's target, with the activations of ``stream`` if one is given.
+
+        It is worked out once, and kept as long as there is room. Replays are used once :meth:`losses` has found that
+        they are exact.
+        """
+        kept = self._answers.get((episode, tokens, stream))
+        if kept is not None:
+            return kept
+        with alone():
+            prefill, target = self._prompted(episode)
+            target = target[:1] if tokens == "first" else target
+            run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
+            with ExitStack() as stack:
+                tail = len(target)
+                recording = stack.enter_context(record(self.sites, stream, tail=tail)) if stream else None
+                logits = run(self._runner.model, self.sites, {}, target)[0]
+            self.forwards += 1
+        states = recording.last() if recording else None
+        found = Answer(logits, torch.tensor(target, device=logits.device), states)
+        self._answers.put((episode, tokens, stream), found, sum(t.nbytes for t in found if t is not None))
+        return found
+
+    def gradients(
+        self,
+        episodes: Sequence[Episode],
+        parameters: Sequence[Tensor],
+        edits: Callable[[int], Edits],
+        loss: Callable[[int, Answer], Tensor],
+        *,
+        tokens: Tokens = "all",
+        stream: str | None = None,
+        autocast: bool = False,
+        checkpointing: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The ``loss`` of what the edited model makes of each query's target, and the gradient of their sum.
+
+        For the i-th of N episodes ``edits(i)`` makes edits of ``parameters``, and ``loss(i, answer)`` a number of the
+        :class:`Answer` under them, with the activations of ``stream`` if one is given. Returns the losses, float32 [N],
+        and the derivative of their sum with respect to each of the parameters, float32, all on the CPU. Weights take
+        no gradient. Each prompt runs whole and alone; with ``autocast`` in bfloat16, with ``checkpointing`` keeping
+        what goes into a block only.
+
+        Raises :class:`NumericsError` on NaN or infinity, :class:`HookError` if the model's own code turns gradients off
+        or cannot be checkpointed.
+        """
+        found = torch.zeros(len(episodes), 1 + sum(parameter.numel() for parameter in parameters))
+        with self._ranks.together(), alone():
+            for index in self._ranks.share(range(len(episodes))):
+                prefill, target = self._learner(episodes[index])
+                target = target[:1] if tokens == "first" else target
+                with ExitStack() as stack:
+                    stack.enter_context(_frozen(self._runner.model))
+                    if checkpointing:
+                        stack.enter_context(checkpointed(self.sites))
+                    stack.enter_context(torch.enable_grad())
+                    made = edits(index)
+                    with torch.no_grad():
+                        self._verify(prefill, made)
+                    # Open to the end: what is checkpointed runs again, edited, when gradients are computed.
+                    stack.enter_context(applied(self.sites, made, tail=len(target)))
+                    answer = self._answered(prefill, target, stream, autocast)
+                    value = loss(index, answer)
+                    if not value.requires_grad:
+                        raise HookError("the code of this model turns gradients off: nothing can be learned from it")
+                    if not value.isfinite():
+                        raise NumericsError("a loss is NaN or infinite: use dtype=float32 or bfloat16")
+                    slopes = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
+                self.forwards += 1
+                found[index] = torch.cat([part.detach().float().flatten().cpu() for part in (value, *slopes)])
+        # Added up in the order of the episodes, whichever process each of them was on.
+        found = self._ranks.total(found)
+        if not found.isfinite().all():
+            raise NumericsError("a gradient is NaN or infinite: use dtype=float32 or bfloat16, or a smaller lr")
+        parts = torch.split(found[:, 1:].sum(0), [parameter.numel() for parameter in parameters])
+        return found[:, 0], [part.view(like.shape) for part, like in zip(parts, parameters, strict=True)]
+
+    def _answered(self, prefill: Prefill, target: list[int], stream: str | None, autocast: bool) -> Answer:
+        """What the model makes of ``target``, with gradients, under the edits that are applied around the call."""
+        model = self._runner.model
+        given = prefill.whole(model, target)
+        device = given["input_ids"].device
+        with ExitStack() as stack:
+            recording = None
+            if stream is not None:
+                recording = stack.enter_context(record(self.sites, stream, tail=len(target), attached=True))
+            if autocast:
+                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            logits = model(**given).logits[0, -len(target) :].float()
+        return Answer(logits, torch.tensor(target, device=logits.device), recording.last() if recording else None)
+
+    def _learner(self, episode: Episode) -> tuple[Prefill, list[int]]:
+        """The prompt of an episode to run whole, and its target."""
+        kept = self._learners.get(episode)
+        if kept is None:
+            prefill, target = self._prompted(episode)
+            kept = prefill.without_cache(), target
+            self._learners.put(episode, kept, kept[0].held)
+        return kept
+
     def _ready(self, episode: Episode, edits: Edits, tokens: Tokens, whole: bool = False) -> tuple[Prefill, list[int]]:
         """The prefill of ``episode`` and the tokens that count, when it is settled whether there are replays."""
         with self._ranks.together(), alone():
@@ -371,22 +503,23 @@ class FitSession(Generic[P]):
         """The prefilled prompt of an episode and its target; ``whole`` if more than its last token is to run again."""
         kept = self._prefills.get(episode)
         if kept is not None and not (whole and kept[0].tokens_only):
-            self._prefills.move_to_end(episode)
             return kept
+        prefill, target = self._prompted(episode)
+        if self._replays and prefill.cache is not None and not whole:
+            prefill = prefill.without_media()
+        self._prefills.put(episode, (prefill, target), prefill.bytes)
+        return prefill, target
+
+    def _prompted(self, episode: Episode) -> tuple[Prefill, list[int]]:
+        """The prompt of an episode, as the model runs it now, and its target."""
         prompt = self._examples.prompt(episode)
         target = self._runner.target_ids(prompt)
         if not target:
             raise DataError(f"the target of training example {episode.query} has no tokens: it cannot be learned from")
-        with capture(self._runner.model, self.sites) as captured:
+        with torch.no_grad(), capture(self._runner.model, self.sites) as captured:
             self._runner.run([prompt])
         self.forwards += 1
-        prefill = captured.prefill()
-        if self._replays and prefill.cache is not None and not whole:
-            prefill = prefill.without_media()
-        self._prefills[episode] = prefill, target
-        while len(self._prefills) > 1 and sum(kept.bytes for kept, _ in self._prefills.values()) > self._memory:
-            self._prefills.popitem(last=False)
-        return prefill, target
+        return captured.prefill(), target
 
     def _verify(self, prefill: Prefill, streams: Iterable[str]) -> None:
         """Make sure, once in this session, of the places where ``streams`` run."""

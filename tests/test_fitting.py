@@ -183,7 +183,7 @@ def test_a_fit_goes_on_where_one_prompt_of_many_cannot_be_replayed():
         for _ in range(2):
             assert (running.losses(episode, edit, "all") - expected).abs().max() < 1e-4
         assert running.replays is True
-        assert (running._prefills[episode][0].cache is None) == (shots == 8)
+        assert (running._prefills.get(episode)[0].cache is None) == (shots == 8)
 
 
 def test_blocks_that_attend_to_images_are_left_out_of_a_replay_without_one():

@@ -1,5 +1,6 @@
 """Finding the heads and other streams of a model, reading and changing them, and replaying a prompt's last token."""
 
+from lmms_mtv.hooks.checkpointing import checkpointed
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
 from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
@@ -17,6 +18,7 @@ __all__ = [
     "Watch",
     "applied",
     "capture",
+    "checkpointed",
     "find_sites",
     "places",
     "record",

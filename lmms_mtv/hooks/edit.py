@@ -19,9 +19,10 @@ from lmms_mtv.vector import HEADS, Edit, Edits, TaskVector, by_stream
 class Recording:
     """Activations of the last real token of each row, of the forwards since the recording began."""
 
-    def __init__(self, places: Sequence[Place], prompts_only: bool = False) -> None:
+    def __init__(self, places: Sequence[Place], prompts_only: bool = False, attached: bool = False) -> None:
         self._places = places
         self._prompts_only = prompts_only
+        self._attached = attached
         self._seen: list[list[Tensor]] = [[] for _ in places]
 
     def last(self) -> Tensor:
@@ -48,20 +49,25 @@ class Recording:
         def keep(x: Tensor) -> None:
             if self._prompts_only and positions.continues:
                 return
-            rows = x[positions.of(x)].detach().float()
+            rows = x[positions.of(x)].float()
+            rows = rows if self._attached else rows.detach()
             self._seen[index].append(rows.view(-1, place.heads, place.size))
 
         return keep
 
 
 @contextmanager
-def record(sites: Sites, stream: str = HEADS, *, prompts_only: bool = False) -> Iterator[Recording]:
+def record(
+    sites: Sites, stream: str = HEADS, *, prompts_only: bool = False, tail: int = 1, attached: bool = False
+) -> Iterator[Recording]:
     """Record, without changing anything, what runs through ``stream`` inside the block: the heads, or another one.
 
-    ``prompts_only`` leaves out the forwards over tokens that a generation adds to a prompt.
+    ``prompts_only`` leaves out the forwards over tokens that a generation adds to a prompt. ``tail`` records that many
+    last real tokens of each row instead of one, one after the other. What is ``attached`` keeps its gradients. An edit
+    that is applied around the block is seen.
     """
     found = places(sites, stream)
-    recording, positions = Recording(found, prompts_only), Positions()
+    recording, positions = Recording(found, prompts_only, attached), Positions(tail)
     hooks = [(place, recording._keeping(index, positions)) for index, place in enumerate(found)]
     with _hooked(sites, positions, hooks):
         yield recording

@@ -57,6 +57,16 @@ class Prefill:
         tensors = (t for layer in _filled(self.cache) for t in (layer.keys, layer.values)) if self.cache else ()
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @property
+    def held(self) -> int:
+        """Memory of the cache and of the inputs."""
+        given = (value for value in self.inputs.values() if isinstance(value, Tensor))
+        return self.bytes + sum(value.numel() * value.element_size() for value in given)
+
+    def without_cache(self) -> Prefill:
+        """The same for full forwards alone."""
+        return dataclasses.replace(self, cache=None)
+
     def without_media(self) -> Prefill:
         """The same for replays alone: of the inputs only the tokens are kept, and the masks that belong to them."""
         kept = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
@@ -93,6 +103,14 @@ class Prefill:
 
     def forward(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """The same logits as :meth:`replay`, from a full forward of the prompt for each edit."""
+        edits, logits, given = by_stream(edit), [], self.whole(model, target)
+        for row in range(rows_of(edits) or 1):
+            with applied(sites, taken(edits, row), tail=len(target)):
+                logits.append(model(**given).logits[:, -len(target) :].float())
+        return torch.cat(logits)
+
+    def whole(self, model: nn.Module, target: Sequence[int]) -> dict[str, Any]:
+        """The arguments of one forward of ``model`` over the prompt and ``target`` without its last token."""
         more = len(target) - 1
         given = dict(self.inputs) | {"input_ids": self._followed_by(target), "use_cache": False}
         if isinstance(positions := given.get("position_ids"), Tensor):
@@ -107,11 +125,7 @@ class Prefill:
                 given[name] = torch.cat([kinds, kinds.new_zeros(1, more)], 1)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = len(target)
-        edits, logits = by_stream(edit), []
-        for row in range(rows_of(edits) or 1):
-            with applied(sites, taken(edits, row), tail=len(target)):
-                logits.append(model(**given).logits[:, -len(target) :].float())
-        return torch.cat(logits)
+        return given
 
     def _followed_by(self, target: Sequence[int]) -> Tensor:
         """Token ids [1, n + len(target) - 1] of the prompt and of the target without its last token."""

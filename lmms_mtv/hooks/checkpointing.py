@@ -1,0 +1,59 @@
+"""Activations that are computed again in the backward pass instead of being kept (gradient checkpointing)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lmms_mtv.errors import HookError
+from lmms_mtv.hooks.sites import Sites
+
+_SWITCH = "gradient_checkpointing"
+
+
+@contextmanager
+def checkpointed(sites: Sites) -> Iterator[None]:
+    """Blocks keep their input alone in the forwards inside the block, and run again in the backward passes there.
+
+    The blocks' own switch is used, which transformers reads in training only: blocks are set to training, nothing
+    inside them is, so that no dropout begins. Hooks that were there in the forward have to be there in the backward
+    pass. Raises :class:`HookError` where blocks have no such switch, or have dropout of their own.
+    """
+    blocks = [site.block for site in sites]
+    for name, block in blocks:
+        if not hasattr(block, _SWITCH):
+            raise HookError(f"{name} ({type(block).__name__}) cannot be checkpointed: leave out checkpointing=True")
+        if own := _dropout(block):
+            raise HookError(f"{name} has dropout of its own ({own}), which would begin: leave out checkpointing=True")
+    with ExitStack() as stack:
+        for _, block in blocks:
+            again = partial(checkpoint, use_reentrant=False)
+            for attribute, value in ((_SWITCH, True), ("_gradient_checkpointing_func", again), ("training", True)):
+                stack.enter_context(_set(block, attribute, value))
+        yield
+
+
+def _dropout(block: nn.Module) -> str | None:
+    """The name of a probability of dropout that the block's own code may use."""
+    found = vars(block).items()
+    return next((name for name, value in found if "drop" in name and isinstance(value, float) and value > 0), None)
+
+
+@contextmanager
+def _set(block: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    """An attribute of its own for the block, taken away or set back."""
+    own = attribute in vars(block)
+    before = getattr(block, attribute, None)
+    setattr(block, attribute, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(block, attribute, before)
+        else:
+            delattr(block, attribute)

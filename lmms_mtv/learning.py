@@ -1,0 +1,202 @@
+"""Learning edits from gradients through the frozen model: from how it answers after demonstrations, or from targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv.fitting import Answer, Episode, FitSession, Tokens
+from lmms_mtv.vector import Edits
+
+
+class Moment(NamedTuple):
+    """One query of one epoch, counted within it."""
+
+    epoch: int
+    number: int
+    asked: Episode
+
+
+Make = Callable[[Moment | None], Edits]
+"""Makes the edits of what is learned so far: for a moment, whose name noise may come from, or (None) to be kept."""
+
+Loss = Callable[[Moment, Answer], Tensor]
+"""A number to make small, of what the edited model answers."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What there is to learn from, and how often it is gone through: settings that several methods share.
+
+    ``examples`` training queries are learned from, ``epochs`` times in a new order. ``accumulation`` of them make one
+    step of AdamW (weight decay ``weight_decay``), whose learning rates rise over the share ``warmup`` of the steps and
+    fall with a cosine. Losses are means over ``all`` tokens of the target, or of the ``first`` alone. ``judges``
+    further training queries tell the loss with and without the edit. ``autocast`` computes in bfloat16 what gradients
+    go through, ``checkpointing`` saves memory for more time.
+    """
+
+    examples: int = 100
+    epochs: int = 10
+    accumulation: int = 4
+    weight_decay: float = 1e-3
+    warmup: float = 0.1
+    loss: Tokens = "all"
+    judges: int = 32
+    autocast: bool = False
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "epochs", "accumulation", "judges"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.weight_decay < 0 or not 0 <= self.warmup < 1:
+            raise ArgumentError(
+                f"weight_decay={self.weight_decay}, warmup={self.warmup}: expected at least 0, and within [0, 1)"
+            )
+
+
+@dataclass(frozen=True)
+class Distillation(Schedule):
+    """A schedule whose queries are also shown to the model after demonstrations, to learn what it makes of them then.
+
+    Besides the settings of the schedule: prompts of ``fit_shots`` demonstrations teach. Each query has ``teachers`` of
+    them, with demonstrations of their own, which take turns from epoch to epoch: so more can be learned from than one
+    prompt holds.
+    """
+
+    fit_shots: int = 16
+    teachers: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit_shots < 0 or self.teachers < 1:
+            raise ArgumentError(f"fit_shots={self.fit_shots}, teachers={self.teachers}: expected at least 0 and 1")
+
+
+def learn(
+    session: FitSession[Any],
+    schedule: Schedule,
+    parameters: Sequence[tuple[float, Sequence[Tensor]]],
+    edits: Make,
+    loss: Loss,
+    *,
+    stream: str | None = None,
+) -> tuple[Edits, dict[str, list[float]]]:
+    """Learn ``parameters``, groups of float32 tensors on the CPU with their learning rates, in place.
+
+    Returns the edits to keep, without gradients, and losses by name: ``learning``, the mean of each step; ``unedited``
+    and ``chosen``, the cross-entropy of further training queries without and with the edits. ``stream`` is one whose
+    activations ``loss`` needs.
+
+    Raises :class:`ArgumentError` for a learning rate that is not positive.
+    """
+    if (lowest := min(rate for rate, _ in parameters)) <= 0:
+        raise ArgumentError(f"a learning rate of {lowest}, expected above 0")
+    asked = session.episodes(schedule.examples, session.shots, "learning")
+    judges = session.episodes(schedule.judges, session.shots, "judging", unlike=asked)
+    # First, since it also settles whether answers can be replayed.
+    unedited = session.mean_losses(judges, {}, schedule.loss, "Without the edit")
+    learned = [tensor.requires_grad_() for _, tensors in parameters for tensor in tensors]
+    groups: list[dict[str, Any]] = [{"params": list(tensors), "lr": rate} for rate, tensors in parameters]
+    optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
+    steps = _steps(session, schedule, asked)
+    slower = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, len(steps), schedule.warmup))
+    history = []
+    for moments in session.bar(steps, "Learning"):
+        losses, gradients = _gradients(session, schedule, moments, learned, edits, loss, stream)
+        for tensor, gradient in zip(learned, gradients, strict=True):
+            tensor.grad = gradient / len(moments)
+        optimizer.step()
+        slower.step()
+        history.append(losses.mean().item())
+    for tensor in learned:
+        tensor.requires_grad_(False)
+    made = edits(None)
+    chosen = session.mean_losses(judges, made, schedule.loss, "With the edit")
+    return made, {"learning": history, "unedited": unedited.tolist(), "chosen": chosen.tolist()}
+
+
+def _gradients(
+    session: FitSession[Any],
+    schedule: Schedule,
+    moments: Sequence[Moment],
+    learned: Sequence[Tensor],
+    edits: Make,
+    loss: Loss,
+    stream: str | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses of the queries of one step, and the gradient of their sum with respect to what is learned."""
+    return session.gradients(
+        [moment.asked for moment in moments],
+        learned,
+        lambda index: edits(moments[index]),
+        lambda index, answer: loss(moments[index], answer),
+        tokens=schedule.loss,
+        stream=stream,
+        autocast=schedule.autocast,
+        checkpointing=schedule.checkpointing,
+    )
+
+
+def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode]) -> list[list[Moment]]:
+    """The queries of each step."""
+    order, steps = session.random("order"), []
+    for epoch in range(schedule.epochs):
+        moments = [Moment(epoch, number, episode) for number, episode in enumerate(order.sample(asked, len(asked)))]
+        size = schedule.accumulation
+        steps += [moments[begin : begin + size] for begin in range(0, len(moments), size)]
+    return steps
+
+
+def taught(
+    session: FitSession[Any], settings: Distillation, moment: Moment, answer: Answer, stream: str | None = None
+) -> Answer:
+    """What the unedited model makes of the query after demonstrations, to compare ``answer`` with.
+
+    Raises :class:`DataError` if the target is not of the same tokens there.
+    """
+    query, teacher = moment.asked.query, moment.epoch % settings.teachers
+    (shown,) = session.redrawn([moment.asked], settings.fit_shots, f"teacher {teacher} of {query}")
+    found = session.answer(shown, settings.loss, stream)
+    if not torch.equal(found.target, answer.target):
+        raise DataError(
+            f"the target of training example {query} is of tokens {answer.target.tolist()}, after demonstrations of "
+            f"{found.target.tolist()}: what comes of one cannot be learned from the other"
+        )
+    return found
+
+
+def typical(session: FitSession[Any], stream: str) -> Tensor:
+    """Root mean square of a stream's numbers at the last token of a few training queries, float32 [L, 1, 1].
+
+    What is learned in this unit can have the same learning rate in all models and layers.
+    """
+    queries = session.episodes(8, session.shots, "typical")
+    before, _ = session.answered_activations(queries, stream)
+    return before.square().mean((0, 2, 3)).sqrt().view(-1, 1, 1)
+
+
+def pace(step: int, steps: int, warmup: float) -> float:
+    """The share of the learning rate at a step: a line up over the share ``warmup`` of ``steps``, then a cosine."""
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+
+
+def divergence(answer: Answer, teacher: Answer) -> Tensor:
+    """KL(teacher || answer) of the next tokens, mean over those of the target."""
+    found, expected = (each.logits.log_softmax(-1) for each in (answer, teacher))
+    return functional.kl_div(found, expected, log_target=True, reduction="batchmean")
+
+
+def cross_entropy(answer: Answer) -> Tensor:
+    """Of the target, mean over its tokens."""
+    return functional.cross_entropy(answer.logits, answer.target)

@@ -1,0 +1,77 @@
+"""I2CL: implicit in-context learning (arXiv 2405.14660).
+
+Stored: for every layer the mean of what attention adds to the hidden state at the last token of demonstrations, each
+run alone with its answer, as much for the MLP, and two scalars for each of them. Injected: at all positions of all
+forwards, ``s1 * out + s0 * v`` in place of what attention or MLP gives. Trained: the four scalars of each layer, by the
+cross-entropy of training queries without demonstrations; all weights of the model are frozen. Cost: ``iterations``
+prompts of one demonstration run twice, and ``epochs`` forwards and backward passes for each of ``examples`` queries.
+
+The defaults are those of the authors' code. The choices that are ours: the queries are further training examples and
+not the demonstrations again; their number; and the noise, drawn anew for each forward, is Gaussian and as long as its
+share of the vector that it is added to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.fitting import Answer, FitSession
+from lmms_mtv.learning import Moment, Schedule, cross_entropy, learn
+from lmms_mtv.methods import Fitted
+from lmms_mtv.vector import ATTENTION, MLP, Edit
+
+
+@dataclass(frozen=True)
+class Config(Schedule):
+    """Settings of I2CL, besides those of the schedule.
+
+    Outputs are averaged over ``iterations`` demonstrations. The scalars begin at ``initial_weight`` (s0) and 1 (s1) and
+    are learned with ``weight_lr``. ``noise`` is the length of the noise, as a share of each vector's.
+    """
+
+    examples: int = 10
+    epochs: int = 100
+    accumulation: int = 2
+    iterations: int = 100
+    initial_weight: float = 0.1
+    weight_lr: float = 0.01
+    noise: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.iterations < 1 or self.noise < 0:
+            raise ArgumentError(f"iterations={self.iterations}, noise={self.noise}: expected at least 1 and 0")
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """Mean outputs of attention and MLP, and how much of them is mixed in."""
+    streams = (ATTENTION, MLP)
+    shown = session.episodes(config.iterations, 0, "values")
+    values = [session.answered_activations(shown, name)[1].mean(0) for name in streams]
+    gains = [torch.full(value.shape[:2], config.initial_weight) for value in values]
+    keeps = [torch.ones_like(gain) for gain in gains]
+
+    def edits(moment: Moment | None) -> dict[str, Edit]:
+        vectors = values
+        if moment is not None:
+            generator = session.generator(f"noise {moment.epoch} {moment.number}")
+            vectors = [_noisy(value, config.noise, generator) for value in values]
+        parts = zip(streams, vectors, keeps, gains, strict=True)
+        return {name: Edit(value, keep, gain, everywhere=True) for name, value, keep, gain in parts}
+
+    def loss(_: Moment, answer: Answer) -> Tensor:
+        return cross_entropy(answer)
+
+    return Fitted(*learn(session, config, [(config.weight_lr, [*gains, *keeps])], edits, loss))
+
+
+def _noisy(value: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """``value`` [L, 1, width] with noise that is ``share`` as long as each of its rows."""
+    noise = torch.randn(value.shape, generator=generator)
+    longer: Tensor = value.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    return value + share * longer * noise

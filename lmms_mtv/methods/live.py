@@ -1,0 +1,58 @@
+"""LIVE: learnable in-context vectors (arXiv 2406.13185).
+
+Stored: a vector and a weight for every layer. Injected: the vector times its weight is added to the hidden state after
+every block, at all positions of all forwards, and the state scaled to the norm it had. Trained: vectors and weights, so
+that the model without demonstrations answers as it does after them; all weights of the model are frozen. Cost: for each
+of ``examples`` queries ``teachers`` few-shot prompts, run once, and ``epochs`` forwards and backward passes of a prompt
+without demonstrations.
+
+The initial values, the losses and the kind of schedule are those of the authors' code. The choices that are ours: the
+numbers of queries, of demonstrations and of queries in a step, and vectors learned in the unit of the hidden states
+(:func:`~lmms_mtv.learning.typical`), with learning rates chosen on training queries of shapes tasks (theirs are 0.001
+and 0.01, for many more steps).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.fitting import Answer, FitSession
+from lmms_mtv.hooks import shape
+from lmms_mtv.learning import Distillation, Moment, cross_entropy, divergence, learn, taught, typical
+from lmms_mtv.methods import Fitted
+from lmms_mtv.vector import RESIDUAL, Edit
+
+
+@dataclass(frozen=True)
+class Config(Distillation):
+    """Settings of LIVE, besides those of the distillation.
+
+    ``vector_lr`` and ``weight_lr`` are the learning rates of vectors and weights; vectors begin as Gaussian noise
+    of standard deviation ``spread``, weights at ``initial_weight``. ``supervision`` is the weight of the target's
+    cross-entropy beside the divergence from the answers after demonstrations.
+    """
+
+    vector_lr: float = 0.03
+    weight_lr: float = 0.03
+    spread: float = 0.01
+    initial_weight: float = 0.1
+    supervision: float = 0.5
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """Vectors and weights that were learned from few-shot prompts."""
+    value = torch.randn(shape(session.sites, RESIDUAL), generator=session.generator("vectors")) * config.spread
+    unit = typical(session, RESIDUAL)
+    gain = torch.full(value.shape[:2], config.initial_weight)
+
+    def edits(_: Moment | None) -> dict[str, Edit]:
+        return {RESIDUAL: Edit(unit * value, torch.ones_like(gain), gain, everywhere=True, renormed=True)}
+
+    def loss(moment: Moment, answer: Answer) -> Tensor:
+        return divergence(answer, taught(session, config, moment, answer)) + config.supervision * cross_entropy(answer)
+
+    return Fitted(*learn(session, config, [(config.vector_lr, [value]), (config.weight_lr, [gain])], edits, loss))

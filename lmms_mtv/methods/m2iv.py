@@ -1,0 +1,88 @@
+"""M2IV: learned vectors in place of demonstrations (arXiv 2504.04633).
+
+Stored: for every layer a vector and a weight for its attention, and as many for its MLP. Injected: each vector times
+its weight is added to what attention or MLP adds to the hidden state, at all positions of all forwards,
+``h' = h + (a + alpha * v_a) + (m + beta * v_m)``. Trained: vectors and weights, so that the model without
+demonstrations answers as it does after them; all weights of the model are frozen. Cost: for each of ``examples``
+queries ``teachers`` few-shot prompts, run once, and ``epochs`` forwards and backward passes of a prompt without
+demonstrations.
+
+Three losses are added up: mimicry, the divergence of the next tokens at the answer from those after demonstrations;
+synergy, which draws the two vectors of a layer together and those of different layers apart; supervision, the
+cross-entropy of the target. Demonstrations beyond the context window: each of several ``teachers`` shows others.
+
+The paper's text was not available to us; losses and injection are as later papers describe them. The choices that are
+ours: vectors are learned in the unit of what they are added to (:func:`~lmms_mtv.learning.typical`), with learning
+rates chosen on training queries of shapes tasks; the initial values and the kind of schedule are those of LIVE; queries
+are drawn at random instead of by clusters of their features, and no copy of a prompt with its demonstrations in another
+order is added; the synergy is of the cosines between layers, ``M = Z_a Z_m^T`` with rows of length 1, since divided by
+their number a cosine cannot become the 1 that it is drawn to. Where a block normalises what attention adds (Gemma 2 and
+3), the vector is added before that norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lmms_mtv.fitting import Answer, FitSession
+from lmms_mtv.hooks import shape
+from lmms_mtv.learning import Distillation, Moment, cross_entropy, divergence, learn, taught, typical
+from lmms_mtv.methods import Fitted
+from lmms_mtv.vector import ATTENTION, MLP, Edit
+
+_FAR = 1e-3
+"""How much the synergy counts the cosines between different layers."""
+
+
+@dataclass(frozen=True)
+class Config(Distillation):
+    """Settings of M2IV, besides those of the distillation.
+
+    ``vector_lr`` and ``weight_lr`` are the learning rates of vectors and weights; vectors begin as Gaussian noise
+    of standard deviation ``spread``, weights at ``initial_weight``. ``mimicry``, ``synergy`` and
+    ``supervision`` are the weights of the losses.
+    """
+
+    vector_lr: float = 0.03
+    weight_lr: float = 0.03
+    spread: float = 0.01
+    initial_weight: float = 0.1
+    mimicry: float = 1.0
+    synergy: float = 1.0
+    supervision: float = 0.5
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """Vectors and weights that were learned from few-shot prompts."""
+    generator = session.generator("vectors")
+    streams = (ATTENTION, MLP)
+    values = [torch.randn(shape(session.sites, name), generator=generator) * config.spread for name in streams]
+    units = [typical(session, name) for name in streams]
+    gains = [torch.full(value.shape[:2], config.initial_weight) for value in values]
+
+    def edits(_: Moment | None) -> dict[str, Edit]:
+        parts = zip(streams, units, values, gains, strict=True)
+        return {
+            name: Edit(unit * value, torch.ones_like(gain), gain, everywhere=True) for name, unit, value, gain in parts
+        }
+
+    def loss(moment: Moment, answer: Answer) -> Tensor:
+        return (
+            config.mimicry * divergence(answer, taught(session, config, moment, answer))
+            + config.synergy * synergy(*(value.squeeze(1) for value in values))
+            + config.supervision * cross_entropy(answer)
+        )
+
+    return Fitted(*learn(session, config, [(config.vector_lr, values), (config.weight_lr, gains)], edits, loss))
+
+
+def synergy(attention: Tensor, mlp: Tensor) -> Tensor:
+    """``sum_i (M_ii - 1)^2 + 0.001 sum_{i != j} M_ij^2`` of the cosines M between the rows of two [L, width]."""
+    cosines = functional.normalize(attention, dim=-1) @ functional.normalize(mlp, dim=-1).T
+    same = cosines.diagonal()
+    return (same - 1).square().sum() + _FAR * (cosines.square().sum() - same.square().sum())
