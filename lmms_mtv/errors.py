@@ -14,6 +14,10 @@ class ArgumentError(MtvError, ValueError):
     """An argument is unknown, or its value cannot be used."""
 
 
+class MethodError(MtvError):
+    """A method of another package cannot be used: it does not load, or lacks what a method has."""
+
+
 class DiscoveryError(MtvError):
     """The attention heads of a model could not be found with certainty."""
 

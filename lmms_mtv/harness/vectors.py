@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -14,7 +15,7 @@ import torch
 
 from lmms_mtv import methods
 from lmms_mtv.batches import BatchSize
-from lmms_mtv.errors import ArgumentError
+from lmms_mtv.errors import ArgumentError, MethodError
 from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
@@ -174,13 +175,25 @@ class Vectors(Generic[P]):
 
     def _config(self, training: Training) -> Any:
         """The method's settings: given ones, then those that the task declares, then its own."""
-        every = {name for method in methods.names() for name in methods.get(method).settings()}
-        declared = training.settings(sorted(every))
+        declared = training.settings(self._declarable)
         settings = {name: declared[name] for name in self._method.settings() if name in declared}
         settings |= self._settings
         if self._heads is not None:
             settings[HEADS] = self._heads.heads
         return self._method.configure(settings)
+
+    @functools.cached_property
+    def _declarable(self) -> list[str]:
+        """The settings of all methods: what a task may declare, whichever method is used."""
+        return sorted({name for method in methods.names() for name in self._settings_of(method)})
+
+    def _settings_of(self, method: str) -> tuple[str, ...]:
+        try:
+            return methods.get(method).settings()
+        except MethodError as error:
+            # The method that is used is loaded already: one that nobody asked for stops nothing.
+            self._logger.warning(f"{error}; settings of it that a task declares are unknown")
+            return ()
 
     def _recipe(self, prompts: Prompts[P], shots: int, config: Any) -> VectorCard:
         """The card of a vector before it is fitted."""

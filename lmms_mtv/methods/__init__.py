@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import pkgutil
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from lmms_mtv.errors import ArgumentError, unknown
+from lmms_mtv.errors import ArgumentError, MethodError, unknown
 from lmms_mtv.fitting import FitSession
 from lmms_mtv.vector import Edit
+
+logger = logging.getLogger(__name__)
 
 GROUP = "lmms_mtv.methods"
 """Entry-point group of methods from other packages: name of the method = its module."""
@@ -61,21 +64,66 @@ class Method:
 
 
 def names() -> list[str]:
-    """The registered methods: ``none``, ``mtv``, ``random``, then the others."""
-    found = {module.name for module in pkgutil.iter_modules(__path__)}
-    found |= {point.name for point in entry_points(group=GROUP)}
-    return [*_FIRST, *sorted(found - set(_FIRST))]
+    """The registered methods: ``none``, ``mtv``, ``random``, then the others, none of which is loaded for it."""
+    return [*_FIRST, *sorted((_own() | _points().keys()) - set(_FIRST))]
 
 
 def get(name: str) -> Method:
-    """The method called ``name``. Raises :class:`ArgumentError`, with the nearest name, if there is none."""
-    if name not in names():
+    """The method called ``name``. One of this package wins over another package's, and a warning says so.
+
+    Raises :class:`ArgumentError`, with the nearest name, if there is none, and :class:`MethodError` if the package
+    that it comes from cannot be used.
+    """
+    own, points = _own(), _points()
+    if name not in own | points.keys():
         raise unknown("method", name, names())
-    if any(module.name == name for module in pkgutil.iter_modules(__path__)):
+    if name in own:
+        for point in points.get(name, ()):
+            logger.warning("method %s is that of lmms-mtv; the one of %s needs another name", name, _origin(point))
         module = importlib.import_module(f"{__name__}.{name}")
     else:
-        module = next(point.load() for point in entry_points(group=GROUP) if point.name == name)
+        module = _loaded(name, points[name])
     return Method(name, module.Config, module.fit)
+
+
+def _own() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__)}
+
+
+def _points() -> dict[str, list[EntryPoint]]:
+    """The entry points of other packages, by the name of the method."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"package {point.dist.name}" if point.dist is not None else f"entry point {point.value}"
+
+
+def _loaded(name: str, points: Sequence[EntryPoint]) -> types.ModuleType:
+    """The module of a method of another package, once it has what a method has."""
+    if len(points) > 1:
+        origins = " and ".join(sorted(map(_origin, points)))
+        raise MethodError(f"method {name} comes from {origins}: uninstall all but one of them")
+    (point,) = points
+    mend = "install a version of it that works with this lmms-mtv, or uninstall it"
+    try:
+        module: types.ModuleType = point.load()
+    # Whatever the code of another package raises.
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise MethodError(f"method {name} of {_origin(point)} cannot be loaded ({told}): {mend}") from error
+    # A frozen dataclass has its parameters under this name.
+    frozen = getattr(getattr(getattr(module, "Config", None), "__dataclass_params__", None), "frozen", False)
+    lacking = [
+        *(() if frozen else ["a frozen dataclass Config"]),
+        *(() if callable(getattr(module, "fit", None)) else ["a function fit(session, config)"]),
+    ]
+    if lacking:
+        raise MethodError(f"method {name} of {_origin(point)}: {point.value} lacks {' and '.join(lacking)}: {mend}")
+    return module
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -1,7 +1,7 @@
-"""A control of MTV: its selection made worse on purpose.
+"""A control of MTV (arXiv 2406.15334): its selection made worse on purpose.
 
-Stored, injected and cost: as ``mtv``. Of the heads that MTV chose a share is dropped, or as many as a share of them
-are added, both drawn at random. It tells how much depends on exactly these heads.
+Stored, Injected, Trained and Cost: as ``mtv``. Of the heads that MTV chose a share is dropped, or as many as a share
+of them are added, both drawn at random. It tells how much depends on exactly these heads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""No edit: the model as it is, for zero-shot and few-shot baselines."""
+"""No edit: the model as it is, for zero-shot and few-shot baselines (in-context learning, arXiv 2005.14165).
+
+Stored, Injected and Trained: nothing. Cost: none but that of the demonstrations in a prompt.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The control of MTV: the same values, at as many random heads of each layer as MTV chose there.
+"""The control of MTV (arXiv 2406.15334): the same values, at as many random heads of each layer as MTV chose there.
 
-Stored, injected and cost: as ``mtv``. It tells whether the choice of heads matters.
+Stored, Injected, Trained and Cost: as ``mtv``. It tells whether the choice of heads matters.
 """
 
 from __future__ import annotations
