@@ -30,8 +30,8 @@ def combined(
     The card names ``task``, the ids of ``vectors`` with their weights as ``parents``, and what all cards agree in;
     where they do not, split, examples and prompt are empty and the seed is 0.
 
-    Raises :class:`GeometryError` unless all are of one model, revision, dtype, geometry and set of streams,
-    :class:`ArgumentError` if the weights or the shots do not fit.
+    Raises :class:`GeometryError` unless all are of one model, revision, dtype, geometry and set of streams, and
+    without gates, :class:`ArgumentError` if the weights or the shots do not fit.
     """
     shares = _shares(vectors, weights, any_sum)
     cards = [vector.card for vector in vectors]
@@ -88,6 +88,8 @@ def _sum(edits: Sequence[Edit], shares: Sequence[float]) -> Edit:
         raise GeometryError("edits of different shapes, or of batches, cannot be combined")
     if len({(edit.everywhere, edit.once) for edit in edits}) > 1 or any(edit.renormed for edit in edits):
         raise GeometryError("edits at different positions, or that keep norms, have no sum that is such an edit")
+    if any(edit.gate is not None for edit in edits):
+        raise GeometryError("edits with a gate cannot be combined: what they add depends on the query")
     device = edits[0].value.device
 
     def total(terms: Sequence[Tensor]) -> Tensor:

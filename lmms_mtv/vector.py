@@ -2,7 +2,8 @@
 
 The one primitive is ``x' = keep * x + gain * value``, for each attention head (DESIGN: MTV is ``keep`` 0 and ``gain``
 1 at the chosen heads; anything learned or scaled is another choice of the three tensors). The other streams of a block
-take the same form, as if each were one head of the model's width.
+take the same form, as if each were one head of the model's width. A gate lets the query of a head say how much of its
+value is added.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ STREAMS: Final = (HEADS, ATTENTION, MLP, RESIDUAL)
 """What can be edited; names of the edits in :attr:`TaskVector.edits`."""
 
 _PARTS: Final = ("value", "keep", "gain")
+_GATE: Final = "gate"
 _FLAGS: Final = ("everywhere", "once", "renormed")
 
 Geometry = tuple[tuple[int, str, int, int], ...]
@@ -62,6 +64,11 @@ class Edit:
     token of the prompt and not at the tokens that follow it. ``renormed`` scales x' to the Euclidean norm of x, for
     each head (ICV, arXiv 2311.06668; LIVE, arXiv 2406.13185).
 
+    A ``gate``, float32 [L, H, Q + 1] for queries of Q numbers, makes it ``x' = keep * x + mu * gain * value``, with
+    ``mu = Z1 / (Z1 + Z2)`` at each position and head: ``log Z1 = w . q + b`` of the head's query q, where w are the
+    first Q numbers and b is the last, and Z2 is the sum of the exponentials of the head's attention scores (MimIC, CVPR
+    2025). Heads alone have queries.
+
     Raises :class:`GeometryError` if the shapes do not belong together, or if it is to be both everywhere and once.
     """
 
@@ -71,17 +78,23 @@ class Edit:
     everywhere: bool = False
     once: bool = False
     renormed: bool = False
+    gate: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shapes = [tuple(t.shape) for t in (self.value, self.keep, self.gain)]
-        if self.value.dim() not in (3, 4) or any(t.dim() not in (2, 3) for t in (self.keep, self.gain)):
-            raise GeometryError(f"an edit needs value [L, H, D], keep [L, H], gain [L, H], found {shapes}")
-        heads = {tuple(self.value.shape[-3:-1]), tuple(self.keep.shape[-2:]), tuple(self.gain.shape[-2:])}
-        batches = {t.shape[0] for t, plain in ((self.value, 3), (self.keep, 2), (self.gain, 2)) if t.dim() > plain}
-        if len(heads) > 1 or len(batches) > 1:
-            raise GeometryError(f"value, keep and gain of an edit disagree in layers, heads or batch: {shapes}")
-        if not all(t.is_floating_point() for t in (self.value, self.keep, self.gain)):
-            raise GeometryError("value, keep and gain of an edit must be floating point")
+        wide = [self.value] if self.gate is None else [self.value, self.gate]
+        tensors = [self.value, self.keep, self.gain, *wide[1:]]
+        shapes = [tuple(t.shape) for t in tensors]
+        if any(t.dim() not in (3, 4) for t in wide) or any(t.dim() not in (2, 3) for t in (self.keep, self.gain)):
+            raise GeometryError(
+                f"an edit needs value [L, H, D], keep [L, H], gain [L, H], gate [L, H, Q + 1] or none, found {shapes}"
+            )
+        heads = {tuple(t.shape[-3:-1]) for t in wide} | {tuple(t.shape[-2:]) for t in (self.keep, self.gain)}
+        if len(heads) > 1 or len(set(self._leading)) > 1:
+            raise GeometryError(f"value, keep, gain and gate of an edit disagree in layers, heads or batch: {shapes}")
+        if self.gate is not None and self.gate.shape[-1] < 2:
+            raise GeometryError(f"a gate has a number for each of a query and one more, found {shapes[-1]}")
+        if not all(t.is_floating_point() for t in tensors):
+            raise GeometryError("value, keep, gain and gate of an edit must be floating point")
         if self.everywhere and self.once:
             raise GeometryError("an edit is everywhere, or once, not both")
 
@@ -100,8 +113,13 @@ class Edit:
     @property
     def batch(self) -> int | None:
         """K, or None for an edit that is the same for every row."""
-        leading = [t.shape[0] for t, plain in ((self.value, 3), (self.keep, 2), (self.gain, 2)) if t.dim() > plain]
-        return leading[0] if leading else None
+        return next(iter(self._leading), None)
+
+    @property
+    def _leading(self) -> list[int]:
+        """The K of each tensor that has one."""
+        plain = ((self.value, 3), (self.keep, 2), (self.gain, 2), (self.gate, 3))
+        return [t.shape[0] for t, dimensions in plain if t is not None and t.dim() > dimensions]
 
     def taken(self, index: int | slice) -> Edit:
         """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
@@ -110,6 +128,7 @@ class Edit:
             value=self.value[index] if self.value.dim() > 3 else self.value,
             keep=self.keep[index] if self.keep.dim() > 2 else self.keep,
             gain=self.gain[index] if self.gain.dim() > 2 else self.gain,
+            gate=self.gate[index] if self.gate is not None and self.gate.dim() > 3 else self.gate,
         )
 
     @property
@@ -128,11 +147,16 @@ Edits = Mapping[str, Edit]
 def by_stream(edits: Edit | Edits) -> Edits:
     """``edits`` as a mapping; an edit alone is one of the heads.
 
-    Raises :class:`GeometryError` for a stream that there is not, and for edits that are for batches of different sizes.
+    Raises :class:`GeometryError` for a stream that there is not, for a gate in one that has no queries, and for edits
+    that are for batches of different sizes.
     """
     found = {HEADS: edits} if isinstance(edits, Edit) else edits
     if unknown := sorted(found.keys() - set(STREAMS)):
         raise GeometryError(f"edits of {', '.join(unknown)}, expected streams among {', '.join(STREAMS)}")
+    if gated := sorted(name for name, edit in found.items() if edit.gate is not None and name != HEADS):
+        raise GeometryError(
+            f"edits of {', '.join(gated)} have a gate, expected one in {HEADS} alone: these have queries"
+        )
     if len(batches := {edit.batch for edit in found.values()} - {None}) > 1:
         raise GeometryError(f"edits of several streams are for batches of {sorted(filter(None, batches))} rows")
     return found
@@ -286,17 +310,19 @@ class TaskVector:
         for name, edit in self.edits.items():
             layers, heads, _ = edit.shape
             what = f"{layers * heads} heads" if name == HEADS else f"{layers} layers"
-            parts.append(("" if name == HEADS else f"{name} of ") + f"{len(edit.heads)} of {what}")
+            gated = "" if edit.gate is None else " (gated)"
+            parts.append(("" if name == HEADS else f"{name} of ") + f"{len(edit.heads)} of {what}{gated}")
         return ", ".join(parts) or "nothing"
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file of this vector holds: float32, on the CPU, by name."""
+        # Only what is set, so that a file without gate or flags is what it was before there were any.
         parts = {
-            f"{name}.{part}": getattr(edit, part).detach().to("cpu", torch.float32).contiguous()
+            f"{name}.{part}": tensor.detach().to("cpu", torch.float32).contiguous()
             for name, edit in self.edits.items()
-            for part in _PARTS
+            for part in (*_PARTS, _GATE)
+            if (tensor := getattr(edit, part)) is not None
         }
-        # Only what is set, so that a file without flags is what it was before there were any.
         flags = (f"{name}.{flag}" for name, edit in self.edits.items() for flag in _FLAGS if getattr(edit, flag))
         return parts | {flag: torch.ones(1) for flag in flags}
 
@@ -358,16 +384,16 @@ class TaskVector:
         if metadata.get("checksum") != checksum(metadata["card"], tensors):
             raise VectorFileError(f"{path} is not as it was saved (its checksum differs): fit the vector again")
         edits = {}
-        if extra := sorted(key for key in tensors if key.rpartition(".")[2] not in (*_PARTS, *_FLAGS)):
+        if extra := sorted(key for key in tensors if key.rpartition(".")[2] not in (*_PARTS, _GATE, *_FLAGS)):
             raise VectorFileError(f"{path} has tensors that this version does not know ({', '.join(extra)}): upgrade")
         for name in sorted({key.rpartition(".")[0] for key in tensors}):
             flags = {flag: f"{name}.{flag}" in tensors for flag in _FLAGS}
             try:
                 value, keep, gain = (tensors[f"{name}.{part}"] for part in _PARTS)
-                edits[name] = Edit(value, keep, gain, **flags)
+                edits[name] = Edit(value, keep, gain, **flags, gate=tensors.get(f"{name}.{_GATE}"))
             except (KeyError, GeometryError) as error:
                 raise VectorFileError(f"the tensors of {path} are incomplete or do not fit: {error}") from None
-            if not all(t.isfinite().all() for t in (edits[name].value, edits[name].keep, edits[name].gain)):
+            if not all(t.isfinite().all() for key, t in tensors.items() if key.startswith(f"{name}.")):
                 raise VectorFileError(f"{path} has NaN or infinity in {name!r}: fit the vector again")
         vector = cls(edits, card)
         try:

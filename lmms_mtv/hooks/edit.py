@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, NumericsError
+from lmms_mtv.hooks.gates import Gates
 from lmms_mtv.hooks.positions import Positions
 from lmms_mtv.hooks.sites import Sites, find_sites
 from lmms_mtv.hooks.streams import Change, Place, changing, places, shape
@@ -114,7 +115,12 @@ def applied(
     ``resumed`` says that the prompt itself goes on from a cache, as in a replay.
 
     Out of place: the activations that other modules hold are not touched. All is checked before anything is
-    registered, and no hook is left after the block, also when it raises.
+    registered, and no hook is left after the block, also when it raises. An edit with a ``gate`` needs a model that
+    computes attention by ``scaled_dot_product_attention``; a forward of another raises :class:`HookError`.
+
+    Gradients reach the tensors of the edits; the block is entered again when these have changed. Under gradient
+    checkpointing, where blocks run again in the backward pass, that pass has to be inside the block, and edits be
+    ``everywhere``.
 
     Raises :class:`GeometryError` if the vector does not fit the sites, :class:`DiscoveryError` if the model has no
     modules for one of its streams.
@@ -132,33 +138,41 @@ def applied(
                 f"an edit of {stream} of (layers, heads, size) {edit.shape} does not fit the model's "
                 f"{shape(sites, stream)}"
             )
-    fired, positions = Fired(len(sites) * len(edits)), Positions(tail, real, resumed)
+    fired, positions, gates = Fired(len(sites) * len(edits)), Positions(tail, real, resumed), Gates(sites)
     steps = [
         (place, edit, layer) for stream, edit in edits.items() for layer, place in enumerate(places(sites, stream))
     ]
-    hooks = [(place, _editing(edit, layer, positions, fired, i)) for i, (place, edit, layer) in enumerate(steps)]
-    with _hooked(sites, positions, hooks):
+    hooks = [(place, _editing(edit, layer, positions, gates, fired, i)) for i, (place, edit, layer) in enumerate(steps)]
+    gated = any(edit.gate is not None for edit in edits.values())
+    with gates.watching() if gated else nullcontext(), _hooked(sites, positions, hooks):
         yield fired
 
 
-def _editing(edit: Edit, layer: int, positions: Positions, fired: Fired, index: int) -> Change:
-    """The edit of one layer: ``keep * x + shift`` over all heads at once, with ``shift = gain * value``."""
+def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: Fired, index: int) -> Change:
+    """The edit of one layer: ``keep * x + shift`` over all heads at once, with ``shift = gain * value``.
+
+    A gate makes that ``keep * x + mu * shift``, with a mu for each position and head.
+    """
     _, heads, size = edit.shape
     gain, value = edit.gain[..., layer, :, None], edit.value[..., layer, :, :]
     shift = (gain * value).flatten(-2)
     keep = edit.keep[..., layer, :].repeat_interleave(size, -1)
-    ready: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+    keeps, shifts = _cast(keep), _cast(shift)
+    gate = None if edit.gate is None else _cast(edit.gate[..., layer, :, :])
 
-    def prepared(like: Tensor) -> tuple[Tensor, Tensor]:
-        key = (like.device, like.dtype)
-        if key not in ready:
-            ready[key] = keep.to(*key), shift.to(*key)
-        return ready[key]
+    def opened(x: Tensor, row: Tensor, column: Tensor) -> Tensor | None:
+        """mu [N, heads] at the positions ``row``, ``column`` [N] of ``x``; None without a gate."""
+        if gate is None:
+            return None
+        # In half precision a sum over many keys would lose most of them.
+        return gates.opened(layer, gate(x.device, torch.promote_types(x.dtype, torch.float32)), x, row, column)
 
-    def mixed(x: Tensor, row: Tensor) -> Tensor:
+    def mixed(x: Tensor, row: Tensor, mu: Tensor | None) -> Tensor:
         """Picked positions ``x`` [N, heads * size], whose batch rows are ``row`` [N]."""
-        keeps, shifts = prepared(x)
-        y = torch.addcmul(shifts if shifts.dim() == 1 else shifts[row], x, keeps if keeps.dim() == 1 else keeps[row])
+        kept, added = (t if t.dim() == 1 else t[row] for t in (keeps(x.device, x.dtype), shifts(x.device, x.dtype)))
+        if mu is not None:
+            added = added * mu.to(x.dtype).repeat_interleave(size, -1)
+        y = torch.addcmul(added, x, kept)
         return _rescaled(y, x, heads) if edit.renormed else y
 
     def change(x: Tensor) -> Tensor | None:
@@ -175,14 +189,32 @@ def _editing(edit: Edit, layer: int, positions: Positions, fired: Fired, index: 
             raise HookError(f"an edit of {edit.batch} rows met a batch of {rows} rows")
         if edit.everywhere or length == 1:
             row = torch.arange(rows, device=x.device).repeat_interleave(length)
-            edited = mixed(x.flatten(0, 1), row).view_as(x)
+            column = torch.arange(length, device=x.device).repeat(rows)
+            edited = mixed(x.flatten(0, 1), row, opened(x, row, column)).view_as(x)
         else:
             row, column = positions.of(x, first=edit.once)
             edited = x.clone()
-            edited[row, column] = mixed(x[row, column], row)
+            edited[row, column] = mixed(x[row, column], row, opened(x, row, column))
         return edited
 
     return change
+
+
+def _cast(tensor: Tensor) -> Callable[[torch.device, torch.dtype], Tensor]:
+    """``tensor`` on a device and in a dtype, made once for each.
+
+    Not so with a gradient: a copy belongs to the graph of the forward that made it, or to none where that had none.
+    """
+    made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def cast(device: torch.device, dtype: torch.dtype) -> Tensor:
+        if tensor.requires_grad:
+            return tensor.to(device, dtype)
+        if (device, dtype) not in made:
+            made[device, dtype] = tensor.to(device, dtype)
+        return made[device, dtype]
+
+    return cast
 
 
 def _rescaled(y: Tensor, x: Tensor, heads: int) -> Tensor:

@@ -20,9 +20,9 @@ def of(vector: TaskVector, repository: str | None = None) -> str:
     # Quoted, since a card may come from anyone and this line is there to be copied into a shell.
     arguments, task = shlex.quote(_line(f"pretrained={card.model},vector={wanted}")), shlex.quote(_line(card.task))
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts(vector))
-    heads = set(vector.edits) <= {HEADS}
+    heads = set(vector.edits) <= {HEADS} and not any(edit.gate is not None for edit in vector.edits.values())
     what = "Activations that stand at some attention heads" if heads else "Changes of the hidden states"
-    # Only a vector of heads is one of that paper.
+    # Only a vector of heads, without a gate, is one of that paper.
     paper = "\n([Multimodal Task Vectors](https://arxiv.org/abs/2406.15334))" if heads else ""
     return f"""{_metadata(card)}
 # Task vector: {_cell(card.method)} for {_cell(card.task)}
@@ -85,7 +85,8 @@ def _heads(vector: TaskVector) -> str:
         layers.setdefault(vector.card.geometry[layer][0], []).append(head)
     listed = "; ".join(f"layer {layer}: {', '.join(map(str, heads))}" for layer, heads in layers.items())
     total = sum(heads for _, _, heads, _ in vector.card.geometry)
-    return f"{len(vector.heads)} of {total}" + (f" ({listed})" if listed else "")
+    gated = HEADS in vector.edits and vector.edits[HEADS].gate is not None
+    return f"{len(vector.heads)} of {total}" + (f" ({listed})" if listed else "") + ", gated by the query" * gated
 
 
 def _layers(vector: TaskVector, edit: Edit) -> str:

@@ -1,0 +1,169 @@
+"""How far the query of each head opens the gate of an edit, seen from the attention as it runs.
+
+MimIC (CVPR 2025) adds ``mu * v`` to what a head gives, with ``mu = Z1 / (Z1 + Z2)``: ``log Z1 = w . q + b`` of the
+query q, and Z2 the sum over the keys of the exponentials of the head's own scores. Neither can be had from what a head
+gives, so both come from the function that computes attention of queries and keys: ``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from lmms_mtv.errors import HookError
+from lmms_mtv.hooks.sites import Site, Sites
+
+_SCORES: Final = 1 << 26
+"""How many scores are held at a time, for which float32 takes 256 MiB."""
+
+
+class Attention(NamedTuple):
+    """One call of ``scaled_dot_product_attention``: query [rows, heads, queries, Q], key [rows, heads, keys, Q]."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+
+class Gates:
+    """Queries and keys of the site whose attention is running. They are forgotten when it has run."""
+
+    def __init__(self, sites: Sites) -> None:
+        self._sites = sites
+        self._running: Site | None = None
+        self._seen: list[Attention] = []
+        self._watching = ExitStack()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follow the attention of all sites inside the block. Nothing is changed."""
+        with ExitStack() as stack:
+            stack.callback(self._ends)  # hooks do not learn of an interruption
+            for site in self._sites:
+                module = site.attention[1]
+                stack.callback(module.register_forward_pre_hook(self._begins(site)).remove)
+                stack.callback(module.register_forward_hook(self._ends, always_call=True).remove)
+            yield
+
+    def opened(self, layer: int, gate: Tensor, x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """mu [N, H] at the positions ``row``, ``column`` [N] of what runs through a site, ``x`` [rows, length, H * D].
+
+        ``layer`` is the index of the site; ``gate`` is [H, Q + 1], or [rows, H, Q + 1], on the device of ``x``, and mu
+        is computed in its dtype.
+
+        Raises :class:`HookError` if the attention of the site was not seen, or is not one of such queries.
+        """
+        site = self._sites[layer]
+        rows, length = x.shape[:2]
+        seen = self._attention(site)
+        found, shape = tuple(seen.query.shape), (rows, site.heads, length, gate.shape[-1] - 1)
+        # Of one position, the heads that share keys may stand as queries of one head.
+        packed = length == 1 and found == (rows, found[1], site.heads // found[1], shape[-1])
+        if found != shape and not (packed and site.heads % found[1] == 0):
+            raise HookError(
+                f"{site.attention[0]} computes attention of queries {found}, the gate of the edit expects (rows, "
+                f"heads, positions, size) {shape}: use a vector that was made for this model"
+            )
+        # An edit of the last positions needs no others; where there is one, a device is not waited for.
+        first = int(column.min()) if length > 1 else 0
+        query = seen.query.reshape(shape)[:, :, first:].to(gate.dtype)
+        weight, bias = gate[..., None, :-1], gate[..., None, -1]
+        log_z1 = (query * weight).sum(-1) + bias
+        log_z2 = _log_sums(seen, first, gate.dtype).reshape(log_z1.shape)
+        return (log_z1 - log_z2).sigmoid()[row, :, column - first]
+
+    def _attention(self, site: Site) -> Attention:
+        if self._running is not site or not self._seen:
+            raise HookError(
+                f"{site.attention[0]} computed its heads without scaled_dot_product_attention, from which an edit with "
+                "a gate has the queries and keys: load the model with attn_implementation=sdpa"
+            )
+        if len(self._seen) > 1:
+            raise HookError(
+                f"{site.attention[0]} called scaled_dot_product_attention {len(self._seen)} times, expected once: an "
+                "edit with a gate cannot tell which call is that of its heads; use a vector without a gate"
+            )
+        return self._seen[0]
+
+    def _begins(self, site: Site) -> Callable[..., None]:
+        def begins(*_: Any) -> None:
+            self._ends()
+            # Now and not for the whole block: a backward pass in it, where attention may run again, is itself a
+            # function during which a mode around it rests.
+            self._watching.enter_context(_Watching(self._seen))
+            self._running = site
+
+        return begins
+
+    def _ends(self, *_: Any) -> None:
+        self._running = None
+        self._watching.close()
+        self._seen.clear()
+
+
+class _Watching(TorchFunctionMode):
+    """Adds to ``seen`` each ``scaled_dot_product_attention`` that is computed."""
+
+    def __init__(self, seen: list[Attention]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            self._seen.append(_attention(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Attention:
+    """What is needed of the arguments of ``scaled_dot_product_attention``, whose names and defaults these are."""
+    return Attention(query, key, attn_mask, is_causal, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _log_sums(seen: Attention, first: int, dtype: torch.dtype) -> Tensor:
+    """log Z2 of the queries from ``first`` on, [rows, heads, queries - first]: part by part, and again for gradients.
+
+    Neither forward nor backward ever holds more than :data:`_SCORES` scores, or those of one query of each head.
+    """
+    rows, heads, queries, _ = seen.query.shape
+    step = max(1, _SCORES // max(1, rows * heads * seen.key.shape[2]))
+    parts = [
+        checkpoint(_log_sum, seen, slice(begin, begin + step), dtype, use_reentrant=False, preserve_rng_state=False)
+        for begin in range(first, queries, step)
+    ]
+    return torch.cat(parts, -1)
+
+
+def _log_sum(seen: Attention, part: slice, dtype: torch.dtype) -> Tensor:
+    query, key = seen.query[:, :, part].to(dtype), seen.key.to(dtype)
+    # Neighbouring heads share the keys of one, where there are fewer of these.
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, *query.shape[2:])
+    scores = (grouped @ key.unsqueeze(2).transpose(-2, -1)).flatten(1, 2) * seen.scale
+    if seen.causal:
+        order = torch.arange(max(seen.query.shape[2], key.shape[2]), device=scores.device)
+        scores = scores.masked_fill(order[: key.shape[2]] > order[: seen.query.shape[2]][part, None], -torch.inf)
+    if seen.mask is not None:
+        mask = seen.mask[..., part, :] if seen.mask.shape[-2] > 1 else seen.mask
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
+    # A query that sees no key, as of padding, has finite numbers and gradients too.
+    return torch.logsumexp(scores.clamp(min=torch.finfo(dtype).min), -1)
