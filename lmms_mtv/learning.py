@@ -37,7 +37,7 @@ class Schedule:
 
     ``examples`` training queries are learned from, ``epochs`` times in a new order. ``accumulation`` of them make one
     step of AdamW (weight decay ``weight_decay``), whose learning rates rise over the share ``warmup`` of the steps and
-    fall with a cosine. Losses are means over ``all`` tokens of the target, or of the ``first`` alone. ``judges``
+    fall with a cosine. A ``loss`` is of ``all`` tokens of the target, their mean, or of the ``first`` alone. ``judges``
     further training queries tell the loss with and without the edit. ``autocast`` computes in bfloat16 what gradients
     go through, ``checkpointing`` saves memory for more time.
     """

@@ -316,9 +316,10 @@ class TaskVector:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file of this vector holds: float32, on the CPU, by name."""
-        # Only what is set, so that a file without gate or flags is what it was before there were any.
+        # Only what is set, so that a file without gate or flags is what it was before there were any; and copies, since
+        # a file takes no tensors that share memory, as keep and gain may.
         parts = {
-            f"{name}.{part}": tensor.detach().to("cpu", torch.float32).contiguous()
+            f"{name}.{part}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
             for name, edit in self.edits.items()
             for part in (*_PARTS, _GATE)
             if (tensor := getattr(edit, part)) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from lmms_mtv.errors import ArgumentError, DataError, HookError
 from lmms_mtv.fitting import Episode
 from lmms_mtv.hooks import checkpointed, find_sites, shape
 from lmms_mtv.learning import Distillation, Moment
-from lmms_mtv.methods import i2cl, live, m2iv
+from lmms_mtv.methods import i2cl, live, m2iv, mimic
 from lmms_mtv.vector import ATTENTION, HEADS, MLP, RESIDUAL, Edit
 
 BOTH = [zoo.llama, zoo.idefics3]
@@ -196,7 +197,7 @@ def test_divergence_is_that_of_the_answers_from_the_teachers():
     assert learning.divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["m2iv", "live", "i2cl"])
+@pytest.mark.parametrize("name", ["m2iv", "live", "i2cl", "mimic"])
 def test_learning_lowers_the_loss_of_queries_it_was_not_on(name):
     tiny = zoo.build(zoo.llama)
 
@@ -344,3 +345,33 @@ def test_an_edit_of_heads_can_be_learned_too():
         tokens="first",
     )
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("architecture", BOTH)
+def test_mimic_learns_a_vector_and_a_gate_for_every_head(architecture):
+    tiny = zoo.build(architecture)
+    used = session(tiny)
+    found = methods.get("mimic").fit(used, mimic.Config(**SHORT, fit_shots=2))
+    edit = found.edits[HEADS]
+    assert edit.everywhere
+    assert edit.gate.shape == (*used.shape[:2], used.shape[2] + 1)
+    assert torch.equal(edit.keep, torch.ones(used.shape[:2]))
+    inputs = tiny.inputs([[5, 6, 7]])
+    shut = dataclasses.replace(edit, gate=torch.cat([0 * edit.gate[..., :-1], 0 * edit.gate[..., -1:] - 1e4], -1))
+    with torch.no_grad():
+        plain = tiny.model(**inputs).logits
+        with applied(tiny.model, {HEADS: shut}):
+            assert torch.equal(tiny.model(**inputs).logits, plain)
+        with applied(tiny.model, found.edits):
+            assert not torch.equal(tiny.model(**inputs).logits, plain)
+
+
+def test_the_distance_is_a_share_of_the_teachers_states():
+    states = torch.tensor([[[[3.0, 4.0]]], [[[0.0, 2.0]]]])
+    logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    teacher = learning.Answer(logits, target, states)
+    moved = learning.Answer(logits, target, states + torch.tensor([0.0, 1.0]))
+    assert mimic.distance(moved, teacher).item() == pytest.approx((1 / 5 + 1 / 2) / 2)
+    same = learning.Answer(logits, target, states.clone().requires_grad_())
+    mimic.distance(same, teacher).backward()
+    assert same.states.grad.isfinite().all()

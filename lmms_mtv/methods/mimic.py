@@ -1,0 +1,81 @@
+"""MimIC: each head mimics in-context learning (Jiang et al., CVPR 2025).
+
+Stored: for every head a vector, and the linear function of its query that says how much of it is added. Injected:
+inside each head, before the output projection, at all positions of all forwards, ``mu(q) * v`` is added to what the
+head gives, with ``mu = Z1 / (Z1 + Z2)``: Z2 is the sum of the exponentials of the head's attention scores and
+``log Z1 = w . q + b``, as if the demonstrations were keys beside those of the prompt. Trained: vectors and functions,
+so that the hidden states without demonstrations are those after them; all weights of the model are frozen. Cost: for
+each of ``examples`` queries ``teachers`` few-shot prompts, run once, and ``epochs`` forwards and backward passes of a
+prompt without demonstrations. In every edited forward the attention scores are computed twice; the model has to compute
+its attention by ``scaled_dot_product_attention``.
+
+The losses and initial vectors are those of the authors' code. The choices that are ours: states are compared at the
+positions that predict the target, as the distance's share of the state's length, mean over layers; vectors are learned
+in the unit of what the heads give (:func:`~lmms_mtv.learning.typical`), with a learning rate chosen on training queries
+of shapes tasks (theirs is 0.005); functions begin as torch's linear layers do; the numbers of queries (theirs: 1,000)
+and of demonstrations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.fitting import Answer, FitSession
+from lmms_mtv.learning import Distillation, Moment, cross_entropy, learn, taught, typical
+from lmms_mtv.methods import Fitted
+from lmms_mtv.vector import HEADS, RESIDUAL, Edit
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Config(Distillation):
+    """Settings of MimIC, besides those of the distillation.
+
+    ``vector_lr`` and ``gate_lr`` are the learning rates of vectors and of the functions of queries; vectors begin as
+    Gaussian noise of standard deviation ``spread``. ``supervision`` is the weight of the target's cross-entropy beside
+    the distance of the hidden states.
+    """
+
+    vector_lr: float = 0.03
+    gate_lr: float = 0.03
+    spread: float = 0.001
+    supervision: float = 0.5
+
+
+def fit(session: FitSession[Any], config: Config) -> Fitted:
+    """Vectors and gates that were learned from the hidden states of few-shot prompts.
+
+    Raises :class:`HookError` where queries cannot be seen, or have another size than what the heads give.
+    """
+    generator, (layers, heads, size) = session.generator("vectors"), session.shape
+    value = torch.randn(session.shape, generator=generator) * config.spread
+    gate = (2 * torch.rand(layers, heads, size + 1, generator=generator) - 1) / size**0.5
+    unit, ones = typical(session, HEADS), torch.ones(layers, heads)
+
+    def edits(_: Moment | None) -> dict[str, Edit]:
+        return {HEADS: Edit(unit * value, ones, ones, everywhere=True, gate=gate)}
+
+    def loss(moment: Moment, answer: Answer) -> Tensor:
+        teacher = taught(session, config, moment, answer, RESIDUAL)
+        return distance(answer, teacher) + config.supervision * cross_entropy(answer)
+
+    parameters = [(config.vector_lr, [value]), (config.gate_lr, [gate])]
+    return Fitted(*learn(session, config, parameters, edits, loss, stream=RESIDUAL))
+
+
+def distance(answer: Answer, teacher: Answer) -> Tensor:
+    """Mean over tokens and layers of the states' Euclidean distance, as a share of the length of the teacher's.
+
+    Raises :class:`ValueError` for answers without states.
+    """
+    if answer.states is None or teacher.states is None:
+        raise ValueError("answers without states have no distance: ask for a stream")
+    # Where nothing differs, a distance of 0 has no slope that is a number.
+    away = ((answer.states - teacher.states).square().sum(-1) + _TINY).sqrt()
+    shares: Tensor = away / teacher.states.norm(dim=-1)
+    return shares.mean()
