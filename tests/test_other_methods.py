@@ -30,6 +30,24 @@ def fitted(name: str, tiny: zoo.Tiny, seed: int = 0, **changes):
     return method.fit(session(tiny, seed=seed), method.configure(SHORT[name] | changes))
 
 
+STAGES = {
+    "mtv": ["values", "selection"],
+    "function_vector": ["values", "effects", "layer"],
+    "task_vector": ["values", "layer"],
+    "icv": ["values"],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_fit_tells_how_long_its_parts_took(name):
+    used = session(zoo.build(zoo.llama))
+    method = methods.get(name)
+    short = {"iterations": 2, "steps": 2, "examples": 2, "candidate_examples": 2}
+    method.fit(used, method.configure(SHORT.get(name, short)))
+    assert list(used.stages) == STAGES[name]
+    assert all(seconds > 0 for seconds in used.stages.values())
+
+
 @pytest.mark.parametrize("architecture", BOTH)
 @pytest.mark.parametrize("name", SHORT)
 def test_a_method_fits_saves_loads_applies_and_leaves_no_hook(name, architecture, tmp_path):
