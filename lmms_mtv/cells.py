@@ -29,7 +29,8 @@ class Cell:
     unless the task sums up differently, ``stderr`` its standard error over ``n`` documents. ``samples`` has lists of
     the same length: ``documents``, ``scores``, ``answers`` and ``prompts`` (digests). ``tokens`` are means over the
     evaluated prompts, ``seconds`` and ``memory`` (peak bytes) those of ``fit`` and ``evaluation``, None where there
-    is nothing to measure. ``vector`` is None without one.
+    is nothing to measure; ``seconds`` also has the parts of the fit, as ``fit/`` and the name of its stage.
+    ``vector`` is None without one.
     """
 
     plan: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from random import Random
@@ -92,10 +93,10 @@ class FitSession(Generic[P]):
     ``shots`` is the number of demonstrations in the prompts that the vector will be used with: losses are of such
     prompts. ``batch_size`` is the rows of an extracting forward. ``memory`` is how many bytes of prefilled prompts
     are kept (of prompts and answers that are learned from, half of it each), and how many the copies of one may take in
-    a replay. ``ranks`` are the processes that fit together, each
-    with a session of its own: prompts and edits are shared out among them, and all get the same results. All
-    randomness comes from ``seed`` and the purpose it is drawn for, so that nothing depends on the order of calls, on
-    ``batch_size`` or on ``ranks``.
+    a replay. ``ranks`` are the processes that fit together, each with a session of its own: prompts and edits are
+    shared out among them, and all get the same results. All randomness comes from ``seed`` and the purpose it is drawn
+    for, so that nothing depends on the order of calls, on ``batch_size`` or on ``ranks``. ``stages`` has the seconds
+    that each :meth:`stage` of the fit took so far.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class FitSession(Generic[P]):
         self.seed = seed
         self.shots = shots
         self.forwards = 0
+        self.stages: dict[str, float] = {}
         self._runner = runner
         self._examples = examples
         self._batch_size = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size.copy()
@@ -151,6 +153,15 @@ class FitSession(Generic[P]):
     def generator(self, purpose: str) -> torch.Generator:
         """The same for torch, on the CPU."""
         return torch.Generator().manual_seed(self.random(purpose).getrandbits(63))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A part of the fit: the wall-clock seconds of the block are added to ``stages[name]``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - began
 
     def bar(self, items: Iterable[T], description: str) -> Iterable[T]:
         """A progress bar over ``items``."""
@@ -237,7 +248,13 @@ class FitSession(Generic[P]):
                 bar.update(len(batch))
         return (self._ranks.total(total) / len(episodes)).float()
 
-    @torch.no_grad()
+    def activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> Tensor:
+        """Each head's activation at the last token of each of N ``episodes``, float32 [N, L, H, D] on the CPU.
+
+        Another ``stream`` gives [N, L, 1, width].
+        """
+        return self._each(episodes, stream, range(len(self.sites)), "Extracting activations")
+
     def embeddings(self) -> Tensor:
         """What the model makes of each training query without demonstrations, float32 [examples, H * D] on the CPU.
 
@@ -246,16 +263,22 @@ class FitSession(Generic[P]):
         for each training example.
         """
         queries = [Episode(query, ()) for query in range(len(self._examples))]
-        layers, heads, size = self.shape
-        found = torch.zeros(len(queries), heads * size)
-        own = self._ranks.share(range(len(queries)))
-        middle = layers // 2
+        middle = len(self.sites) // 2
+        return self._each(queries, HEADS, range(middle, middle + 1), "Embedding queries").flatten(1)
 
-        def embedded(batch: Sequence[int]) -> Tensor:
-            return self._activations([queries[index] for index in batch])[:, middle].flatten(1).cpu()
+    @torch.no_grad()
+    def _each(self, episodes: Sequence[Episode], stream: str, layers: range, description: str) -> Tensor:
+        """Activations of each of N prompts in those ``layers``, float32 [N, layers, H, D] on the CPU."""
+        _, heads, size = shape(self.sites, stream)
+        found = torch.zeros(len(episodes), len(layers), heads, size)
+        own = self._ranks.share(range(len(episodes)))
 
-        with self._ranks.together(), tqdm(total=len(own), **self._bar_options("Embedding queries")) as bar:
-            for batch, rows in self._batch_size.over(own, embedded):
+        def extracted(batch: Sequence[int]) -> Tensor:
+            rows = self._activations([episodes[index] for index in batch], stream)
+            return rows[:, layers.start : layers.stop].cpu()
+
+        with self._ranks.together(), tqdm(total=len(own), **self._bar_options(description)) as bar:
+            for batch, rows in self._batch_size.over(own, extracted):
                 found[list(batch)] = rows
                 self.forwards += 1
                 bar.update(len(batch))

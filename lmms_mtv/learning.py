@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,8 +102,27 @@ def learn(
         raise ArgumentError(f"a learning rate of {lowest}, expected above 0")
     asked = session.episodes(schedule.examples, session.shots, "learning")
     judges = session.episodes(schedule.judges, session.shots, "judging", unlike=asked)
-    # First, since it also settles whether answers can be replayed.
-    unedited = session.mean_losses(judges, {}, schedule.loss, "Without the edit")
+    with session.stage("judging"):
+        # First, since it also settles whether answers can be replayed.
+        unedited = session.mean_losses(judges, {}, schedule.loss, "Without the edit")
+    with session.stage("learning"):
+        history = _learned(session, schedule, asked, parameters, edits, loss, stream)
+    made = edits(None)
+    with session.stage("judging"):
+        chosen = session.mean_losses(judges, made, schedule.loss, "With the edit")
+    return made, {"learning": history, "unedited": unedited.tolist(), "chosen": chosen.tolist()}
+
+
+def _learned(
+    session: FitSession[Any],
+    schedule: Schedule,
+    asked: Sequence[Episode],
+    parameters: Sequence[tuple[float, Sequence[Tensor]]],
+    edits: Make,
+    loss: Loss,
+    stream: str | None,
+) -> list[float]:
+    """The mean loss of each step that changes the parameters."""
     learned = [tensor.requires_grad_() for _, tensors in parameters for tensor in tensors]
     groups: list[dict[str, Any]] = [{"params": list(tensors), "lr": rate} for rate, tensors in parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
@@ -110,7 +130,16 @@ def learn(
     slower = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, len(steps), schedule.warmup))
     history = []
     for moments in session.bar(steps, "Learning"):
-        losses, gradients = _gradients(session, schedule, moments, learned, edits, loss, stream)
+        losses, gradients = session.gradients(
+            [moment.asked for moment in moments],
+            learned,
+            partial(_of, edits, moments),
+            partial(_of, loss, moments),
+            tokens=schedule.loss,
+            stream=stream,
+            autocast=schedule.autocast,
+            checkpointing=schedule.checkpointing,
+        )
         for tensor, gradient in zip(learned, gradients, strict=True):
             tensor.grad = gradient / len(moments)
         optimizer.step()
@@ -118,31 +147,12 @@ def learn(
         history.append(losses.mean().item())
     for tensor in learned:
         tensor.requires_grad_(False)
-    made = edits(None)
-    chosen = session.mean_losses(judges, made, schedule.loss, "With the edit")
-    return made, {"learning": history, "unedited": unedited.tolist(), "chosen": chosen.tolist()}
+    return history
 
 
-def _gradients(
-    session: FitSession[Any],
-    schedule: Schedule,
-    moments: Sequence[Moment],
-    learned: Sequence[Tensor],
-    edits: Make,
-    loss: Loss,
-    stream: str | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The losses of the queries of one step, and the gradient of their sum with respect to what is learned."""
-    return session.gradients(
-        [moment.asked for moment in moments],
-        learned,
-        lambda index: edits(moments[index]),
-        lambda index, answer: loss(moments[index], answer),
-        tokens=schedule.loss,
-        stream=stream,
-        autocast=schedule.autocast,
-        checkpointing=schedule.checkpointing,
-    )
+def _of(make: Callable[..., Any], moments: Sequence[Moment], index: int, *more: Any) -> Any:
+    """``make`` of the moment that an index means."""
+    return make(moments[index], *more)
 
 
 def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode]) -> list[list[Moment]]:

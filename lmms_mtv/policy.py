@@ -1,10 +1,12 @@
 """Which heads to edit, as probabilities: learned from losses alone by REINFORCE (MTV, arXiv 2406.15334, section 3.2),
-or from their gradients through masks that are nearly 0 or 1 (concrete distribution, arXiv 1611.00712)."""
+or from their gradients through masks that are nearly 0 or 1 (concrete distribution, arXiv 1611.00712). And, by the same
+REINFORCE, which one of several values to put there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ EDGE = 1e-3
 
 TEMPERATURE = 0.5
 """Of the concrete distribution: the lower, the nearer masks are to 0 and 1, and the rougher gradients."""
+
+
+P = TypeVar("P", "Policy", "Categorical")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class Policy:
         likely = probabilities.where(probabilities >= floor, torch.zeros_like(probabilities))
         return torch.rand(count, *likely.shape, generator=generator) < likely
 
+    def log_probability(self, masks: Tensor) -> Tensor:
+        """Of each of the bool [count, L, H] ``masks``, float32 [count]; has a gradient if the logits do."""
+        probabilities = self.logits.sigmoid().clamp(EDGE, 1 - EDGE)
+        return torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
+
     def above(self, threshold: float) -> Tensor:
         """The mask of the heads at least as likely as ``threshold``, bool [L, H]."""
         return self.probabilities >= threshold
@@ -45,6 +55,31 @@ class Policy:
         mask = torch.zeros(self.logits.numel(), dtype=torch.bool)
         mask[order[:count]] = True
         return mask.view(self.logits.shape)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Independent choices of one of M options each, for each of N heads. ``logits`` is float32 [N, M] on the CPU."""
+
+    logits: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """float32 [N, M], with a sum of 1 for each head."""
+        return self.logits.detach().softmax(1)
+
+    @property
+    def best(self) -> Tensor:
+        """The most likely option of each head, int64 [N]; of equal ones the first."""
+        return self.logits.detach().sort(dim=1, descending=True, stable=True).indices[:, 0]
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` options for each head, int64 [count, N]."""
+        return torch.multinomial(self.probabilities, count, replacement=True, generator=generator).T
+
+    def log_probability(self, options: Tensor) -> Tensor:
+        """Of each row of the int64 [count, N] ``options``, float32 [count]; has a gradient if the logits do."""
+        return self.logits.log_softmax(1).gather(1, options.T).sum(0)
 
 
 def reinforce(
@@ -59,28 +94,45 @@ def reinforce(
 ) -> tuple[Policy, list[float]]:
     """Learn a :class:`Policy` that makes ``losses`` small.
 
-    ``losses(step, masks)`` gives the float [samples] losses of the bool [samples, L, H] masks. Each step minimises
-    the sum over samples of ``log p(mask) * (loss - mean) / (std + 1e-3)`` with Adam. Returns the policy and the mean
+    ``losses(step, masks)`` gives the float [samples] losses of the bool [samples, L, H] masks. The rest is as
+    :func:`improved` has it, from ``initial_logit`` for each head.
+    """
+    start = Policy(torch.full(shape, initial_logit))
+    return improved(start, losses, steps=steps, samples=samples, lr=lr, generator=generator)
+
+
+def improved(
+    policy: P,
+    losses: Callable[[int, Tensor], Tensor],
+    *,
+    steps: Iterable[int],
+    samples: int,
+    lr: float,
+    generator: torch.Generator,
+) -> tuple[P, list[float]]:
+    """The ``policy`` that REINFORCE makes of another one, to make ``losses`` small.
+
+    ``losses(step, choices)`` gives the float [samples] losses of what was sampled from the policy. Each step minimises
+    the sum over samples of ``log p(choice) * (loss - mean) / (std + 1e-3)`` with Adam. Returns the policy and the mean
     loss of each step. ``samples`` is at least 2. Raises :class:`NumericsError` on a loss that is not finite.
     """
-    logits = torch.full(shape, initial_logit, requires_grad=True)
+    logits = policy.logits.clone().requires_grad_()
+    learning = replace(policy, logits=logits)
     optimizer = torch.optim.Adam([logits], lr=lr)
     history = []
     for step in steps:
-        masks = Policy(logits).sample(samples, generator)
-        found = losses(step, masks).detach().to("cpu", torch.float32)
+        choices = learning.sample(samples, generator)
+        found = losses(step, choices).detach().to("cpu", torch.float32)
         if not found.isfinite().all():
             raise NumericsError(f"a loss of selection step {step} is NaN or infinite: use dtype=float32 or bfloat16")
         advantage = (found - found.mean()) / (found.std() + EDGE)
         optimizer.zero_grad()
         # Also where the caller evaluates and has turned gradients off.
         with torch.enable_grad():
-            probabilities = logits.sigmoid().clamp(EDGE, 1 - EDGE)
-            chosen = torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
-            torch.autograd.backward((chosen * advantage).sum())
+            torch.autograd.backward((learning.log_probability(choices) * advantage).sum())
         optimizer.step()
         history.append(found.mean().item())
-    return Policy(logits.detach()), history
+    return replace(policy, logits=logits.detach()), history
 
 
 def concrete(

@@ -180,7 +180,8 @@ class VectorCard:
     ``prompt`` are SHA-256 digests of the ids of the training examples and of the way a prompt is written. ``shots``
     is the number of demonstrations in the prompts that the vector is made for. ``parents`` are the ids of the vectors
     that it was combined of, with their weights, or whose heads it has. ``losses`` are lists of floats by name,
-    ``seconds`` is the time of the fit, ``memory`` its peak in bytes if known.
+    ``seconds`` is the time of the fit, ``stages`` how much of it each part took, by name, ``memory`` its peak in bytes
+    if known.
     """
 
     model: str
@@ -199,10 +200,11 @@ class VectorCard:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     losses: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
     memory: int | None = None
     schema: int = SCHEMA
 
-    _OUTCOME = ("versions", "losses", "seconds", "memory", "schema")
+    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "schema")
 
     @property
     def id(self) -> str:
@@ -253,6 +255,7 @@ class VectorCard:
             given["parents"] = {name: float(weight) for name, weight in dict(card.parents).items()}
             given["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
             given["seconds"] = float(card.seconds)
+            given["stages"] = {name: float(seconds) for name, seconds in dict(card.stages).items()}
             card = cls(**given)
             if _deeper(found, 32):
                 raise ValueError("something is nested too deeply")

@@ -97,6 +97,7 @@ class TestCells:
         assert two.tokens["prompt"] == two.tokens["image"] + two.tokens["text"]
         assert zero.seconds["fit"] is two.seconds["fit"] is None
         assert mtv.seconds["fit"] > 0 < mtv.seconds["evaluation"]
+        assert mtv.seconds["fit/values"] > 0 < mtv.seconds["fit/selection"]
         if sys.platform == "linux":
             assert mtv.memory["evaluation"] > 50e6
 

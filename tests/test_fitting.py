@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from transformers import LlamaForCausalLM, MiniMaxConfig, MiniMaxForCausalLM, Mi
 from lmms_mtv import Edit, Episode, applied, capture, find_sites
 from lmms_mtv.errors import DataError, HookError, NumericsError
 from lmms_mtv.fitting import Run
-from lmms_mtv.hooks import Prefill
-from lmms_mtv.vector import HEADS
+from lmms_mtv.hooks import Prefill, shape
+from lmms_mtv.vector import HEADS, RESIDUAL
 
 MASKS = 32
 
@@ -417,6 +418,31 @@ def test_embeddings_are_the_middle_layer_of_zero_shot_queries():
     for query in range(5):
         expected = fit.mean_activations([Episode(query, ())])[fit.shape[0] // 2].flatten()
         torch.testing.assert_close(found[query], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stream", [HEADS, RESIDUAL])
+def test_activations_are_those_of_each_prompt_alone(stream):
+    tiny = zoo.build(zoo.idefics3)
+    fit = session(tiny, batch_size=2)
+    episodes = fit.episodes(5, 2, "values")
+    found = fit.activations(episodes, stream)
+    assert found.shape == (5, *shape(fit.sites, stream))
+    assert fit.forwards == 3
+    for episode, of_prompt in zip(episodes, found, strict=True):
+        alone = session(tiny).mean_activations([episode], stream)
+        torch.testing.assert_close(of_prompt, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_add_up_by_name_and_count_what_failed():
+    fit = session(zoo.build(zoo.llama))
+    assert fit.stages == {}
+    for _ in range(2):
+        with fit.stage("slow"):
+            time.sleep(0.02)
+    with pytest.raises(ValueError, match="part"), fit.stage("failed"):
+        raise ValueError("part")
+    assert list(fit.stages) == ["slow", "failed"]
+    assert fit.stages["slow"] >= 0.04 > fit.stages["failed"] >= 0
 
 
 def test_demonstrations_come_from_the_pool():

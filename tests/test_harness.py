@@ -124,6 +124,9 @@ def test_the_command_fits_evaluates_and_records(tmp_path):
         assert saved.id == used["vector"]
         assert [list(head) for head in saved.heads] == used["heads"]
         assert saved.card.task == task
+        assert used["fit_stages"] == saved.card.stages
+        assert set(used["fit_stages"]) == {"values", "selection"}
+        assert 0 < sum(used["fit_stages"].values()) < used["fit_seconds"] + 0.001
     assert record["tasks"]["shapes_color_en"]["vector"] != record["tasks"]["shapes_phrase_en"]["vector"]
 
 

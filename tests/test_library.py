@@ -379,6 +379,7 @@ def test_a_card_with_a_path_stays_inside(library, tmp_path, field, name):
         {"parents": {"a": "heavy"}},
         {"losses": {"a": 1}},
         {"seconds": "long"},
+        {"stages": {"values": "long"}},
         {"method": ["mtv"]},
         {"versions": {"deep": functools.reduce(lambda inner, _: [inner], range(400), 0)}},
     ],

@@ -29,6 +29,27 @@ def fitted(name: str, tiny: zoo.Tiny, seed: int = 0, **changes):
     return method.fit(session(tiny, seed=seed), method.configure(SHORT[name] | changes))
 
 
+STAGES = {
+    "mtv": ["values", "selection"],
+    "function_vector": ["values", "effects", "layer"],
+    "task_vector": ["values", "layer"],
+    "icv": ["values"],
+    "m2iv": ["judging", "learning"],
+    "i2cl": ["values", "judging", "learning"],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_fit_tells_how_long_its_parts_took(name):
+    used = session(zoo.build(zoo.llama))
+    method = methods.get(name)
+    short = {"iterations": 2, "steps": 2, "examples": 2, "candidate_examples": 2, "epochs": 1, "fit_shots": 2}
+    short = {key: value for key, value in short.items() if key in method.settings()}
+    method.fit(used, method.configure(SHORT.get(name, short)))
+    assert list(used.stages) == STAGES[name]
+    assert all(seconds > 0 for seconds in used.stages.values())
+
+
 def activations(used, episode, stream="heads"):
     """At the last token of a prompt, by a forward of its own, [L, H, D]."""
     prompt = used._examples.prompt(episode)

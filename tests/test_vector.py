@@ -36,7 +36,7 @@ def test_a_vector_without_edits_can_be_saved_too(tmp_path):
 
 
 def test_the_id_is_the_recipe():
-    assert vector().id == vector(seconds=99.0, losses={}, versions={"torch": "3"}).id
+    assert vector().id == vector(seconds=99.0, losses={}, versions={"torch": "3"}, stages={"values": 9.0}).id
     for change in ({"seed": 1}, {"task": "other"}, {"config": {"steps": 1}}, {"revision": None}, {"shots": 1}):
         assert vector(**change).id != vector().id
     assert len(vector().id) == 16

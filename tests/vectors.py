@@ -32,6 +32,7 @@ def card(**changes) -> VectorCard:
         "versions": {"torch": "2"},
         "losses": {"policy": [1.0, 0.5]},
         "seconds": 1.5,
+        "stages": {"values": 1.0, "selection": 0.5},
     }
     return VectorCard(**fields | changes)
 

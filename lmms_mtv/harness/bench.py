@@ -127,6 +127,7 @@ class Bench:
             tokens={"prompt": evaluation["input_tokens"], "image": evaluation["image_tokens"], "text": text},
             seconds={
                 "fit": round(used["fit_seconds"], 3) if vectors[place.task].edits else None,
+                **{f"fit/{name}": seconds for name, seconds in used["fit_stages"].items()},
                 "evaluation": round(evaluation["seconds"], 3),
             },
             memory={"fit": used["fit_bytes"], "evaluation": evaluation["bytes"]},

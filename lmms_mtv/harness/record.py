@@ -29,8 +29,9 @@ def vector_path(folder: Path, vector: TaskVector) -> Path:
 def of_task(vector: TaskVector, source: str, seed: int, shots: int, reused: bool) -> dict[str, Any]:
     """The entry of one task. ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated.
 
-    ``reused`` says that the vector is from an earlier run; ``fit_seconds`` and ``fit_bytes`` then are of that one.
-    The layers of ``heads`` count sites: blocks that the record's ``skipped`` names have none and are not counted.
+    ``reused`` says that the vector is from an earlier run; ``fit_seconds``, ``fit_stages`` and ``fit_bytes`` then are
+    of that one. The layers of ``heads`` count sites: blocks that the record's ``skipped`` names have none and are not
+    counted.
     """
     card = dataclasses.asdict(vector.card)
     return {
@@ -43,6 +44,7 @@ def of_task(vector: TaskVector, source: str, seed: int, shots: int, reused: bool
         "seed": seed,
         "settings": dict(card["config"]),
         "fit_seconds": card["seconds"],
+        "fit_stages": card["stages"],
         "fit_bytes": card["memory"],
         "loss": {name: card["losses"][name][0] for name in ("unedited", "chosen") if name in card["losses"]},
         "split": card["split"],

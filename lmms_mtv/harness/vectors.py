@@ -252,6 +252,7 @@ class Vectors(Generic[P]):
             # More digits would be noise, and most of the file.
             losses={name: [float(f"{loss:.6g}") for loss in found] for name, found in fitted.losses.items()},
             seconds=time.perf_counter() - began,
+            stages={name: round(seconds, 3) for name, seconds in session.stages.items()},
             memory=memory.bytes,
         )
         vector = TaskVector(dict(fitted.edits), card)

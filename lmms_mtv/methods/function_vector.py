@@ -63,19 +63,22 @@ class Config:
 def fit(session: FitSession[Any], config: Config) -> Fitted:
     """The sum of what the heads with the largest effect add, and the layer after which to add it."""
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
-    means = session.mean_activations(prompts)
+    with session.stage("values"):
+        means = session.mean_activations(prompts)
     corrupted = _corrupted(session, config)
-    effects = _effects(session, means, corrupted)
+    with session.stage("effects"):
+        effects = _effects(session, means, corrupted)
     # Heads of one model may be fewer than asked for.
     chosen = torch.zeros(effects.numel())
     chosen[effects.flatten().topk(min(config.top, effects.numel())).indices] = 1
     vector = written(session.sites, means * chosen.view_as(effects).unsqueeze(-1)).sum(0)
     queries = session.episodes(config.examples, session.shots, "selection", unlike=(*prompts, *corrupted))
-    edit, losses = best_layer(
-        lambda edits: session.mean_losses(queries, {RESIDUAL: edits}, config.loss, "Choosing the layer"),
-        vector.expand(len(session.sites), 1, -1),
-        keep=1,
-    )
+    with session.stage("layer"):
+        edit, losses = best_layer(
+            lambda edits: session.mean_losses(queries, {RESIDUAL: edits}, config.loss, "Choosing the layer"),
+            vector.expand(len(session.sites), 1, -1),
+            keep=1,
+        )
     return Fitted({RESIDUAL: edit}, losses | {"effects": effects.flatten().tolist()})
 
 

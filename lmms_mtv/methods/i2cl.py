@@ -52,7 +52,8 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     """Mean outputs of attention and MLP, and how much of them is mixed in."""
     streams = (ATTENTION, MLP)
     shown = session.episodes(config.iterations, 0, "values")
-    values = [session.answered_activations(shown, name)[1].mean(0) for name in streams]
+    with session.stage("values"):
+        values = [session.answered_activations(shown, name)[1].mean(0) for name in streams]
     gains = [torch.full(value.shape[:2], config.initial_weight) for value in values]
     keeps = [torch.ones_like(gain) for gain in gains]
 

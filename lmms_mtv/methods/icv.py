@@ -44,7 +44,8 @@ class Config:
 def fit(session: FitSession[Any], config: Config) -> Fitted:
     """The direction of the answers in each layer."""
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
-    before, after = session.answered_activations(prompts, RESIDUAL)
+    with session.stage("values"):
+        before, after = session.answered_activations(prompts, RESIDUAL)
     norms = before.norm(dim=-1, keepdim=True).mean(0)
     value = norms * torch.stack([_direction(layer) for layer in (after - before).squeeze(2).unbind(1)]).unsqueeze(1)
     ones = torch.ones(value.shape[:2])

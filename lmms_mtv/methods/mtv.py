@@ -122,12 +122,14 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     layers, heads, _ = session.shape
     if config.top_k is not None and config.top_k > layers * heads:
         raise ArgumentError(f"top_k={config.top_k}, but the model has {layers * heads} heads")
-    value = session.mean_activations(
-        session.episodes(config.iterations, config.fit_shots, "values", pool(session, config))
-    )
+    with session.stage("values"):
+        value = session.mean_activations(
+            session.episodes(config.iterations, config.fit_shots, "values", pool(session, config))
+        )
     if config.heads is not None:
         return Fitted({HEADS: Edit.replace(value, _given(config.heads, session.shape[:2]))})
-    mask, losses = select(session, config, value)
+    with session.stage("selection"):
+        mask, losses = select(session, config, value)
     return Fitted({HEADS: Edit.replace(value, mask)}, losses)
 
 

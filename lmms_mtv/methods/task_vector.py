@@ -45,12 +45,14 @@ class Config:
 def fit(session: FitSession[Any], config: Config) -> Fitted:
     """The hidden states of few-shot prompts, and the layer where they stand in best for demonstrations."""
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
-    value = session.mean_activations(prompts, RESIDUAL)
+    with session.stage("values"):
+        value = session.mean_activations(prompts, RESIDUAL)
     queries = session.episodes(config.examples, session.shots, "selection", unlike=prompts)
-    edit, losses = best_layer(
-        lambda edits: session.mean_losses(queries, {RESIDUAL: edits}, config.loss, "Choosing the layer"),
-        value,
-        keep=0,
-        once=True,
-    )
+    with session.stage("layer"):
+        edit, losses = best_layer(
+            lambda edits: session.mean_losses(queries, {RESIDUAL: edits}, config.loss, "Choosing the layer"),
+            value,
+            keep=0,
+            once=True,
+        )
     return Fitted({RESIDUAL: edit}, losses)
