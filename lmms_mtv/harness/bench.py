@@ -190,6 +190,7 @@ def _vector(vector: TaskVector) -> dict[str, Any] | None:
         "loss": {name: card.losses[name][0] for name in ("unedited", "chosen") if name in card.losses},
         "examples": card.config.get("iterations", 0) * card.config.get("fit_shots", 0),
         "checksum": vector.checksum,
+        "bytes": len(vector.content()),
     }
 
 

@@ -111,6 +111,20 @@ def evaluation_seconds(cells: Sequence[Cell]) -> float | None:
     )
 
 
+def token_seconds(cells: Sequence[Cell]) -> float | None:
+    """Seconds of evaluation for each token of the prompts, mean over cells."""
+    return average(
+        seconds / (tokens * cell.n)
+        for cell in cells
+        if (seconds := cell.seconds["evaluation"]) is not None and (tokens := cell.tokens["prompt"]) and cell.n
+    )
+
+
+def vector_bytes(cells: Sequence[Cell]) -> float | None:
+    """Size of a vector's file, mean over cells; None where there is none, or cells do not tell it."""
+    return average(cell.vector.get("bytes") for cell in cells if cell.vector is not None)
+
+
 def peak_memory(cells: Sequence[Cell], part: str) -> float | None:
     """The highest peak of memory over cells, in GB (1e9 bytes); ``part`` is ``fit`` or ``evaluation``."""
     known = [found / 1e9 for cell in cells if (found := cell.memory[part]) is not None]

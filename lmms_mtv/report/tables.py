@@ -55,7 +55,7 @@ def report(results: Results) -> list[Table]:
 
 def kind(name: str) -> Callable[[Results], Table]:
     """The table that a mark in a text asks for."""
-    kinds: dict[str, Callable[[Results], Table]] = {"summary": overview, "tasks": by_task}
+    kinds: dict[str, Callable[[Results], Table]] = {"summary": overview, "tasks": by_task, "costs": costs}
     if name not in kinds:
         raise unknown("table", name, kinds)
     return kinds[name]
@@ -142,7 +142,7 @@ def compared(results: Results, found: Differences) -> Table:
 
 
 def costs(results: Results) -> Table:
-    """One row for each arm: tokens, seconds and memory."""
+    """One row for each arm: tokens, seconds, size of the vector's file, memory."""
     rows = []
     for arm in results.arms:
         cells = results.of(arm)
@@ -153,12 +153,15 @@ def costs(results: Results) -> Table:
                 _known(summary.prompt_tokens(cells), 1, missing),
                 _percent(summary.image_share(cells), missing),
                 _known(summary.fit_seconds(cells), 1, missing),
+                _known(_times(summary.vector_bytes(cells), 1e-3), 1, missing),
                 _known(summary.evaluation_seconds(cells), 2, missing),
+                _known(_times(summary.token_seconds(cells), 1e3), 2, missing),
                 _known(summary.peak_memory(cells, "fit"), 2, missing),
                 _known(summary.peak_memory(cells, "evaluation"), 2, missing),
             ]
         )
-    header = ["arm", "tokens per prompt", "image tokens", "fit, s", "evaluation, s per 100 prompts"]
+    header = ["arm", "tokens per prompt", "image tokens", "fit, s", "vector, kB", "evaluation, s per 100 prompts"]
+    header += ["evaluation, ms per prompt token"]
     header += ["peak memory of fit, GB", "peak memory of evaluation, GB"]
     notes = [
         "Means over tasks and seeds; memory is the highest peak of all.",
@@ -187,6 +190,10 @@ def _tokens(results: Results, arm: str) -> str:
     share = summary.image_share(cells)
     text = _known(summary.prompt_tokens(cells), 0, missing=not cells)
     return text if share is None else f"{text} ({_percent(share)})"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
 
 
 def _known(value: float | None, digits: int, missing: bool = False) -> str:
