@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 
 import pytest
 import torch
@@ -171,7 +171,7 @@ def test_numbers_of_heads_that_are_tried(heads):
     assert numbers[0] == 1
     assert numbers[-1] == max(heads // 2, 1)
     assert len(numbers) <= 64
-    assert all(after <= max(before + 1, 1.15 * before) for before, after in pairwise(numbers))
+    assert all(after <= max(before + 1, 1.15 * before) for before, after in itertools.pairwise(numbers))
 
 
 def test_queries_that_judge_are_not_those_of_the_values_or_of_the_policy():
