@@ -117,19 +117,6 @@ def test_the_package_of_the_page_runs_in_both_harnesses(installed, text_model, t
 
 
 @pytest.mark.slow
-def test_the_package_of_the_page_is_an_arm_of_a_comparison(installed, tmp_path):
-    done = command(
-        installed,
-        *("lmms_mtv", "compare", "--model_args", "pretrained=tiny", "--tasks", "shapes_color_en", "--limit", "3"),
-        *("--arm", "zero-shot", "--arm", f"twice:method=difference,strength=2,{QUICK.replace(',reuse=False', '')}"),
-        *("--seeds", "0", "--output", str(tmp_path / "compared")),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (tmp_path / "compared").rglob("twice-seed0.json")
-    assert json.loads(path.read_text())["mtv"]["settings"]["strength"] == 2
-
-
-@pytest.mark.slow
 def test_a_method_that_is_installed_is_held_to_what_holds_for_every_one(installed):
     every = str(TESTS / "test_every_method.py")
     done = command(installed, "pytest", "-q", every, "-k", "difference", "-p", "no:cacheprovider")
