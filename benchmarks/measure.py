@@ -63,6 +63,11 @@ def medians(repetitions: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(taken) for name, taken in repetitions.items()}
 
 
+def ratio(repetitions: Mapping[str, Sequence[float]], one: str, other: str) -> float:
+    """The median over rounds of the time of ``one`` over that of ``other`` in the same round."""
+    return statistics.median(a / b for a, b in zip(repetitions[one], repetitions[other], strict=True))
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that all benchmarks have; the first paragraph of ``description`` says what this one is."""
     made = argparse.ArgumentParser(description=(description or "").partition("\n\n")[0])

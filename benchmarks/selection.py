@@ -115,7 +115,7 @@ def measured(given: argparse.Namespace, model: nn.Module, device: torch.device, 
     medians = measure.medians(repetitions)
     return {
         "tokens": tokens,
-        "speedup": medians["loop"] / medians["ours"],
+        "speedup": measure.ratio(repetitions, "loop", "ours"),
         "replays": session.replays,
         "gap": max(gaps),
         "tolerance": 1e-4 if measure.dtype_of(given, device) == torch.float32 else 0.05 * plain.abs().max().item(),
