@@ -69,17 +69,22 @@ def ratio(repetitions: Mapping[str, Sequence[float]], one: str, other: str) -> f
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that all benchmarks have; the first paragraph of ``description`` says what this one is."""
+    """The arguments of a benchmark on a random model; the first paragraph of ``description`` says what it is."""
     made = argparse.ArgumentParser(description=(description or "").partition("\n\n")[0])
     made.add_argument("--model", choices=models.NAMES, default="tiny", help="shape of the model (default: tiny)")
+    made.add_argument("--seed", type=int, default=0, help="of weights, prompts and masks (default: 0)")
+    add_common(made)
+    return made
+
+
+def add_common(made: argparse.ArgumentParser) -> None:
+    """Add the arguments that all benchmarks have."""
     made.add_argument("--device", help="default: the GPU if there is one")
     made.add_argument("--dtype", choices=models.DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     made.add_argument("--threads", type=int, help="threads of a CPU; default: torch's")
-    made.add_argument("--seed", type=int, default=0, help="of weights, prompts and masks (default: 0)")
     made.add_argument("--repetitions", type=int, default=3, help="of what is measured, interleaved (default: 3)")
     made.add_argument("--quiet", action="store_true", help="no progress bars")
     made.add_argument("--json", metavar="FILE", type=Path, help="where machine, settings and figures are written")
-    return made
 
 
 def device_of(given: argparse.Namespace) -> torch.device:
