@@ -138,6 +138,7 @@ def applied(
 def _editing(edit: Edit, layer: int, positions: Positions, fired: Fired, index: int) -> Change:
     """The edit of one layer: ``keep * x + shift`` over all heads at once, with ``shift = gain * value``."""
     _, heads, size = edit.shape
+    batch = edit.batch
     gain, value = edit.gain[..., layer, :, None], edit.value[..., layer, :, :]
     shift = (gain * value).flatten(-2)
     keep = edit.keep[..., layer, :].repeat_interleave(size, -1)
@@ -165,8 +166,8 @@ def _editing(edit: Edit, layer: int, positions: Positions, fired: Fired, index: 
                 )
             return None
         rows, length = x.shape[:2]
-        if edit.batch not in (None, rows):
-            raise HookError(f"an edit of {edit.batch} rows met a batch of {rows} rows")
+        if batch not in (None, rows):
+            raise HookError(f"an edit of {batch} rows met a batch of {rows} rows")
         if edit.everywhere or length == 1:
             row = torch.arange(rows, device=x.device).repeat_interleave(length)
             edited = mixed(x.flatten(0, 1), row).view_as(x)
