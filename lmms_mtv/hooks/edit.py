@@ -154,6 +154,7 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
     A gate makes that ``keep * x + mu * shift``, with a mu for each position and head.
     """
     _, heads, size = edit.shape
+    batch = edit.batch
     gain, value = edit.gain[..., layer, :, None], edit.value[..., layer, :, :]
     shift = (gain * value).flatten(-2)
     keep = edit.keep[..., layer, :].repeat_interleave(size, -1)
@@ -185,8 +186,8 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
                 )
             return None
         rows, length = x.shape[:2]
-        if edit.batch not in (None, rows):
-            raise HookError(f"an edit of {edit.batch} rows met a batch of {rows} rows")
+        if batch not in (None, rows):
+            raise HookError(f"an edit of {batch} rows met a batch of {rows} rows")
         if edit.everywhere or length == 1:
             row = torch.arange(rows, device=x.device).repeat_interleave(length)
             column = torch.arange(length, device=x.device).repeat(rows)
