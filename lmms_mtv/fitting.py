@@ -133,6 +133,7 @@ class FitSession(Generic[P]):
         self._answers: Kept[tuple[Episode, Tokens, str | None], Answer] = Kept(memory // 2)
         self._replays: bool | None = None
         self._verified: set[str] = set()
+        self._is_edited = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -364,8 +365,11 @@ class FitSession(Generic[P]):
         """What the model, unedited, makes of the query's target, with the activations of ``stream`` if one is given.
 
         It is worked out once, and kept as long as there is room. Replays are used once :meth:`losses` has found that
-        they are exact.
+        they are exact. Raises :class:`HookError` where the model is edited: in what the ``loss`` of :meth:`gradients`
+        gives.
         """
+        if self._is_edited:
+            raise HookError("the model is edited now: ask for its own answers in loss, before it gives its function")
         kept = self._answers.get((episode, tokens, stream))
         if kept is not None:
             return kept
@@ -388,7 +392,7 @@ class FitSession(Generic[P]):
         episodes: Sequence[Episode],
         parameters: Sequence[Tensor],
         edits: Callable[[int], Edits],
-        loss: Callable[[int, Answer], Tensor],
+        loss: Callable[[int], Callable[[Answer], Tensor]],
         *,
         tokens: Tokens = "all",
         stream: str | None = None,
@@ -397,11 +401,11 @@ class FitSession(Generic[P]):
     ) -> tuple[Tensor, list[Tensor]]:
         """The ``loss`` of what the edited model makes of each query's target, and the gradient of their sum.
 
-        For the i-th of N episodes ``edits(i)`` makes edits of ``parameters``, and ``loss(i, answer)`` a number of the
-        :class:`Answer` under them, with the activations of ``stream`` if one is given. Returns the losses, float32 [N],
-        and the derivative of their sum with respect to each of the parameters, float32, all on the CPU. Weights take
-        no gradient. Each prompt runs whole and alone; with ``autocast`` in bfloat16, with ``checkpointing`` keeping
-        what goes into a block only.
+        For the i-th of N episodes ``edits(i)`` makes edits of ``parameters``, and ``loss(i)`` a function that gives a
+        number of the :class:`Answer` under them, with the activations of ``stream`` if one is given; what it needs of
+        the unedited model, ``loss`` asks for before. Returns the losses, float32 [N], and the derivative of their sum
+        with respect to each of the parameters, float32, all on the CPU. Weights take no gradient. Each prompt runs
+        whole and alone; with ``autocast`` in bfloat16, with ``checkpointing`` keeping what goes into a block only.
 
         Raises :class:`NumericsError` on NaN or infinity, :class:`HookError` if the model's own code turns gradients off
         or cannot be checkpointed.
@@ -411,6 +415,7 @@ class FitSession(Generic[P]):
             for index in self._ranks.share(range(len(episodes))):
                 prefill, target = self._learner(episodes[index])
                 target = target[:1] if tokens == "first" else target
+                compared = loss(index)
                 with ExitStack() as stack:
                     stack.enter_context(_frozen(self._runner.model))
                     if checkpointing:
@@ -420,9 +425,8 @@ class FitSession(Generic[P]):
                     with torch.no_grad():
                         self._verify(prefill, made)
                     # Open to the end: what is checkpointed runs again, edited, when gradients are computed.
-                    stack.enter_context(applied(self.sites, made, tail=len(target)))
-                    answer = self._answered(prefill, target, stream, autocast)
-                    value = loss(index, answer)
+                    stack.enter_context(self._edited(made, len(target)))
+                    value = compared(self._answered(prefill, target, stream, autocast))
                     if not value.requires_grad:
                         raise HookError("the code of this model turns gradients off: nothing can be learned from it")
                     if not value.isfinite():
@@ -436,6 +440,15 @@ class FitSession(Generic[P]):
             raise NumericsError("a gradient is NaN or infinite: use dtype=float32 or bfloat16, or a smaller lr")
         parts = torch.split(found[:, 1:].sum(0), [parameter.numel() for parameter in parameters])
         return found[:, 0], [part.view(like.shape) for part, like in zip(parts, parameters, strict=True)]
+
+    @contextmanager
+    def _edited(self, edits: Edits, tail: int) -> Iterator[None]:
+        with applied(self.sites, edits, tail=tail):
+            self._is_edited = True
+            try:
+                yield
+            finally:
+                self._is_edited = False
 
     def _answered(self, prefill: Prefill, target: list[int], stream: str | None, autocast: bool) -> Answer:
         """What the model makes of ``target``, with gradients, under the edits that are applied around the call."""
@@ -495,10 +508,36 @@ class FitSession(Generic[P]):
         losses, gradients = zip(*found, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
+    def prefetch(self, episodes: Sequence[Episode]) -> None:
+        """Have the prompts of ``episodes`` prefilled by several processes, each a share, for all of them.
+
+        As many as there is room for; not for a model that is spread over several devices. One process alone prefills a
+        prompt when its losses are asked for.
+        """
+        devices = {parameter.device for parameter in self._runner.model.parameters()}
+        count, rank = self._ranks.count, self._ranks.rank
+        if count == 1 or len(devices) > 1:
+            return
+        (device,) = devices
+        ahead = [episode for episode in dict.fromkeys(episodes) if self._prefills.get(episode) is None]
+        for begin in range(0, len(ahead), count):
+            asked = ahead[begin : begin + count]
+            own: tuple[Prefill, list[int]] | None = None
+            with self._ranks.together(), alone():
+                if rank < len(asked):
+                    prefill, target = self._prompted(asked[rank])
+                    own = self._lean(prefill).to(torch.device("cpu")), target
+            for source, episode in enumerate(asked):
+                prefill, target = self._ranks.passed(own, source)
+                if not self._prefills.room(prefill.bytes):
+                    return
+                self._prefills.put(episode, (prefill.to(device), target), prefill.bytes)
+
     def mean_losses(
         self, episodes: Sequence[Episode], edit: Edit | Edits, tokens: Tokens = "first", description: str = "Choosing"
     ) -> Tensor:
         """Mean over ``episodes`` of the losses of each edit, float32 [K] on the CPU."""
+        self.prefetch(episodes)
         bar = self.bar(episodes, description)
         return torch.stack([self.losses(episode, edit, tokens) for episode in bar]).mean(0)
 
@@ -532,10 +571,13 @@ class FitSession(Generic[P]):
         if kept is not None and not (whole and kept[0].tokens_only):
             return kept
         prefill, target = self._prompted(episode)
-        if self._replays and prefill.cache is not None and not whole:
-            prefill = prefill.without_media()
+        prefill = prefill if whole else self._lean(prefill)
         self._prefills.put(episode, (prefill, target), prefill.bytes)
         return prefill, target
+
+    def _lean(self, prefill: Prefill) -> Prefill:
+        """A prefilled prompt with no more than its replays need, if there are any."""
+        return prefill.without_media() if self._replays and prefill.cache is not None else prefill
 
     def _prompted(self, episode: Episode) -> tuple[Prefill, list[int]]:
         """The prompt of an episode, as the model runs it now, and its target."""

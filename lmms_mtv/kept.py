@@ -20,6 +20,10 @@ class Kept(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._found)
 
+    def room(self, size: int) -> bool:
+        """Whether ``size`` more bytes fit without anything going."""
+        return sum(size for _, size in self._found.values()) + size <= self._limit
+
     def get(self, key: K) -> V | None:
         """The value of ``key`` if it is still there."""
         if key not in self._found:

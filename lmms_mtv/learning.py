@@ -28,8 +28,8 @@ class Moment(NamedTuple):
 Make = Callable[[Moment | None], Edits]
 """Makes the edits of what is learned so far: for a moment, whose name noise may come from, or (None) to be kept."""
 
-Loss = Callable[[Moment, Answer], Tensor]
-"""A number to make small, of what the edited model answers."""
+Loss = Callable[[Moment], Callable[[Answer], Tensor]]
+"""For a moment, a number to make small, of what the edited model answers then."""
 
 
 @dataclass(frozen=True)
@@ -165,22 +165,11 @@ def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode
     return steps
 
 
-def taught(
-    session: FitSession[Any], settings: Distillation, moment: Moment, answer: Answer, stream: str | None = None
-) -> Answer:
-    """What the unedited model makes of the query after demonstrations, to compare ``answer`` with.
-
-    Raises :class:`DataError` if the target is not of the same tokens there.
-    """
+def taught(session: FitSession[Any], settings: Distillation, moment: Moment, stream: str | None = None) -> Answer:
+    """What the unedited model makes of the query after demonstrations, with the activations of ``stream`` if asked."""
     query, teacher = moment.asked.query, moment.epoch % settings.teachers
     (shown,) = session.redrawn([moment.asked], settings.fit_shots, f"teacher {teacher} of {query}")
-    found = session.answer(shown, settings.loss, stream)
-    if not torch.equal(found.target, answer.target):
-        raise DataError(
-            f"the target of training example {query} is of tokens {answer.target.tolist()}, after demonstrations of "
-            f"{found.target.tolist()}: what comes of one cannot be learned from the other"
-        )
-    return found
+    return session.answer(shown, settings.loss, stream)
 
 
 def typical(session: FitSession[Any], stream: str) -> Tensor:
@@ -202,9 +191,22 @@ def pace(step: int, steps: int, warmup: float) -> float:
 
 
 def divergence(answer: Answer, teacher: Answer) -> Tensor:
-    """KL(teacher || answer) of the next tokens, mean over those of the target."""
+    """KL(teacher || answer) of the next tokens, mean over those of the target.
+
+    Raises :class:`DataError` if the two are of different targets.
+    """
+    comparable(answer, teacher)
     found, expected = (each.logits.log_softmax(-1) for each in (answer, teacher))
     return functional.kl_div(found, expected, log_target=True, reduction="batchmean")
+
+
+def comparable(answer: Answer, teacher: Answer) -> None:
+    """Raise :class:`DataError` unless both answers are of the same tokens."""
+    if not torch.equal(answer.target, teacher.target):
+        raise DataError(
+            f"a target is of tokens {answer.target.tolist()}, and after demonstrations of {teacher.target.tolist()}: "
+            "what comes of one cannot be learned from the other"
+        )
 
 
 def cross_entropy(answer: Answer) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -41,6 +41,14 @@ class Ranks:
         gathered = part.to(_device())
         distributed.all_reduce(gathered)
         return gathered.cpu()
+
+    def passed(self, own: T | None, source: int) -> T:
+        """What rank ``source`` gives as ``own``, on every rank. It is pickled: tensors in it are on the CPU."""
+        box: list[Any] = [own]
+        if self.count > 1:
+            distributed.broadcast_object_list(box, src=source, device=_device())
+        found: T = box[0]
+        return found
 
     @contextmanager
     def together(self) -> Iterator[None]:

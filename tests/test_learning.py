@@ -51,8 +51,8 @@ def test_gradients_are_those_of_finite_differences_and_reach_no_weight(architect
     value = (0.1 * torch.randn(shape(used.sites, MLP), generator=generator)).requires_grad_()
     unused = torch.ones(2, requires_grad=True)
 
-    def loss(index, answer):
-        return (index + 1) * functional.cross_entropy(answer.logits, answer.target)
+    def loss(index):
+        return lambda answer: (index + 1) * functional.cross_entropy(answer.logits, answer.target)
 
     losses, (gradient, nothing) = used.gradients(
         episodes, [value, unused], lambda _: {MLP: everywhere(value)}, loss, tokens=tokens, checkpointing=checkpointing
@@ -97,7 +97,7 @@ def test_checkpointing_runs_blocks_again_and_changes_no_number():
                 [Episode(3, ())],
                 [value],
                 lambda _: {ATTENTION: everywhere(value)},
-                lambda _, answer: answer.logits.square().sum(),
+                lambda _: lambda answer: answer.logits.square().sum(),
                 checkpointing=checkpointing,
             )
         )
@@ -125,7 +125,7 @@ def test_autocast_computes_in_bfloat16():
             [Episode(3, ())],
             [value],
             lambda _: {ATTENTION: everywhere(value)},
-            lambda _, answer: functional.cross_entropy(answer.logits, answer.target),
+            lambda _: lambda answer: functional.cross_entropy(answer.logits, answer.target),
             autocast=autocast,
         )
 
@@ -171,12 +171,38 @@ def test_steps_go_through_all_queries_in_a_new_order_and_teachers_take_turns():
     answered = used.answer
     used.answer = lambda episode, *rest: seen.append(episode) or answered(episode, *rest)
     for epoch in range(3):
-        learning.taught(used, settings, Moment(epoch, 0, asked[0]), answered(asked[0]))
+        learning.taught(used, settings, Moment(epoch, 0, asked[0]))
     assert seen[0] == seen[2] != seen[1]
     assert all(episode.query == asked[0].query and len(episode.demonstrations) == 2 for episode in seen)
     assert all(asked[0].query not in episode.demonstrations for episode in seen)
-    with pytest.raises(DataError, match="cannot be learned from"):
-        learning.taught(used, settings, Moment(0, 0, asked[0]), answered(asked[1]))
+
+
+def test_answers_of_different_targets_are_not_compared():
+    answers = [learning.Answer(torch.zeros(1, 5), torch.tensor([token]), torch.ones(1, 1, 1, 2)) for token in (1, 2)]
+    for compared in (learning.divergence, mimic.distance):
+        with pytest.raises(DataError, match=r"tokens \[1\], and after demonstrations of \[2\]"):
+            compared(*answers)
+
+
+def test_teachers_are_never_edited():
+    """Whenever an answer is asked for, it is the model's own; where it would not be, that is an error."""
+    used = session(zoo.build(zoo.llama))
+    value = torch.ones(shape(used.sites, MLP), requires_grad=True)
+    own = session(zoo.build(zoo.llama)).answer(Episode(3, (5, 6)))
+    seen = []
+
+    def early(_):
+        seen.append(used.answer(Episode(3, (5, 6))))
+        return lambda answer: answer.logits.sum()
+
+    def late(_):
+        return lambda answer: (answer.logits - used.answer(Episode(4, (5, 6))).logits).sum()
+
+    used.gradients([Episode(3, ())], [value], lambda _: {MLP: everywhere(value)}, early)
+    assert torch.equal(seen[0].logits, own.logits)
+    with pytest.raises(HookError, match="edited now: ask for its own answers in loss"):
+        used.gradients([Episode(3, ())], [value], lambda _: {MLP: everywhere(value)}, late)
+    assert used.answer(Episode(3, (5, 6))) is seen[0]
 
 
 def test_the_pace_rises_in_a_line_and_falls_with_a_cosine():
@@ -341,7 +367,7 @@ def test_an_edit_of_heads_can_be_learned_too():
         [Episode(3, ())],
         [value],
         lambda _: {HEADS: Edit(value, 1 - ones, ones)},
-        lambda _, answer: functional.cross_entropy(answer.logits, answer.target),
+        lambda _: lambda answer: functional.cross_entropy(answer.logits, answer.target),
         tokens="first",
     )
     assert gradient.abs().sum() > 0

@@ -16,6 +16,7 @@ from lmms_mtv import Edit, Episode, find_sites, methods
 from lmms_mtv.errors import MtvError
 from lmms_mtv.ranks import Ranks, current
 
+PARTS = ("value", "keep", "gain")
 SHORT = "iterations=7,fit_shots=2,steps=12,samples=5,examples=6,candidate_examples=4,candidates=3,reuse=False"
 
 
@@ -56,7 +57,24 @@ def fitted(ranks: Ranks) -> dict:
         | {"gradient_steps": 6, "gradient_samples": 5}
     )
     other = method.fit(sessions.session(tiny, ranks=ranks), config).edits["heads"]
+    learned = {}
+    for name in ("m2iv", "stv"):
+        method = methods.get(name)
+        given = {
+            "examples": 3,
+            "epochs": 2,
+            "accumulation": 2,
+            "judges": 2,
+            "fit_shots": 2,
+            "iterations": 4,
+            "steps": 3,
+        }
+        given |= {"candidate_examples": 2, "samples": 5}
+        config = method.configure({key: value for key, value in given.items() if key in method.settings()})
+        edits = method.fit(sessions.session(tiny, ranks=ranks), config).edits
+        learned |= {f"{name} {stream} {part}": getattr(edit, part) for stream, edit in edits.items() for part in PARTS}
     return {
+        "learned": learned,
         "gradient": gradient,
         "other": other.value,
         "other_heads": other.heads,
@@ -80,11 +98,52 @@ def test_a_fit_is_the_same_and_a_failure_is_everyones(count, tmp_path):
         assert found["heads"] == expected["heads"]
         torch.testing.assert_close(found["other"], expected["other"], rtol=1e-6, atol=1e-7)
         assert found["other_heads"] == expected["other_heads"]
+        for name, part in expected["learned"].items():
+            assert torch.equal(found["learned"][name], part), name
         assert (found["gradient"] - expected["gradient"]).abs().max() < 1e-5
         assert (found["losses"] - expected["losses"]).abs().max() < 1e-5
         assert (found["alone"] - expected["alone"]).abs().max() < 1e-5
         last = "ValueError: only here" if rank == count - 1 else f"MtvError: 1 of {count} processes failed"
         assert found["failure"].startswith(last)
+
+
+def prefetching(rank: int, count: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+    try:
+        torch.save(prefetched(current()), Path(folder, f"{rank}.pt"))
+    finally:
+        distributed.destroy_process_group()
+
+
+def prefetched(ranks: Ranks) -> dict:
+    """Losses after prefilling ahead, and the forwards that it and they took."""
+    tiny = zoo.build(zoo.idefics3)
+    episodes = [Episode(query, (7, 8)) for query in (0, 1, 2, 3, 1)]
+    masks = torch.rand(4, *find_sites(tiny.model).shape[:2], generator=torch.Generator().manual_seed(1)) < 0.5
+    session = sessions.session(tiny, ranks=ranks)
+    edit = Edit.replace(torch.ones(session.shape), masks)
+    session.losses(Episode(9, ()), edit)
+    before = session.forwards
+    session.prefetch(episodes)
+    ahead = session.forwards - before
+    losses = torch.stack([session.losses(episode, edit, "all") for episode in episodes])
+    tight = sessions.session(tiny, ranks=ranks, memory=1)
+    tight.prefetch(episodes)
+    return {"losses": losses, "ahead": ahead, "after": session.forwards - before - ahead, "tight": len(tight._prefills)}
+
+
+def test_prompts_are_prefilled_in_shares_and_passed_on(tmp_path):
+    expected = prefetched(Ranks())
+    assert (expected["ahead"], expected["after"]) == (0, 4 + 5)
+    multiprocessing.start_processes(
+        prefetching, (2, evaluations.free_port(), str(tmp_path)), nprocs=2, start_method="fork"
+    )
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert (found["ahead"], found["after"], found["tight"]) == (2, 5, 0)
+        assert (found["losses"] - expected["losses"]).abs().max() < 1e-5
 
 
 def test_one_process_talks_to_nobody():

@@ -63,6 +63,15 @@ class Prefill:
         given = (value for value in self.inputs.values() if isinstance(value, Tensor))
         return self.bytes + sum(value.numel() * value.element_size() for value in given)
 
+    def to(self, device: torch.device) -> Prefill:
+        """The same with all tensors on ``device``."""
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        cache = None if self.cache is None else _copied(self.cache)
+        for layer in _filled(cache) if cache else ():
+            layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+        return dataclasses.replace(self, inputs=moved, position_ids=positions, cache=cache)
+
     def without_cache(self) -> Prefill:
         """The same for full forwards alone."""
         return dataclasses.replace(self, cache=None)

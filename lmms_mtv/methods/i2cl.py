@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fitting import Answer, FitSession
+from lmms_mtv.fitting import FitSession
 from lmms_mtv.learning import Moment, Schedule, cross_entropy, learn
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vector import ATTENTION, MLP, Edit
@@ -65,10 +65,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
         parts = zip(streams, vectors, keeps, gains, strict=True)
         return {name: Edit(value, keep, gain, everywhere=True) for name, value, keep, gain in parts}
 
-    def loss(_: Moment, answer: Answer) -> Tensor:
-        return cross_entropy(answer)
-
-    return Fitted(*learn(session, config, [(config.weight_lr, [*gains, *keeps])], edits, loss))
+    return Fitted(*learn(session, config, [(config.weight_lr, [*gains, *keeps])], edits, lambda _: cross_entropy))
 
 
 def _noisy(value: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ and 0.01, for many more steps).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,8 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     def edits(_: Moment | None) -> dict[str, Edit]:
         return {RESIDUAL: Edit(unit * value, torch.ones_like(gain), gain, everywhere=True, renormed=True)}
 
-    def loss(moment: Moment, answer: Answer) -> Tensor:
-        return divergence(answer, taught(session, config, moment, answer)) + config.supervision * cross_entropy(answer)
+    def loss(moment: Moment) -> Callable[[Answer], Tensor]:
+        teacher = taught(session, config, moment)
+        return lambda answer: divergence(answer, teacher) + config.supervision * cross_entropy(answer)
 
     return Fitted(*learn(session, config, [(config.vector_lr, [value]), (config.weight_lr, [gain])], edits, loss))

@@ -22,6 +22,7 @@ their number a cosine cannot become the 1 that it is drawn to. Where a block nor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +72,10 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
             name: Edit(unit * value, torch.ones_like(gain), gain, everywhere=True) for name, unit, value, gain in parts
         }
 
-    def loss(moment: Moment, answer: Answer) -> Tensor:
-        return (
-            config.mimicry * divergence(answer, taught(session, config, moment, answer))
+    def loss(moment: Moment) -> Callable[[Answer], Tensor]:
+        teacher = taught(session, config, moment)
+        return lambda answer: (
+            config.mimicry * divergence(answer, teacher)
             + config.synergy * synergy(*(value.squeeze(1) for value in values))
             + config.supervision * cross_entropy(answer)
         )

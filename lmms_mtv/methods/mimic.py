@@ -18,6 +18,7 @@ and of demonstrations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.fitting import Answer, FitSession
-from lmms_mtv.learning import Distillation, Moment, cross_entropy, learn, taught, typical
+from lmms_mtv.learning import Distillation, Moment, comparable, cross_entropy, learn, taught, typical
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vector import HEADS, RESIDUAL, Edit
 
@@ -60,9 +61,9 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     def edits(_: Moment | None) -> dict[str, Edit]:
         return {HEADS: Edit(unit * value, ones, ones, everywhere=True, gate=gate)}
 
-    def loss(moment: Moment, answer: Answer) -> Tensor:
-        teacher = taught(session, config, moment, answer, RESIDUAL)
-        return distance(answer, teacher) + config.supervision * cross_entropy(answer)
+    def loss(moment: Moment) -> Callable[[Answer], Tensor]:
+        teacher = taught(session, config, moment, RESIDUAL)
+        return lambda answer: distance(answer, teacher) + config.supervision * cross_entropy(answer)
 
     parameters = [(config.vector_lr, [value]), (config.gate_lr, [gate])]
     return Fitted(*learn(session, config, parameters, edits, loss, stream=RESIDUAL))
@@ -71,8 +72,9 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 def distance(answer: Answer, teacher: Answer) -> Tensor:
     """Mean over tokens and layers of the states' Euclidean distance, as a share of the length of the teacher's.
 
-    Raises :class:`ValueError` for answers without states.
+    Raises :class:`ValueError` for answers without states, :class:`DataError` if they are of different targets.
     """
+    comparable(answer, teacher)
     if answer.states is None or teacher.states is None:
         raise ValueError("answers without states have no distance: ask for a stream")
     # Where nothing differs, a distance of 0 has no slope that is a number.

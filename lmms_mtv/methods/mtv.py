@@ -188,6 +188,7 @@ def _learned(
     steps, samples, lr = (getattr(config, name) for name in names)
     order = session.random("order")
     chosen = [queries[order.randrange(len(queries))] for _ in range(steps)]
+    session.prefetch(chosen)
 
     def losses(step: int, masks: Tensor) -> Tensor:
         return session.losses(chosen[step], Edit.replace(value, masks), config.loss)

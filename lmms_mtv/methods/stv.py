@@ -155,6 +155,7 @@ def _searched(
     """The choice among the centroids of each head, and its mean loss at each step."""
     order = session.random("order")
     asked = [queries[order.randrange(len(queries))] for _ in range(config.steps)]
+    session.prefetch(asked)
 
     def losses(step: int, options: Tensor) -> Tensor:
         return session.losses(asked[step], Edit.replace(_inserted(bank, options, mask), mask), config.loss)
