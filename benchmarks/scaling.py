@@ -107,6 +107,7 @@ def fit(given: argparse.Namespace, model: nn.Module, point: dict[str, int], rank
 
     def selection() -> None:
         chosen = [next(fresh) for _ in range(many)]
+        session.prefetch([Episode(query, ()) for query in chosen])
         for query in chosen * STEPS_OF_AN_EXAMPLE:
             losses(query)
 

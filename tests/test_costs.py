@@ -1,0 +1,105 @@
+"""What a fit costs in forwards, tokens and bytes of cache: figures that do not depend on the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import zoo
+from sessions import TokenExamples, session
+from torch import nn
+
+from lmms_mtv import FitSession, methods
+
+LAYERS_CHECKED = 3
+"""Forwards that make sure of the sites: plain, with the heads' own activations in their places, with zeros."""
+
+COMPARED = 4
+"""Masks of the first loss that are also run in full."""
+
+
+@dataclass
+class Work:
+    """Rows and tokens of each forward of a model."""
+
+    forwards: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(rows * length for rows, length in self.forwards)
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Work]:
+    work = Work()
+
+    def entered(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        work.forwards.append(tuple(kwargs.get("input_ids", args[0] if args else None).shape))
+
+    handle = model.register_forward_pre_hook(entered, with_kwargs=True)
+    try:
+        yield work
+    finally:
+        handle.remove()
+
+
+def drawn(used: FitSession, count: int, steps: int) -> int:
+    """How many different queries the steps of a selection ask."""
+    order = used.random("order")
+    return len({order.randrange(count) for _ in range(steps)})
+
+
+@pytest.mark.parametrize("samples", [4, 32])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_mtv_runs_each_prompt_once_and_then_last_tokens_alone(samples, batch):
+    tiny = zoo.build(zoo.llama)
+    examples = TokenExamples(answer=1)
+    used = session(tiny, examples=examples, batch_size=batch)
+    config = methods.get("mtv").configure(
+        {"iterations": 8, "fit_shots": 3, "steps": 20, "samples": samples, "examples": 6}
+        | {"candidates": 5, "candidate_examples": 4}
+    )
+    with counted(tiny.model) as work:
+        methods.get("mtv").fit(used, config)
+    queries = drawn(used, 6, 20)
+    few, zero = 3 * 2 + 1, 1
+    rows = min(samples, COMPARED)
+    forwards = 8 // batch + LAYERS_CHECKED + rows + 1 + (queries + 20) + (4 + 4)
+    tokens = 8 * few + LAYERS_CHECKED * zero + 2 * rows * zero + (queries * zero + 20 * samples) + (4 * zero + 4 * 6)
+    assert len(work.forwards) == forwards
+    assert work.tokens == tokens
+
+
+def test_the_cache_of_a_fit_is_that_of_its_queries():
+    tiny = zoo.build(zoo.llama)
+    used = session(tiny, examples=TokenExamples(answer=2), shots=3)
+    config = methods.get("mtv").configure(
+        {"iterations": 4, "fit_shots": 3, "steps": 12, "examples": 5, "candidate_examples": 3, "candidates": 2}
+    )
+    methods.get("mtv").fit(used, config)
+    text = tiny.model.config.get_text_config()
+    kept = drawn(used, 5, 12) + 3
+    width = text.num_key_value_heads * text.head_dim
+    # Three demonstrations of a question and two tokens of an answer, and the query's question without its last token.
+    assert sum(size for _, size in used._prefills._found.values()) == kept * 2 * text.num_hidden_layers * width * 4 * 9
+
+
+def test_learning_runs_a_query_once_an_epoch_and_its_teacher_once():
+    tiny = zoo.build(zoo.llama)
+    used = session(tiny, examples=TokenExamples(answer=1))
+    config = methods.get("m2iv").configure(
+        {"examples": 6, "epochs": 5, "accumulation": 2, "fit_shots": 2, "judges": 3, "loss": "first"}
+    )
+    with counted(tiny.model) as work:
+        methods.get("m2iv").fit(used, config)
+    few, zero = 2 * 2 + 1, 1
+    typical = 2 * 8 * 2 + 8 + 2 * LAYERS_CHECKED
+    # The first of the judges also tells that replays are exact; the others' prompts run again, as wholes.
+    unedited, edited = 3 + 3 + 2, 3 + 2
+    assert len(work.forwards) == typical + unedited + 6 * (1 + 5) + 6 * 2 + edited
+    assert max(length for _, length in work.forwards) == few
+    assert [length for _, length in work.forwards].count(few) == 6, "each teacher once; it is replayed"
+    assert all(rows == 1 for rows, _ in work.forwards)
+    assert zero in {length for _, length in work.forwards}
