@@ -160,6 +160,10 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
     keep = edit.keep[..., layer, :].repeat_interleave(size, -1)
     keeps, shifts = _cast(keep), _cast(shift)
     gate = None if edit.gate is None else _cast(edit.gate[..., layer, :, :])
+    # All rows alike are edited without asking which is which.
+    alike = batch is None and gate is None
+    # A layer that has nothing to change, as most have where one layer was chosen.
+    idle = alike and not edit.renormed and not _learned(edit) and bool((keep == 1).all() and (shift == 0).all())
 
     def opened(x: Tensor, row: Tensor, column: Tensor) -> Tensor | None:
         """mu [N, heads] at the positions ``row``, ``column`` [N] of ``x``; None without a gate."""
@@ -168,8 +172,8 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
         # In half precision a sum over many keys would lose most of them.
         return gates.opened(layer, gate(x.device, torch.promote_types(x.dtype, torch.float32)), x, row, column)
 
-    def mixed(x: Tensor, row: Tensor, mu: Tensor | None) -> Tensor:
-        """Picked positions ``x`` [N, heads * size], whose batch rows are ``row`` [N]."""
+    def mixed(x: Tensor, row: Tensor | None = None, mu: Tensor | None = None) -> Tensor:
+        """Positions ``x`` [..., heads * size]: N picked ones, whose batch rows are ``row`` [N], or of alike rows."""
         kept, added = (t if t.dim() == 1 else t[row] for t in (keeps(x.device, x.dtype), shifts(x.device, x.dtype)))
         if mu is not None:
             added = added * mu.to(x.dtype).repeat_interleave(size, -1)
@@ -185,10 +189,14 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
                     "prompts whole"
                 )
             return None
+        if idle:
+            return None
         rows, length = x.shape[:2]
         if batch not in (None, rows):
             raise HookError(f"an edit of {batch} rows met a batch of {rows} rows")
-        if edit.everywhere or length == 1:
+        if alike and (edit.everywhere or length == 1):
+            edited = mixed(x)
+        elif edit.everywhere or length == 1:
             row = torch.arange(rows, device=x.device).repeat_interleave(length)
             column = torch.arange(length, device=x.device).repeat(rows)
             edited = mixed(x.flatten(0, 1), row, opened(x, row, column)).view_as(x)
@@ -218,12 +226,17 @@ def _cast(tensor: Tensor) -> Callable[[torch.device, torch.dtype], Tensor]:
     return cast
 
 
+def _learned(edit: Edit) -> bool:
+    """Whether gradients go to the edit."""
+    return any(tensor.requires_grad for tensor in (edit.value, edit.keep, edit.gain))
+
+
 def _rescaled(y: Tensor, x: Tensor, heads: int) -> Tensor:
-    """``y`` [N, heads * size] with each head scaled to the norm that it has in ``x``; in float32, then in its dtype."""
-    new, old = (part.float().view(len(part), heads, -1) for part in (y, x))
+    """``y`` [..., heads * size], each head scaled to the norm that it has in ``x``; in float32, then in its dtype."""
+    new, old = (part.float().view(*part.shape[:-1], heads, -1) for part in (y, x))
     tiny = torch.finfo(torch.float32).tiny
-    scale = _length(old) / _length(new).clamp(min=tiny)
-    return (new * scale).flatten(-2).to(y.dtype)
+    scaled: Tensor = new * (_length(old) / _length(new).clamp(min=tiny))
+    return scaled.flatten(-2).to(y.dtype)
 
 
 def _length(x: Tensor) -> Tensor:
