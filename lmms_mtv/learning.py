@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Moment(NamedTuple):
     number: int
     asked: Episode
 
+
+T = TypeVar("T")
 
 Make = Callable[[Moment | None], Edits]
 """Makes the edits of what is learned so far: for a moment, whose name noise may come from, or (None) to be kept."""
@@ -150,9 +152,9 @@ def _learned(
     return history
 
 
-def _of(make: Callable[..., Any], moments: Sequence[Moment], index: int, *more: Any) -> Any:
+def _of(make: Callable[[Moment], T], moments: Sequence[Moment], index: int) -> T:
     """``make`` of the moment that an index means."""
-    return make(moments[index], *more)
+    return make(moments[index])
 
 
 def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode]) -> list[list[Moment]]:
