@@ -2,8 +2,9 @@
 
 *alone* is lmms-eval's own wrapper ``--base``, *none* is ``mtv`` with ``base=`` that wrapper and ``method=none``,
 *vector* the same with a ready vector. Each evaluates ``--limit`` documents of ``--task``, from requests to scores;
-models are loaded and tasks built before, once. All run in turn. The vector replaces no head: all of its work is done
-and the answers are the same, which is made sure of, so that no side generates more tokens than another.
+models are loaded and tasks built before, once. All run in turn. The vector adds to every head a number too small to
+change it: all of its work is done and the answers are the same, which is made sure of, so that no side generates more
+tokens than another.
 
 ``ratio`` is the time of *vector* over that of *alone*, ``none_ratio`` that of *none*. This benchmark needs lmms-eval,
 but no network: the default is the bundled checkpoint in a wrapper that takes it.
@@ -31,6 +32,9 @@ from lmms_mtv.harness.plugin import register_tasks
 from lmms_mtv.shapes import CHECKPOINT
 
 TINY: Final = "tiny"
+
+NOTHING: Final = 1e-30
+"""A number that no activation is changed by."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +113,7 @@ def evaluations(
 
 
 def unchanging(model: Mtv) -> TaskVector:
-    """A vector of the geometry of ``model`` that replaces no head."""
+    """A vector of the geometry of ``model`` that edits every head and changes no answer."""
     base = model.base
     sites = find_sites(base.model)
     layers, heads, size = sites.shape
@@ -127,7 +131,8 @@ def unchanging(model: Mtv) -> TaskVector:
         method="mtv",
         config={},
     )
-    edit = Edit.replace(torch.zeros(layers, heads, size), torch.zeros(layers, heads))
+    ones = torch.ones(layers, heads)
+    edit = Edit(torch.full((layers, heads, size), NOTHING), ones, ones)
     return TaskVector({"heads": edit}, card)
 
 
