@@ -631,10 +631,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def _cross_entropy(logits: Tensor, target: Sequence[int]) -> Tensor:
     """float32 [K], the mean over the tokens of ``target`` of their cross-entropy under ``logits`` [K, T, V]."""
-    rows = logits.shape[0]
-    expected = torch.tensor(target, device=logits.device).repeat(rows)
-    # The vocabulary last: over any other dimension a CPU takes ten times as long.
-    losses = functional.cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(rows, -1).mean(1)
+    expected = torch.tensor(target, device=logits.device).expand(logits.shape[0], -1)
+    losses = functional.cross_entropy(logits.transpose(1, 2), expected, reduction="none").mean(1)
     if not losses.isfinite().all():
         raise NumericsError("NaN or infinity in the logits of an edited forward: use dtype=float32 or bfloat16")
     return losses
