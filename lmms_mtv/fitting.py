@@ -220,6 +220,13 @@ class FitSession(Generic[P]):
         self._check_enough(shots)
         return [self._drawn(episode.query, shots, rng) for episode in episodes]
 
+    def asked(self, queries: Sequence[Episode], steps: int) -> list[Episode]:
+        """One of ``queries`` at random for each step of a selection, prefilled as far as :meth:`prefetch` does."""
+        order = self.random("order")
+        chosen = [queries[order.randrange(len(queries))] for _ in range(steps)]
+        self.prefetch(chosen)
+        return chosen
+
     def _drawn(self, query: int, shots: int, rng: Random) -> Episode:
         """An episode whose demonstrations may be any example but the query."""
         drawn = rng.sample(range(len(self._examples) - 1), shots)
@@ -375,8 +382,8 @@ class FitSession(Generic[P]):
             return kept
         with alone():
             prefill, target = self._prompted(episode)
-            target = target[:1] if tokens == "first" else target
-            run = prefill.replay if self._replays and prefill.cache is not None else prefill.forward
+            target = _counting(target, tokens)
+            run = prefill.replay if self._replayed(prefill) else prefill.forward
             with ExitStack() as stack:
                 tail = len(target)
                 recording = stack.enter_context(record(self.sites, stream, tail=tail)) if stream else None
@@ -414,7 +421,7 @@ class FitSession(Generic[P]):
         with self._ranks.together(), alone():
             for index in self._ranks.share(range(len(episodes))):
                 prefill, target = self._learner(episodes[index])
-                target = target[:1] if tokens == "first" else target
+                target = _counting(target, tokens)
                 compared = loss(index)
                 with ExitStack() as stack:
                     stack.enter_context(_frozen(self._runner.model))
@@ -477,8 +484,7 @@ class FitSession(Generic[P]):
         """The prefill of ``episode`` and the tokens that count, when it is settled whether there are replays."""
         with self._ranks.together(), alone():
             prefill, target = self._prefill(episode, whole or not self._verified.issuperset(edits))
-            if tokens == "first":
-                target = target[:1]
+            target = _counting(target, tokens)
             self._verify(prefill, edits)
             compares = self._replays is None and not whole
             replays = self._compared(prefill, edits, target) if compares else bool(self._replays)
@@ -488,7 +494,7 @@ class FitSession(Generic[P]):
         return prefill, target
 
     def _loss_gradient(self, prefill: Prefill, value: Tensor, mask: Tensor, target: list[int]) -> tuple[Tensor, Tensor]:
-        replays = self._replays and prefill.cache is not None
+        replays = self._replayed(prefill)
         run = prefill.replay if replays else prefill.forward
 
         def of_rows(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -542,7 +548,7 @@ class FitSession(Generic[P]):
         return torch.stack([self.losses(episode, edit, tokens) for episode in bar]).mean(0)
 
     def _losses(self, prefill: Prefill, edits: Edits, target: list[int], whole: bool) -> Tensor:
-        run = prefill.replay if self._replays and prefill.cache is not None and not whole else prefill.forward
+        run = prefill.replay if self._replayed(prefill) and not whole else prefill.forward
         try:
             parts = self._in_batches(run, prefill, edits, target)
             self.forwards += len(parts)
@@ -577,7 +583,11 @@ class FitSession(Generic[P]):
 
     def _lean(self, prefill: Prefill) -> Prefill:
         """A prefilled prompt with no more than its replays need, if there are any."""
-        return prefill.without_media() if self._replays and prefill.cache is not None else prefill
+        return prefill.without_media() if self._replayed(prefill) else prefill
+
+    def _replayed(self, prefill: Prefill) -> bool:
+        """Whether a prompt is replayed where edits allow it."""
+        return bool(self._replays) and prefill.cache is not None
 
     def _prompted(self, episode: Episode) -> tuple[Prefill, list[int]]:
         """The prompt of an episode, as the model runs it now, and its target."""
@@ -614,6 +624,11 @@ class FitSession(Generic[P]):
             )
             return False
         return True
+
+
+def _counting(target: list[int], tokens: Tokens) -> list[int]:
+    """The tokens of a target that count in a loss."""
+    return target[:1] if tokens == "first" else target
 
 
 @contextmanager

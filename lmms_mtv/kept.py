@@ -22,7 +22,7 @@ class Kept(Generic[K, V]):
 
     def room(self, size: int) -> bool:
         """Whether ``size`` more bytes fit without anything going."""
-        return sum(size for _, size in self._found.values()) + size <= self._limit
+        return sum(kept for _, kept in self._found.values()) + size <= self._limit
 
     def get(self, key: K) -> V | None:
         """The value of ``key`` if it is still there."""
@@ -35,5 +35,5 @@ class Kept(Generic[K, V]):
         """Keep ``value`` of ``size`` bytes, in place of one of the same key."""
         self._found.pop(key, None)
         self._found[key] = value, size
-        while len(self._found) > 1 and sum(size for _, size in self._found.values()) > self._limit:
+        while len(self._found) > 1 and not self.room(0):
             self._found.popitem(last=False)

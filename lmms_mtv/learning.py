@@ -83,6 +83,22 @@ class Distillation(Schedule):
             raise ArgumentError(f"fit_shots={self.fit_shots}, teachers={self.teachers}: expected at least 0 and 1")
 
 
+@dataclass(frozen=True)
+class Weighted(Distillation):
+    """A distillation into vectors that are added, each times a weight of its own.
+
+    Besides its settings: ``vector_lr`` and ``weight_lr`` are the learning rates of vectors and weights; vectors begin
+    as Gaussian noise of standard deviation ``spread``, weights at ``initial_weight``. ``supervision`` is the weight of
+    the target's cross-entropy beside what is learned from demonstrations.
+    """
+
+    vector_lr: float = 0.03
+    weight_lr: float = 0.03
+    spread: float = 0.01
+    initial_weight: float = 0.1
+    supervision: float = 0.5
+
+
 def learn(
     session: FitSession[Any],
     schedule: Schedule,

@@ -23,25 +23,14 @@ from torch import Tensor
 
 from lmms_mtv.fitting import Answer, FitSession
 from lmms_mtv.hooks import shape
-from lmms_mtv.learning import Distillation, Moment, cross_entropy, divergence, learn, taught, typical
+from lmms_mtv.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vector import RESIDUAL, Edit
 
 
 @dataclass(frozen=True)
-class Config(Distillation):
-    """Settings of LIVE, besides those of the distillation.
-
-    ``vector_lr`` and ``weight_lr`` are the learning rates of vectors and weights; vectors begin as Gaussian noise
-    of standard deviation ``spread``, weights at ``initial_weight``. ``supervision`` is the weight of the target's
-    cross-entropy beside the divergence from the answers after demonstrations.
-    """
-
-    vector_lr: float = 0.03
-    weight_lr: float = 0.03
-    spread: float = 0.01
-    initial_weight: float = 0.1
-    supervision: float = 0.5
+class Config(Weighted):
+    """Settings of LIVE: those of a distillation into weighted vectors."""
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:

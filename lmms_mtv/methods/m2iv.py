@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from lmms_mtv.fitting import Answer, FitSession
 from lmms_mtv.hooks import shape
-from lmms_mtv.learning import Distillation, Moment, cross_entropy, divergence, learn, taught, typical
+from lmms_mtv.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vector import ATTENTION, MLP, Edit
 
@@ -41,21 +41,14 @@ _FAR = 1e-3
 
 
 @dataclass(frozen=True)
-class Config(Distillation):
-    """Settings of M2IV, besides those of the distillation.
+class Config(Weighted):
+    """Settings of M2IV, besides those of a distillation into weighted vectors.
 
-    ``vector_lr`` and ``weight_lr`` are the learning rates of vectors and weights; vectors begin as Gaussian noise
-    of standard deviation ``spread``, weights at ``initial_weight``. ``mimicry``, ``synergy`` and
-    ``supervision`` are the weights of the losses.
+    ``mimicry`` and ``synergy`` are the weights of the other losses.
     """
 
-    vector_lr: float = 0.03
-    weight_lr: float = 0.03
-    spread: float = 0.01
-    initial_weight: float = 0.1
     mimicry: float = 1.0
     synergy: float = 1.0
-    supervision: float = 0.5
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:

@@ -186,9 +186,7 @@ def _learned(
     gradient = config.optimizer is not None
     names = [f"gradient_{name}" if gradient else name for name in _OF_GRADIENT]
     steps, samples, lr = (getattr(config, name) for name in names)
-    order = session.random("order")
-    chosen = [queries[order.randrange(len(queries))] for _ in range(steps)]
-    session.prefetch(chosen)
+    chosen = session.asked(queries, steps)
 
     def losses(step: int, masks: Tensor) -> Tensor:
         return session.losses(chosen[step], Edit.replace(value, masks), config.loss)

@@ -153,9 +153,7 @@ def _searched(
     session: FitSession[Any], config: Config, queries: Sequence[Episode], bank: Tensor, mask: Tensor
 ) -> tuple[Categorical, list[float]]:
     """The choice among the centroids of each head, and its mean loss at each step."""
-    order = session.random("order")
-    asked = [queries[order.randrange(len(queries))] for _ in range(config.steps)]
-    session.prefetch(asked)
+    asked = session.asked(queries, config.steps)
 
     def losses(step: int, options: Tensor) -> Tensor:
         return session.losses(asked[step], Edit.replace(_inserted(bank, options, mask), mask), config.loss)
