@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,18 @@ T = TypeVar("T")
 
 _COMPARED: Final = 4
 """Edits whose replays are compared with full forwards, once in a session."""
+
+_SIDE_BY_SIDE: Final = 32
+"""Positions in which the same edits are compared side by side, so that one that sees its neighbours stands out."""
+
+_PACKED: Final = 256
+"""Edits side by side at most: their attention mask grows with the square."""
+
+_UNSUPPORTED: Final = (
+    *(RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError),
+    *(HookError, NumericsError),
+)
+"""What models raise of an attention mask that they do not take."""
 
 Run = Callable[[nn.Module, Sites, Edits, Sequence[int]], Tensor]
 """How a prompt is run with edits: from its cache or whole."""
@@ -132,6 +145,7 @@ class FitSession(Generic[P]):
         self._learners: Kept[Episode, tuple[Prefill, list[int]]] = Kept(memory // 2)
         self._answers: Kept[tuple[Episode, Tokens, str | None], Answer] = Kept(memory // 2)
         self._replays: bool | None = None
+        self._packs: bool | None = None
         self._verified: set[str] = set()
         self._is_edited = False
 
@@ -331,8 +345,8 @@ class FitSession(Generic[P]):
 
         ``edit`` is of the heads, or edits by stream. ``tokens`` is ``first`` for the first target token, or ``all`` for
         the mean over all of them. The first call compares replays of a few of the edits with full forwards; if they
-        differ, this session uses full forwards and says so. Edits of all positions always take full forwards, one for
-        each of them.
+        differ, this session uses full forwards and says so. In the same way it finds out whether all edits can be
+        replayed in one row. Edits of all positions always take full forwards, one for each of them.
         """
         edits = by_stream(edit)
         whole = any(each.everywhere for each in edits.values())
@@ -489,26 +503,28 @@ class FitSession(Generic[P]):
             compares = self._replays is None and not whole
             replays = self._compared(prefill, edits, target) if compares else bool(self._replays)
         if compares:
-            # One rank that cannot replay is enough: all of them have to do the same.
-            self._replays = self._ranks.total(torch.tensor(float(replays))).item() == self._ranks.count
+            self._replays = self._all(replays)
+        if self._packs is None and not whole and self._replayed(prefill) and (rows_of(edits) or 1) > 1:
+            self._settle_packing(prefill, edits, target)
         return prefill, target
 
+    def _all(self, mine: bool) -> bool:
+        """Whether it is so on every rank: all of them have to do the same."""
+        return self._ranks.total(torch.tensor(float(mine))).item() == self._ranks.count
+
     def _loss_gradient(self, prefill: Prefill, value: Tensor, mask: Tensor, target: list[int]) -> tuple[Tensor, Tensor]:
-        replays = self._replayed(prefill)
-        run = prefill.replay if replays else prefill.forward
+        run, limit = self._way(prefill, by_stream(Edit.replace(value, mask)), target, learning=True)
 
         def of_rows(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
             part = mask[rows[0] : rows[-1] + 1].clone().requires_grad_()
             with torch.enable_grad(), _frozen(self._runner.model):
-                logits = run(self._runner.model, self.sites, Edit.replace(value, part), target)
+                logits = run(self._runner.model, self.sites, by_stream(Edit.replace(value, part)), target)
                 losses = _cross_entropy(logits, target)
                 if not losses.requires_grad:
                     raise HookError("the code of this model turns gradients off: leave out optimizer=gradient")
                 (gradient,) = torch.autograd.grad(losses.sum(), part)
             return losses.detach().cpu(), gradient
 
-        # The copies of the cache and their gradients, at the worst; whole prompts keep all that they computed.
-        limit = self._memory // max(2 * prefill.bytes, 1) if replays else 1
         found = [part for _, part in self._replay_rows.over(range(len(mask)), of_rows, limit)]
         self.forwards += len(found)
         losses, gradients = zip(*found, strict=True)
@@ -548,27 +564,37 @@ class FitSession(Generic[P]):
         return torch.stack([self.losses(episode, edit, tokens) for episode in bar]).mean(0)
 
     def _losses(self, prefill: Prefill, edits: Edits, target: list[int], whole: bool) -> Tensor:
-        run = prefill.replay if self._replayed(prefill) and not whole else prefill.forward
+        run, limit = self._way(prefill, edits, target, whole)
         try:
-            parts = self._in_batches(run, prefill, edits, target)
+            parts = self._in_batches(run, edits, target, limit)
             self.forwards += len(parts)
             return torch.cat(parts)
         except NumericsError:
             # Once more, to name the layer if it is one.
             with record(self.sites) as recording:
-                run(self._runner.model, self.sites, edits, target)
+                prefill.forward(self._runner.model, self.sites, edits, target)
             recording.last()
             raise
 
-    def _in_batches(self, run: Run, prefill: Prefill, edits: Edits, target: list[int]) -> list[Tensor]:
+    def _way(
+        self, prefill: Prefill, edits: Edits, target: list[int], whole: bool = False, learning: bool = False
+    ) -> tuple[Run, int]:
+        """How a prompt is run with edits, and with how many of them at most; ``learning`` if gradients are kept."""
+        if whole or not self._replayed(prefill):
+            # With gradients, whole prompts keep all that they computed.
+            return prefill.forward, 1 if learning else sys.maxsize
+        if self._packs and prefill.packs(self._runner.model, edits, target):
+            return prefill.packed, _PACKED
+        # A replay copies the cache for each of its rows; with gradients, at the worst, these are as large.
+        return prefill.replay, self._memory // max(prefill.bytes * (2 if learning else 1), 1)
+
+    def _in_batches(self, run: Run, edits: Edits, target: list[int], limit: int = sys.maxsize) -> list[Tensor]:
         """The losses of ``edits``, as many rows at a time as the memory takes."""
 
         def of_rows(rows: Sequence[int]) -> Tensor:
             part = taken(edits, slice(rows[0], rows[-1] + 1))
             return _cross_entropy(run(self._runner.model, self.sites, part, target), target)
 
-        # A replay copies the cache for each of its rows.
-        limit = self._memory // max(prefill.bytes, 1)
         return [found for _, found in self._replay_rows.over(range(rows_of(edits) or 1), of_rows, limit)]
 
     def _prefill(self, episode: Episode, whole: bool) -> tuple[Prefill, list[int]]:
@@ -612,18 +638,44 @@ class FitSession(Generic[P]):
             logger.warning("the cache of this model cannot be replayed: losses come from full forwards, more slowly")
             return False
         some = taken(edits, slice(_COMPARED))
-        full = torch.cat(self._in_batches(prefill.forward, prefill, some, target))
-        replayed = torch.cat(self._in_batches(prefill.replay, prefill, some, target))
-        parameter = next(self._runner.model.parameters())
-        tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
+        full = torch.cat(self._in_batches(prefill.forward, some, target))
+        replayed = torch.cat(self._in_batches(prefill.replay, some, target))
         gap = (full - replayed).abs().max().item()
-        if gap > tolerance * (1 + full.abs().max().item()):
+        if not self._near(full, gap):
             logger.warning(
                 "replays differ from full forwards by %.3g on this model: losses come from full forwards, more slowly",
                 gap,
             )
             return False
         return True
+
+    def _settle_packing(self, prefill: Prefill, edits: Edits, target: list[int]) -> None:
+        """Find out whether edits side by side in one row give the losses of rows of their own on this model."""
+        some = taken(edits, slice(_COMPARED))
+        order = [index % (rows_of(some) or 1) for index in range(_SIDE_BY_SIDE)]
+        many = taken(some, order)
+        model, gap = self._runner.model, math.inf
+        if not prefill.packs(model, many, target):
+            return  # a shorter prompt may tell
+        with self._ranks.together(), alone():
+            own = torch.cat(self._in_batches(prefill.replay, some, target))
+            try:
+                packed = torch.cat(self._in_batches(prefill.packed, many, target))
+                gap = (packed - own[order]).abs().max().item()
+            except _UNSUPPORTED as error:
+                logger.debug("edits side by side: %s", error)
+            found = self._near(own, gap)
+        self._packs = self._all(found)
+        if not self._packs:
+            logger.info(
+                "edits in one row differ from rows of their own by %.3g on this model: they are replayed in rows", gap
+            )
+
+    def _near(self, losses: Tensor, gap: float) -> bool:
+        """Whether losses that differ from ``losses`` by ``gap`` are the same but for the model's precision."""
+        parameter = next(self._runner.model.parameters())
+        tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
+        return gap <= tolerance * (1 + losses.abs().max().item())
 
 
 def _counting(target: list[int], tokens: Tokens) -> list[int]:
@@ -646,8 +698,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def _cross_entropy(logits: Tensor, target: Sequence[int]) -> Tensor:
     """float32 [K], the mean over the tokens of ``target`` of their cross-entropy under ``logits`` [K, T, V]."""
-    expected = torch.tensor(target, device=logits.device).expand(logits.shape[0], -1)
-    losses = functional.cross_entropy(logits.transpose(1, 2), expected, reduction="none").mean(1)
+    expected = torch.tensor(target, device=logits.device).repeat(logits.shape[0])
+    # Over the last dimension, which lies together: on a CPU ten times as fast as over another.
+    losses = functional.cross_entropy(logits.flatten(0, 1), expected, reduction="none").view(logits.shape[:2]).mean(1)
     if not losses.isfinite().all():
         raise NumericsError("NaN or infinity in the logits of an edited forward: use dtype=float32 or bfloat16")
     return losses

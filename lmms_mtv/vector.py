@@ -121,7 +121,7 @@ class Edit:
         plain = ((self.value, 3), (self.keep, 2), (self.gain, 2), (self.gate, 3))
         return [t.shape[0] for t, dimensions in plain if t is not None and t.dim() > dimensions]
 
-    def taken(self, index: int | slice) -> Edit:
+    def taken(self, index: int | slice | Sequence[int]) -> Edit:
         """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
         return dataclasses.replace(
             self,
@@ -167,7 +167,7 @@ def rows_of(edits: Edits) -> int | None:
     return next((edit.batch for edit in edits.values() if edit.batch is not None), None)
 
 
-def taken(edits: Edits, index: int | slice) -> Edits:
+def taken(edits: Edits, index: int | slice | Sequence[int]) -> Edits:
     """Some of a batch of K edits, or one of them, in every stream."""
     return {name: edit.taken(index) for name, edit in edits.items()}
 

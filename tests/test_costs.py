@@ -19,6 +19,9 @@ LAYERS_CHECKED = 3
 COMPARED = 4
 """Masks of the first loss that are also run in full."""
 
+SIDE_BY_SIDE = 32
+"""Positions that these take in the one row that is compared with rows of their own."""
+
 
 @dataclass
 class Work:
@@ -66,10 +69,12 @@ def test_mtv_runs_each_prompt_once_and_then_last_tokens_alone(samples, batch):
     queries = drawn(used, 6, 20)
     few, zero = 3 * 2 + 1, 1
     rows = min(samples, COMPARED)
-    forwards = 8 // batch + LAYERS_CHECKED + rows + 1 + (queries + 20) + (4 + 4)
-    tokens = 8 * few + LAYERS_CHECKED * zero + 2 * rows * zero + (queries * zero + 20 * samples) + (4 * zero + 4 * 6)
+    forwards = 8 // batch + LAYERS_CHECKED + (rows + 1 + 1 + 1) + (queries + 20) + (4 + 4)
+    compared = 3 * rows * zero + SIDE_BY_SIDE
+    tokens = 8 * few + LAYERS_CHECKED * zero + compared + (queries * zero + 20 * samples) + (4 * zero + 4 * 6)
     assert len(work.forwards) == forwards
     assert work.tokens == tokens
+    assert work.forwards.count((1, samples)) >= 20, "all masks of a step in one row"
 
 
 def test_the_cache_of_a_fit_is_that_of_its_queries():

@@ -20,6 +20,8 @@ from lmms_mtv.hooks import Prefill, shape
 from lmms_mtv.vector import HEADS, RESIDUAL
 
 MASKS = 32
+WINDOWED = ("gemma2", "gemma3")
+"""Tiny models whose attention reaches back 64 tokens in some blocks."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,9 @@ def test_replay_equals_full_forwards_for_32_masks(tiny, tokens, generating):
     assert prefill.length == len(tiny.row(list(prompt.text)))
 
     targets = torch.tensor(target).expand(MASKS, -1)
-    for run in (prefill.replay, prefill.forward, prefill.replay):  # again: a replay leaves its cache as it was
+    assert prefill.packs(tiny.model, edit, target) == (tiny.name not in WINDOWED or tokens == 1)
+    packed = [prefill.packed] if prefill.packs(tiny.model, edit, target) else []
+    for run in (prefill.replay, *packed, prefill.forward, prefill.replay):  # again: a replay leaves its cache as it was
         logits = run(tiny.model, sites, edit, target)
         assert logits.shape == (MASKS, tokens, zoo.VOCABULARY)
         losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
@@ -98,7 +102,8 @@ def test_padding_before_a_prompt_changes_no_loss(tiny, tokens, generating):
     expected = loop_of_full_forwards(tiny, PROMPT, edit, tokens)
     prefill = captured_from(TokenRunner(tiny, generating, padding), PROMPT)
     assert prefill.length == len(tiny.row(list(PROMPT.text))) + padding
-    for run in (prefill.replay, prefill.without_media().replay, prefill.forward):
+    packed = [prefill.without_media().packed] if prefill.packs(tiny.model, edit, target) else []
+    for run in (prefill.replay, prefill.without_media().replay, *packed, prefill.forward):
         assert (losses_of(run, tiny, edit, target) - expected).abs().max() < 1e-4
 
 
@@ -135,6 +140,10 @@ def test_session_losses_equal_full_forwards_with_and_without_replay(tiny, tokens
     replaying = session(tiny)
     assert (replaying.losses(episode, edit, tokens) - expected).abs().max() < 1e-4
     assert replaying.replays is True
+    assert replaying._packs is (None if tiny.name in WINDOWED and tokens == "all" else True)
+    in_rows = session(tiny)
+    in_rows._packs = False
+    assert (in_rows.losses(episode, edit, tokens) - expected).abs().max() < 1e-4
     fallback = session(tiny)
     fallback._replays = False
     assert (fallback.losses(episode, edit, tokens) - expected).abs().max() < 1e-4
@@ -157,7 +166,7 @@ def test_blocks_that_attend_to_an_image_keep_its_keys_and_its_mask(tokens, gener
         34,
         *[prefill.length - 1] * 2,
     ]
-    for run in (prefill.replay, prefill.without_media().replay, prefill.forward):
+    for run in (prefill.replay, prefill.without_media().replay, prefill.packed, prefill.forward):
         assert (losses_of(run, tiny, edit, target) - expected).abs().max() < 1e-4
 
 
@@ -247,8 +256,69 @@ def test_a_window_as_long_as_the_prompt_is_replayed_right_or_not_at_all(architec
         if replays[window]:
             expected = loop_of_full_forwards(tiny, PROMPT, edit, 3, padding)
             assert (losses_of(prefill.replay, tiny, edit, list(PROMPT.target)) - expected).abs().max() < 1e-4
+            assert not prefill.packs(tiny.model, edit, PROMPT.target)
     assert not replays[length - 2]
     assert replays[length + 3]
+
+
+@pytest.mark.parametrize("architecture", [mistral, zoo.gemma2, zoo.gemma3])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_edits_side_by_side_fit_a_window_or_are_refused(architecture, padding):
+    length = len(architecture(4).row(list(PROMPT.text))) + padding
+    for spare in (-1, 0, 100):
+        tiny = zoo.build(lambda spare=spare: architecture(length - 1 + 4 * 3 + spare))
+        edit, prefill = edits(tiny, 4), captured_from(TokenRunner(tiny, padding=padding), PROMPT)
+        packs = spare >= 0 and (prefill.position_ids is not None or not padding)
+        assert prefill.packs(tiny.model, edit, PROMPT.target) == packs
+        if packs:
+            expected = loop_of_full_forwards(tiny, PROMPT, edit, 3, padding)
+            assert (losses_of(prefill.packed, tiny, edit, list(PROMPT.target)) - expected).abs().max() < 1e-4
+        else:
+            with pytest.raises(HookError, match="side by side"):
+                prefill.packed(tiny.model, find_sites(tiny.model), edit, PROMPT.target)
+
+
+class Nearsighted(LlamaForCausalLM):
+    """Takes an attention mask of its own for its cue to look at everything that came before."""
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        flat = attention_mask is None or attention_mask.dim() == 2
+        return super().forward(*args, attention_mask=attention_mask if flat else None, **kwargs)
+
+
+class Counting(LlamaForCausalLM):
+    """Counts positions by itself."""
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class Refusing(LlamaForCausalLM):
+    """Wants a mask of rows and tokens."""
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("attention_mask has to be of two dimensions")
+        return super().forward(*args, attention_mask=attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", [Nearsighted, Counting, Refusing])
+def test_a_model_on_which_edits_disturb_each_other_replays_them_in_rows(architecture, dtype, caplog):
+    llama = zoo.build(zoo.llama)
+    model = architecture(llama.model.config).eval()
+    model.load_state_dict(llama.model.state_dict())
+    tiny = dataclasses.replace(llama, model=model.to(dtype))
+    edit, episode = edits(tiny, 8), Episode(3, (1, 2))
+    running = session(tiny)
+    with caplog.at_level(logging.INFO):
+        found = running.losses(episode, edit, "all")
+    assert running.replays is True
+    assert running._packs is False
+    assert "replayed in rows" in caplog.text
+    in_rows = session(tiny)
+    in_rows._packs = False
+    assert torch.equal(found, in_rows.losses(episode, edit, "all"))
 
 
 class Forgetful(LlamaForCausalLM):
@@ -279,7 +349,8 @@ def test_prefilled_prompts_are_kept_within_the_memory_budget():
     tiny = zoo.build(zoo.llama)
     edit = edits(tiny, 4)
     episodes = [Episode(query, (20, 21)) for query in range(6)]
-    roomy, tight = session(tiny), session(tiny, memory=1)
+    roomy, tight, packed = session(tiny), session(tiny, memory=1), session(tiny, memory=1)
+    tight._packs = False
     first = [roomy.losses(episode, edit) for episode in episodes]
     forwards = roomy.forwards
     for episode, expected in zip(episodes, first, strict=True):
@@ -289,6 +360,10 @@ def test_prefilled_prompts_are_kept_within_the_memory_budget():
             before = tight.forwards
             assert (tight.losses(episode, edit) - expected).abs().max() < 1e-5
             assert tight.forwards - before >= 4
+            # Side by side there are no copies.
+            before = packed.forwards
+            assert (packed.losses(episode, edit) - expected).abs().max() < 1e-5
+            assert packed.forwards - before <= 2
     assert roomy.forwards == forwards + len(episodes), "one replay each, no prefill"
     assert len(tight._prefills) == 1
 
@@ -357,14 +432,14 @@ def test_a_batch_or_a_prompt_that_ends_in_padding_is_no_prefill():
         captured.prefill()
 
 
-@pytest.mark.parametrize("replays", [True, False], ids=["replay", "full"])
+@pytest.mark.parametrize("replays", ["packed", "rows", "full"])
 @pytest.mark.parametrize("tokens", ["first", "all"])
 def test_the_gradient_of_a_mask_is_that_of_finite_differences(tokens, replays):
     tiny = zoo.build(zoo.idefics3)
     tiny.model.double()
     fit, episode = session(tiny), Episode(3, (1, 2))
     # Activations are recorded in float32, so that putting them back is not exact in a model of float64.
-    fit._replays, fit._verified = replays, {HEADS}
+    fit._replays, fit._packs, fit._verified = replays != "full", replays == "packed", {HEADS}
     rng = torch.Generator().manual_seed(0)
     value = torch.randn(fit.shape, generator=rng)
     mask = torch.rand(3, *fit.shape[:2], generator=rng)
@@ -400,7 +475,8 @@ def test_gradients_leave_the_model_as_it_was():
     assert all(parameter.grad is None for parameter in tiny.model.parameters())
     assert zoo.hooks(tiny.model) == hooks
 
-    few = session(tiny, memory=1)  # one row at a time
+    few = session(tiny, memory=1)
+    few._packs = False  # one row at a time
     assert (few.loss_gradient(Episode(0, ()), torch.ones(fit.shape), mask)[1] - gradient).abs().max() < 1e-5
 
     forward = tiny.model.forward

@@ -103,6 +103,7 @@ def applied(
     tail: int | Tensor = 1,
     real: Tensor | None = None,
     resumed: bool = False,
+    packed: int | None = None,
 ) -> Iterator[Fired]:
     """Edit every forward inside the block at the last real position of each row.
 
@@ -112,7 +113,8 @@ def applied(
     ``everywhere`` are at all positions of all forwards; those that are ``once`` let the forwards pass that go on from
     the cache of a prompt, and of the tail take the first position. An edit with a leading dimension K needs batches of
     K rows. ``real`` [rows, tokens], 1 for a real token, is for one padded forward that is not given an attention mask.
-    ``resumed`` says that the prompt itself goes on from a cache, as in a replay.
+    ``resumed`` says that the prompt itself goes on from a cache, as in a replay. ``packed`` rows of ``tail`` positions
+    each stand one after the other in one row, which is all that the forwards inside the block have.
 
     Out of place: the activations that other modules hold are not touched. All is checked before anything is
     registered, and no hook is left after the block, also when it raises. An edit with a ``gate`` needs a model that
@@ -138,11 +140,15 @@ def applied(
                 f"an edit of {stream} of (layers, heads, size) {edit.shape} does not fit the model's "
                 f"{shape(sites, stream)}"
             )
+    if packed is not None:
+        real = torch.ones(packed, int(tail), dtype=torch.bool)
     fired, positions, gates = Fired(len(sites) * len(edits)), Positions(tail, real, resumed), Gates(sites)
     steps = [
         (place, edit, layer) for stream, edit in edits.items() for layer, place in enumerate(places(sites, stream))
     ]
     hooks = [(place, _editing(edit, layer, positions, gates, fired, i)) for i, (place, edit, layer) in enumerate(steps)]
+    if packed is not None:
+        hooks = [(place, _of_packed(change, packed)) for place, change in hooks]
     gated = any(edit.gate is not None for edit in edits.values())
     with gates.watching() if gated else nullcontext(), _hooked(sites, positions, hooks):
         yield fired
@@ -207,6 +213,16 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
         return edited
 
     return change
+
+
+def _of_packed(change: Change, rows: int) -> Change:
+    """``change`` for ``rows`` rows that stand one after the other in one."""
+
+    def of_packed(x: Tensor) -> Tensor | None:
+        changed = change(x.reshape(rows, -1, x.shape[-1]))
+        return None if changed is None else changed.view_as(x)
+
+    return of_packed
 
 
 def _cast(tensor: Tensor) -> Callable[[torch.device, torch.dtype], Tensor]:

@@ -121,13 +121,13 @@ class Positions:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             mask = given_to_decoder(args, kwargs)
             told = mask if tells(mask) else self._outer
-            if not tells(told):
+            if self._real is None and not tells(told):
                 what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
                 raise HookError(
                     f"the decoder got an attention mask {what}, and the model around it none of [rows, tokens] that "
                     "tells which tokens are real: generate with a dynamic cache (cache_implementation left unset)"
                 )
-            self._mask = told
+            self._mask = told if tells(told) else None
             self._found = None
             self._running = True
             self.continues = cached_tokens(cache_given(args, kwargs)) > 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lmms_mtv.hooks.sites import Sites
 from lmms_mtv.vector import Edit, Edits, by_stream, rows_of, taken
 
 _OF_ONE_CALL = ("past_key_values", "cache_position", "use_cache", "logits_to_keep", "labels", "return_dict")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -110,6 +112,49 @@ class Prefill:
             logits: Tensor = model(**given).logits
         return logits[:, -len(target) :].float()
 
+    def packs(self, model: nn.Module, edit: Edit | Edits, target: Sequence[int]) -> bool:
+        """Whether :meth:`packed` may take this prompt and these edits, if it takes ``model`` at all.
+
+        Not where attention reaches back no further than a window that they would not fit, where a gate looks at the
+        attention of each row, and where padding leaves open which position the last token has.
+        """
+        edits = by_stream(edit)
+        tokens = self.length - 1 + (rows_of(edits) or 1) * len(target)
+        return (
+            self.cache is not None
+            and tokens <= _window(model)
+            and not any(each.gate is not None or each.everywhere for each in edits.values())
+            and (self.position_ids is not None or bool(self._real(0).all()))
+        )
+
+    def packed(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
+        """The same logits as :meth:`replay`, with the K edits side by side in one row.
+
+        Each sees the prompt and itself alone, by an attention mask of its own, so that the cache is neither copied nor
+        read K times. Whether a model takes such a mask, and position ids that repeat, has to be found out by comparing
+        as many edits as there will be. Raises :class:`ReplayError` where :meth:`packs` says no.
+        """
+        edits = by_stream(edit)
+        if not self.packs(model, edits, target):
+            raise ReplayError("this prompt cannot be replayed with these edits side by side")
+        rows, steps = rows_of(edits) or 1, len(target)
+        ids = self._followed_by(target)[:, self.length - 1 :]
+        # A decoder that was given none counts what its cache holds.
+        last = ids.new_full((1, 1), self.length - 1) if self.position_ids is None else self.position_ids
+        positions = last + torch.arange(steps, device=last.device)
+        given: dict[str, Any] = {
+            "input_ids": ids.repeat(1, rows),
+            "attention_mask": self._side_by_side(rows, steps),
+            "position_ids": positions.repeat(*[1] * (positions.dim() - 1), rows),
+            "past_key_values": _copied(self.cache),
+            "use_cache": True,
+        }
+        for name, view in self._views().items():
+            given[name] = view[:, -1:].expand(1, rows * steps, *view.shape[2:])
+        with applied(sites, edits, tail=steps, resumed=True, packed=rows):
+            logits: Tensor = model(**given).logits
+        return logits[:, -rows * steps :].view(rows, steps, -1).float()
+
     def forward(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """The same logits as :meth:`replay`, from a full forward of the prompt for each edit."""
         edits, logits, given = by_stream(edit), [], self.whole(model, target)
@@ -145,6 +190,19 @@ class Prefill:
         """The attention mask [1, n + more] of the prompt and of ``more`` tokens that follow it."""
         mask: Tensor = self.inputs.get("attention_mask", torch.ones_like(self.inputs["input_ids"]))
         return torch.cat([mask, mask.new_ones(1, more)], 1)
+
+    def _side_by_side(self, rows: int, steps: int) -> Tensor:
+        """What is added to scores [1, 1, rows * steps, n - 1 + rows * steps]: 0 for what a position sees.
+
+        That is the prompt before its last token, without padding, and of its own row what is not after it.
+        """
+        dtype = _filled(self.cache)[0].keys.dtype
+        before = self._real(0)[:, :-1].bool().expand(rows * steps, -1)
+        causal = torch.ones(steps, steps, dtype=torch.bool, device=before.device).tril()
+        own = torch.kron(torch.eye(rows, dtype=torch.bool, device=before.device), causal)
+        seen = torch.cat([before, own], 1)
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return hidden[None, None]
 
     def _views(self) -> dict[str, Tensor]:
         """The masks [1, n, ...] of what else each token sees, as images. What follows sees what the last token does."""
@@ -217,6 +275,13 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
         stack.callback(sites.decoder.register_forward_pre_hook(inside, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(after).remove)
         yield captured
+
+
+def _window(model: nn.Module) -> int:
+    """How many tokens back attention reaches in every block, as far as the configuration tells."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return min((size for name in _WINDOWS if isinstance(size := getattr(text, name, None), int)), default=sys.maxsize)
 
 
 def _copied(cache: Any) -> Any:
