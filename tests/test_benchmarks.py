@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 
-from benchmarks import extraction, generation, measure, models, prompts, scaling, selection
+from benchmarks import extraction, fit, generation, images, measure, models, prompts, scaling, selection
 from lmms_mtv import Edit, Episode, find_sites
 
 QUICK = ("--device", "cpu", "--repetitions", "2", "--quiet")
@@ -53,6 +54,42 @@ def test_selection_fails_where_losses_differ(tmp_path, monkeypatch, capsys):
     assert selection.main([*QUICK, *small]) == 1
     assert "differ" in capsys.readouterr().err
     assert 1e-4 < json.loads(path.read_text())["results"][0]["gap"] < 3e-4
+
+
+def test_a_whole_fit(tmp_path, capsys):
+    found = written(fit, tmp_path, "--scale", "25", "--tokens", "6")
+    assert found["fit"] == {"fit_shots": 4, "samples": 32} | {
+        "iterations": 4,
+        "steps": 24,
+        "examples": 4,
+        "candidate_examples": 2,
+    }
+    assert found["tokens"] == {"few_shot": 30, "zero_shot": 6}
+    assert found["replays"] is True
+    assert found["forwards"] > 24
+    assert found["stages"].keys() == {"values", "selection"}
+    rounds(found["repetitions"], {"fit"})
+    assert "tiny: a fit takes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("architecture", [zoo.idefics2, zoo.qwen2_5_vl])
+def test_prompts_have_images_that_the_model_sees(architecture):
+    """Their tokens take as many features as the encoder makes, and other pixels make other logits."""
+    model = zoo.build(architecture).model
+    seen = images.of(model)
+    examples = prompts.Examples(6, 3, 20, image=seen.ids)
+    prompt = examples.prompt(Episode(0, (1, 2)))
+    assert (prompt.images, len(prompt.text)) == (3, 3 * (3 + len(seen.ids)))
+    given = prompts.batch(model, [prompt], seen)
+    with torch.no_grad():
+        plain = model(**given).logits[0, -1]
+        other = model(**given | {"pixel_values": -given["pixel_values"]}).logits[0, -1]
+    assert not torch.allclose(plain, other)
+    session = prompts.session(model, examples)
+    mask = torch.rand(4, *session.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
+    assert session.losses(Episode(3, (1,)), Edit.replace(prompts.values(model), mask)).shape == (4,)
+    assert session.replays is True
+    assert session.mean_activations([Episode(4, (1, 2)), Episode(5, (0, 2))]).isfinite().all()
 
 
 @pytest.mark.parametrize("wrong", [("--steps", "7"), ("--loop", "33"), ("--model", "huge")])
