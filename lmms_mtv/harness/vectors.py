@@ -185,15 +185,12 @@ class Vectors(Generic[P]):
     @functools.cached_property
     def _declarable(self) -> list[str]:
         """The settings of all methods: what a task may declare, whichever method is used."""
-        return sorted({name for method in methods.names() for name in self._settings_of(method)})
 
-    def _settings_of(self, method: str) -> tuple[str, ...]:
-        try:
-            return methods.get(method).settings()
-        except MethodError as error:
+        def report(error: MethodError) -> None:
             # The method that is used is loaded already: one that nobody asked for stops nothing.
             self._logger.warning(f"{error}; settings of it that a task declares are unknown")
-            return ()
+
+        return methods.settings(report)
 
     def _recipe(self, prompts: Prompts[P], shots: int, config: Any) -> VectorCard:
         """The card of a vector before it is fitted."""

@@ -31,6 +31,9 @@ _UNIONS = (types.UnionType, typing.Union)
 
 _FIRST = ("none", "mtv", "random")
 
+_Points = dict[str, list[EntryPoint]]
+"""Entry points of other packages, by the name of the method."""
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -65,7 +68,7 @@ class Method:
 
 def names() -> list[str]:
     """The registered methods: ``none``, ``mtv``, ``random``, then the others, none of which is loaded for it."""
-    return [*_FIRST, *sorted((_own() | _points().keys()) - set(_FIRST))]
+    return _names(_points())
 
 
 def get(name: str) -> Method:
@@ -74,9 +77,31 @@ def get(name: str) -> Method:
     Raises :class:`ArgumentError`, with the nearest name, if there is none, and :class:`MethodError` if the package
     that it comes from cannot be used.
     """
-    own, points = _own(), _points()
+    return _get(name, _points())
+
+
+def settings(report: Callable[[MethodError], None]) -> list[str]:
+    """The names of the settings of all methods; of those that cannot be used ``report`` gets the error."""
+    points = _points()
+
+    def of(name: str) -> tuple[str, ...]:
+        try:
+            return _get(name, points).settings()
+        except MethodError as error:
+            report(error)
+            return ()
+
+    return sorted({setting for name in _names(points) for setting in of(name)})
+
+
+def _names(points: _Points) -> list[str]:
+    return [*_FIRST, *sorted((_own() | points.keys()) - set(_FIRST))]
+
+
+def _get(name: str, points: _Points) -> Method:
+    own = _own()
     if name not in own | points.keys():
-        raise unknown("method", name, names())
+        raise unknown("method", name, _names(points))
     if name in own:
         for point in points.get(name, ()):
             logger.warning("method %s is that of lmms-mtv; the one of %s needs another name", name, _origin(point))
@@ -90,9 +115,9 @@ def _own() -> set[str]:
     return {module.name for module in pkgutil.iter_modules(__path__)}
 
 
-def _points() -> dict[str, list[EntryPoint]]:
-    """The entry points of other packages, by the name of the method."""
-    found: dict[str, list[EntryPoint]] = {}
+def _points() -> _Points:
+    """The entry points of other packages, which takes a look at every installed one."""
+    found: _Points = {}
     for point in entry_points(group=GROUP):
         found.setdefault(point.name, []).append(point)
     return found
