@@ -37,7 +37,7 @@ _SIDE_BY_SIDE: Final = 32
 """Positions in which the same edits are compared side by side, so that one that sees its neighbours stands out."""
 
 _PACKED: Final = 256
-"""Edits side by side at most: their attention mask grows with the square."""
+"""Positions side by side at most: each has its logits, and the attention mask grows with the square."""
 
 _UNSUPPORTED: Final = (
     *(RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError),
@@ -584,7 +584,7 @@ class FitSession(Generic[P]):
             # With gradients, whole prompts keep all that they computed.
             return prefill.forward, 1 if learning else sys.maxsize
         if self._packs and prefill.packs(self._runner.model, edits, target):
-            return prefill.packed, _PACKED
+            return prefill.packed, max(_PACKED // len(target), 1)
         # A replay copies the cache for each of its rows; with gradients, at the worst, these are as large.
         return prefill.replay, self._memory // max(prefill.bytes * (2 if learning else 1), 1)
 
