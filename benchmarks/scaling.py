@@ -6,8 +6,9 @@ the reference settings, prefills among them. Sessions are made before, so that t
 points of an axis run in turn. ``growth`` is time over that of the axis's first point.
 
 For processes, ``--processes`` of them with one thread each are started. The first does the fit alone while the others
-wait, then all do it together, in turn. ``ratio`` is the time of one over that of all, at best their number. A GPU is
-not shared: without as many GPUs, ``ratio`` is null.
+wait, then all do it together, then each does all of it without the others, in turn. ``ratio`` is the time of one over
+that of all, at best their number; ``ceiling`` is what the machine would allow if they had nothing to tell each other:
+cores share caches and memory. A GPU is not shared: without as many GPUs, ``ratio`` is null.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -46,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--examples", type=int, nargs="+", default=[2, 4, 8], help="prompts of extraction and selection"
     )
     parser.add_argument("--shots", type=int, default=4, help="demonstrations of extraction's prompts (default: 4)")
+    parser.add_argument("--axes", nargs="*", choices=AXES, default=AXES, help="to measure beside processes; all")
     parser.add_argument("--processes", type=int, default=2, help="0 or 1 leaves them out (default: 2)")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB for prefilled prompts (default: 4)")
     given = parser.parse_args(argv)
     device = measure.device_of(given)
-    axes = {axis: along(given, device, axis) for axis in AXES}
+    axes = {axis: along(given, device, axis) for axis in given.axes}
     shared = in_processes(given, device)
     lines = [
         f"{given.model}, {axis} {point['value']}: extraction {point['medians']['extraction']:.4g} s "
@@ -60,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for point in points
     ]
     if shared is not None:
-        lines.append(f"{given.model}, {given.processes} processes: {shared['ratio']:.2f} times as fast as one")
+        lines.append(
+            f"{given.model}, {given.processes} processes: {shared['ratio']:.2f} times as fast as one; "
+            f"{shared['ceiling']:.2f} if each had work of its own"
+        )
     figures = {"ratio": None if shared is None else shared["ratio"], "axes": axes, "processes": shared}
     measure.finish(given, device, figures, lines)
     return 0
@@ -91,8 +97,9 @@ def along(given: argparse.Namespace, device: torch.device, axis: str) -> list[di
 def fit(given: argparse.Namespace, model: nn.Module, point: dict[str, int], ranks: Ranks) -> Fit:
     """Both parts of a fit on ``model``, whose session has made its checks."""
     many = point["examples"]
-    # One for the checks, and those of each round, the one that does not count among them.
-    count = max(1 + many * (given.repetitions + 1), given.shots + 1)
+    # One for the checks, and those of each round, the one that does not count among them; twice where processes also
+    # run apart.
+    count = max(1 + 2 * many * (given.repetitions + 1), given.shots + 1)
     examples = prompts.examples(model, count, point["tokens"], given.seed)
     memory = int(given.memory * 2**30)
     session = prompts.session(model, examples, seed=given.seed, ranks=ranks, memory=memory)
@@ -129,6 +136,7 @@ def in_processes(given: argparse.Namespace, device: torch.device) -> dict[str, A
     return {
         "count": given.processes,
         "ratio": measure.ratio(repetitions, "one", "all"),
+        "ceiling": given.processes * measure.ratio(repetitions, "one", "apart"),
         "medians": measure.medians(repetitions),
         "repetitions": repetitions,
     }
@@ -143,15 +151,16 @@ def one_of(rank: int, given: argparse.Namespace, kind: str, rendezvous: str, wri
         point = {name: getattr(given, name)[0] for name in AXES}
         model = measure.model_of(given, device, point["layers"])
         alone, together = (fit(given, model, point, ranks) for ranks in (Ranks(), current()))
-        repetitions: dict[str, list[float]] = {"one": [], "all": []}
+        repetitions: dict[str, list[float]] = {"one": [], "all": [], "apart": []}
         rounds = range(given.repetitions + 1)
         for number in tqdm(rounds, desc="Processes", disable=given.quiet or rank > 0, dynamic_ncols=True, leave=False):
-            for name, parts in (("one", alone), ("all", together)):
+            for name, parts in (("one", alone), ("all", together), ("apart", alone)):
                 distributed.barrier()
-                if name == "all" or rank == 0:
-                    taken = sum(measure.seconds(run, device) for run in parts.values())
-                    if number:
-                        repetitions[name].append(taken)
+                taking = parts.values() if name != "one" or rank == 0 else ()
+                slowest = torch.tensor(math.fsum(measure.seconds(run, device) for run in taking))
+                distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
+                if number:
+                    repetitions[name].append(slowest.item())
         if rank == 0:
             Path(written).write_text(json.dumps(repetitions), encoding="utf-8")
     finally:

@@ -159,7 +159,8 @@ def test_scaling_over_processes(tmp_path):
     found = written(scaling, tmp_path, *SMALL, "--processes", "2")
     assert found["processes"]["count"] == 2
     assert found["ratio"] == found["processes"]["ratio"] > 0
-    rounds(found["processes"]["repetitions"], {"one", "all"})
+    assert found["processes"]["ceiling"] > 0
+    rounds(found["processes"]["repetitions"], {"one", "all", "apart"})
 
 
 @pytest.mark.slow
