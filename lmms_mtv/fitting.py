@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,10 +33,13 @@ _COMPARED: Final = 4
 """Edits whose replays are compared with full forwards, once in a session."""
 
 _SIDE_BY_SIDE: Final = 32
-"""Positions in which the same edits are compared side by side, so that one that sees its neighbours stands out."""
+"""How many edits, those over and over, are compared side by side."""
 
-_PACKED: Final = 256
-"""Positions side by side at most: each has its logits, and the attention mask grows with the square."""
+_PACKED: Final = 1024
+"""Positions side by side at most: the attention mask grows with the square."""
+
+_APART: Final = 1e-4
+"""How much a loss may change with the edits beside it, which count for exactly nothing where they are not seen."""
 
 _UNSUPPORTED: Final = (
     *(RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError),
@@ -146,6 +148,7 @@ class FitSession(Generic[P]):
         self._answers: Kept[tuple[Episode, Tokens, str | None], Answer] = Kept(memory // 2)
         self._replays: bool | None = None
         self._packs: bool | None = None
+        self._packed_to = 0
         self._verified: set[str] = set()
         self._is_edited = False
 
@@ -353,12 +356,14 @@ class FitSession(Generic[P]):
         prefill, target = self._ready(episode, edits, tokens, whole)
         rows = rows_of(edits)
         if rows is None:
-            return self._losses(prefill, edits, target, whole).cpu()
+            return self._losses(prefill, edits, target, *self._way(prefill, edits, target, whole)).cpu()
         found = torch.zeros(rows)
+        # Of all edits, so that how they run does not depend on how many ranks there are.
+        way = self._way(prefill, edits, target, whole)
         with self._ranks.together():
             if rows > self._ranks.rank:
                 own = taken(edits, self._ranks.mine)
-                found[self._ranks.mine] = self._losses(prefill, own, target, whole).cpu()
+                found[self._ranks.mine] = self._losses(prefill, own, target, *way).cpu()
         return self._ranks.total(found)
 
     def loss_gradient(
@@ -375,10 +380,11 @@ class FitSession(Generic[P]):
         mask = mask.detach()
         with torch.no_grad():
             prefill, target = self._ready(episode, by_stream(Edit.replace(value, mask)), tokens)
+        way = self._way(prefill, by_stream(Edit.replace(value, mask)), target, learning=True)
         losses, gradient = torch.zeros(len(mask)), torch.zeros(mask.shape)
         with self._ranks.together():
             if own := range(len(mask))[self._ranks.mine]:
-                losses[own], gradient[own] = self._loss_gradient(prefill, value, mask[own], target)
+                losses[own], gradient[own] = self._loss_gradient(value, mask[own], target, *way)
         return self._ranks.total(losses), self._ranks.total(gradient)
 
     @torch.no_grad()
@@ -504,7 +510,7 @@ class FitSession(Generic[P]):
             replays = self._compared(prefill, edits, target) if compares else bool(self._replays)
         if compares:
             self._replays = self._all(replays)
-        if self._packs is None and not whole and self._replayed(prefill) and (rows_of(edits) or 1) > 1:
+        if self._packs is not False and not whole and self._replayed(prefill) and prefill.length > self._packed_to:
             self._settle_packing(prefill, edits, target)
         return prefill, target
 
@@ -512,9 +518,9 @@ class FitSession(Generic[P]):
         """Whether it is so on every rank: all of them have to do the same."""
         return self._ranks.total(torch.tensor(float(mine))).item() == self._ranks.count
 
-    def _loss_gradient(self, prefill: Prefill, value: Tensor, mask: Tensor, target: list[int]) -> tuple[Tensor, Tensor]:
-        run, limit = self._way(prefill, by_stream(Edit.replace(value, mask)), target, learning=True)
-
+    def _loss_gradient(
+        self, value: Tensor, mask: Tensor, target: list[int], run: Run, limit: int
+    ) -> tuple[Tensor, Tensor]:
         def of_rows(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
             part = mask[rows[0] : rows[-1] + 1].clone().requires_grad_()
             with torch.enable_grad(), _frozen(self._runner.model):
@@ -563,16 +569,17 @@ class FitSession(Generic[P]):
         bar = self.bar(episodes, description)
         return torch.stack([self.losses(episode, edit, tokens) for episode in bar]).mean(0)
 
-    def _losses(self, prefill: Prefill, edits: Edits, target: list[int], whole: bool) -> Tensor:
-        run, limit = self._way(prefill, edits, target, whole)
+    def _losses(self, prefill: Prefill, edits: Edits, target: list[int], run: Run, limit: int) -> Tensor:
         try:
             parts = self._in_batches(run, edits, target, limit)
             self.forwards += len(parts)
             return torch.cat(parts)
         except NumericsError:
-            # Once more, to name the layer if it is one.
+            # Once more, one by one, to name the layer if it is one.
+            again = prefill.forward if run == prefill.forward else prefill.replay
             with record(self.sites) as recording:
-                prefill.forward(self._runner.model, self.sites, edits, target)
+                for row in range(rows_of(edits) or 1):
+                    again(self._runner.model, self.sites, taken(edits, row), target)
             recording.last()
             raise
 
@@ -583,8 +590,12 @@ class FitSession(Generic[P]):
         if whole or not self._replayed(prefill):
             # With gradients, whole prompts keep all that they computed.
             return prefill.forward, 1 if learning else sys.maxsize
-        if self._packs and prefill.packs(self._runner.model, edits, target):
-            return prefill.packed, max(_PACKED // len(target), 1)
+        rows = rows_of(edits) or 1
+        settled = self._packs and prefill.length <= self._packed_to
+        # With gradients, keys are kept for each query head, which are eight for a key in many models.
+        fits = rows * len(target) <= _PACKED and (not learning or 8 * prefill.bytes <= self._memory)
+        if settled and fits and rows > 1 and prefill.packs(self._runner.model, edits, target):
+            return prefill.packed, sys.maxsize
         # A replay copies the cache for each of its rows; with gradients, at the worst, these are as large.
         return prefill.replay, self._memory // max(prefill.bytes * (2 if learning else 1), 1)
 
@@ -650,26 +661,47 @@ class FitSession(Generic[P]):
         return True
 
     def _settle_packing(self, prefill: Prefill, edits: Edits, target: list[int]) -> None:
-        """Find out whether edits side by side in one row give the losses of rows of their own on this model."""
-        some = taken(edits, slice(_COMPARED))
-        order = [index % (rows_of(some) or 1) for index in range(_SIDE_BY_SIDE)]
-        many = taken(some, order)
-        model, gap = self._runner.model, math.inf
-        if not prefill.packs(model, many, target):
-            return  # a shorter prompt may tell
+        """Find out whether edits side by side in one row give the losses of rows of their own on this model.
+
+        It holds for prompts of up to twice this length. Nothing is settled where edits do not differ, or a window is
+        too short for many of them: another call may tell.
+        """
+        some, model = taken(edits, slice(_COMPARED)), self._runner.model
+        count = rows_of(some) or 1
+        order = [index % count for index in range(min(_SIDE_BY_SIDE, max(_PACKED // len(target), count)))]
+        if count == 1 or not prefill.packs(model, some, target, len(order)):
+            return
+
+        def side_by_side(of: Sequence[int], prompt: Prefill = prefill) -> Tensor:
+            return _cross_entropy(prompt.packed(model, self.sites, taken(some, of), target), target)
+
+        found, reason = False, ""
         with self._ranks.together(), alone():
             own = torch.cat(self._in_batches(prefill.replay, some, target))
+            differ = (own - own[0]).abs().max().item() > 10 * _APART
             try:
-                packed = torch.cat(self._in_batches(prefill.packed, many, target))
-                gap = (packed - own[order]).abs().max().item()
+                packed = side_by_side(order)
+                # Every other one with the same neighbours on both sides, and with others.
+                moved = side_by_side([index if place % 2 == 0 else 0 for place, index in enumerate(order)])
+                halfway = side_by_side(order, prefill.halfway())
             except _UNSUPPORTED as error:
-                logger.debug("edits side by side: %s", error)
-            found = self._near(own, gap)
-        self._packs = self._all(found)
-        if not self._packs:
-            logger.info(
-                "edits in one row differ from rows of their own by %.3g on this model: they are replayed in rows", gap
-            )
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                gap = (packed - own[order]).abs().max().item()
+                seen = (packed - moved)[::2].abs().max().item()
+                placed = not prefill.last_position.any() or not torch.equal(packed, halfway)
+                found = self._near(own, gap) and seen <= _APART and placed
+                reason = (
+                    f"losses differ by {gap:.3g} from rows of their own, by {seen:.3g} with other edits beside"
+                    if placed
+                    else "it does not go by the positions that it is given"
+                )
+        if self._all(found):
+            # What does not differ cannot be told apart.
+            self._packs, self._packed_to = (True, 2 * prefill.length) if differ else (self._packs, self._packed_to)
+            return
+        self._packs = False
+        logger.info("edits are replayed in rows of their own on this model, not side by side (%s)", reason)
 
     def _near(self, losses: Tensor, gap: float) -> bool:
         """Whether losses that differ from ``losses`` by ``gap`` are the same but for the model's precision."""

@@ -20,7 +20,7 @@ COMPARED = 4
 """Masks of the first loss that are also run in full."""
 
 SIDE_BY_SIDE = 32
-"""Positions that these take in the one row that is compared with rows of their own."""
+"""Positions that these take in one row: as they are, with other neighbours, and at another position."""
 
 
 @dataclass
@@ -69,8 +69,8 @@ def test_mtv_runs_each_prompt_once_and_then_last_tokens_alone(samples, batch):
     queries = drawn(used, 6, 20)
     few, zero = 3 * 2 + 1, 1
     rows = min(samples, COMPARED)
-    forwards = 8 // batch + LAYERS_CHECKED + (rows + 1 + 1 + 1) + (queries + 20) + (4 + 4)
-    compared = 3 * rows * zero + SIDE_BY_SIDE
+    forwards = 8 // batch + LAYERS_CHECKED + (rows + 1 + 1 + 3) + (queries + 20) + (4 + 4)
+    compared = 3 * rows * zero + 3 * SIDE_BY_SIDE
     tokens = 8 * few + LAYERS_CHECKED * zero + compared + (queries * zero + 20 * samples) + (4 * zero + 4 * 6)
     assert len(work.forwards) == forwards
     assert work.tokens == tokens

@@ -302,23 +302,51 @@ class Refusing(LlamaForCausalLM):
         return super().forward(*args, attention_mask=attention_mask, **kwargs)
 
 
+@pytest.mark.parametrize("shots", [2, 400])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", [Nearsighted, Counting, Refusing])
-def test_a_model_on_which_edits_disturb_each_other_replays_them_in_rows(architecture, dtype, caplog):
+def test_a_model_on_which_edits_disturb_each_other_replays_them_in_rows(architecture, dtype, shots, caplog):
+    """Also where the prompt is so long that neighbours hardly count."""
     llama = zoo.build(zoo.llama)
     model = architecture(llama.model.config).eval()
     model.load_state_dict(llama.model.state_dict())
     tiny = dataclasses.replace(llama, model=model.to(dtype))
-    edit, episode = edits(tiny, 8), Episode(3, (1, 2))
+    edit, episode = edits(tiny, 8), Episode(3, (1, 2) * (shots // 2))
     running = session(tiny)
     with caplog.at_level(logging.INFO):
         found = running.losses(episode, edit, "all")
     assert running.replays is True
     assert running._packs is False
-    assert "replayed in rows" in caplog.text
+    assert "not side by side" in caplog.text
     in_rows = session(tiny)
     in_rows._packs = False
     assert torch.equal(found, in_rows.losses(episode, edit, "all"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packing_is_settled_again_for_longer_prompts(dtype):
+    """And a model that takes it is found to, whatever its precision and the length of the prompt."""
+    tiny = zoo.build(zoo.llama)
+    tiny.model.to(dtype)
+    running, edit = session(tiny), edits(tiny, 4)
+    lengths = []
+    for shots in (0, 2, 4, 400):
+        running.losses(Episode(3, (1, 2) * (shots // 2)), edit)
+        assert running._packs is True
+        lengths.append(running._packed_to)
+    assert lengths == [2, 14, 14, 2402], "twice the prompt's length: 1, 7, 13 and 1,201 tokens"
+    same = Edit.replace(edit.value, edit.keep[:1].repeat(4, 1, 1) < 1)
+    unsettled = session(tiny)
+    unsettled.losses(Episode(3, ()), same)
+    assert unsettled._packs is None, "edits that are the same tell nothing"
+
+
+def test_attention_that_takes_no_mask_of_its_own_is_not_tried():
+    tiny = zoo.build(zoo.llama)
+    prefill = captured_from(TokenRunner(tiny), PROMPT)
+    for implementation, packs in (("sdpa", True), ("eager", True), ("flash_attention_2", False)):
+        tiny.model.config._attn_implementation_internal = implementation
+        assert prefill.packs(tiny.model, edits(tiny, 4), PROMPT.target) is packs
 
 
 class Forgetful(LlamaForCausalLM):
@@ -412,6 +440,23 @@ def test_an_infinite_loss_is_an_error():
     tiny.model.lm_head.weight[40:80] = torch.inf
     with pytest.raises(NumericsError, match="dtype="):
         running.losses(Episode(0, ()), edit)
+
+
+def test_an_infinite_activation_in_a_replay_is_named():
+    tiny = zoo.build(zoo.idefics3)
+    running, edit = session(tiny), edits(tiny, 4)
+    running.losses(Episode(0, ()), edit)
+    assert running._packs is True
+    prompts = []
+    with torch.no_grad():
+        broken = dataclasses.replace(edit, value=edit.value.clone())
+        broken.value[1] = torch.inf
+    handle = tiny.model.register_forward_pre_hook(
+        lambda _, args, kwargs: prompts.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    with handle, pytest.raises(NumericsError, match=r"activations of \S*layers\.2\S*"):
+        running.losses(Episode(0, ()), broken)
+    assert prompts == [(1, 4), *[(1, 1)] * 4], "from the cache, which has the images; one edit after the other"
 
 
 def test_a_batch_or_a_prompt_that_ends_in_padding_is_no_prefill():

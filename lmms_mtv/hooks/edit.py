@@ -140,9 +140,8 @@ def applied(
                 f"an edit of {stream} of (layers, heads, size) {edit.shape} does not fit the model's "
                 f"{shape(sites, stream)}"
             )
-    if packed is not None:
-        real = torch.ones(packed, int(tail), dtype=torch.bool)
-    fired, positions, gates = Fired(len(sites) * len(edits)), Positions(tail, real, resumed), Gates(sites)
+    fired, gates = Fired(len(sites) * len(edits)), Gates(sites)
+    positions = Positions(tail, real, resumed, packed is not None)
     steps = [
         (place, edit, layer) for stream, edit in edits.items() for layer, place in enumerate(places(sites, stream))
     ]
@@ -220,7 +219,7 @@ def _of_packed(change: Change, rows: int) -> Change:
 
     def of_packed(x: Tensor) -> Tensor | None:
         changed = change(x.reshape(rows, -1, x.shape[-1]))
-        return None if changed is None else changed.view_as(x)
+        return None if changed is None else changed.reshape(x.shape)
 
     return of_packed
 

@@ -59,13 +59,17 @@ class Positions:
     """The last real positions of the forward that is running, worked out once for all sites.
 
     ``real`` [rows, tokens], 1 for a real token, stands in for the attention mask of a padded forward that gets none.
-    ``resumed`` says that a cache holds the beginning of a prompt, and its end is in the forward.
+    ``resumed`` says that a cache holds the beginning of a prompt, and its end is in the forward. ``packed`` says that
+    all tokens are real, and the mask tells what each of them sees.
     """
 
-    def __init__(self, tail: int | Tensor = 1, real: Tensor | None = None, resumed: bool = False) -> None:
+    def __init__(
+        self, tail: int | Tensor = 1, real: Tensor | None = None, resumed: bool = False, packed: bool = False
+    ) -> None:
         self._tail = tail
         self._real = real
         self._resumed = resumed
+        self._packed = packed
         self._mask: Tensor | None = None
         self._outer: object = _UNKNOWN
         self._found: tuple[Tensor, Tensor] | None = None
@@ -120,14 +124,14 @@ class Positions:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             mask = given_to_decoder(args, kwargs)
-            told = mask if tells(mask) else self._outer
-            if self._real is None and not tells(told):
+            told = None if self._packed else mask if tells(mask) else self._outer
+            if not tells(told):
                 what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
                 raise HookError(
                     f"the decoder got an attention mask {what}, and the model around it none of [rows, tokens] that "
                     "tells which tokens are real: generate with a dynamic cache (cache_implementation left unset)"
                 )
-            self._mask = told if tells(told) else None
+            self._mask = told
             self._found = None
             self._running = True
             self.continues = cached_tokens(cache_given(args, kwargs)) > 0

@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from lmms_mtv.errors import HookError
 from lmms_mtv.hooks.edit import applied
-from lmms_mtv.hooks.sites import Sites
+from lmms_mtv.hooks.sites import Sites, text_config
 from lmms_mtv.vector import Edit, Edits, by_stream, rows_of, taken
 
 _OF_ONE_CALL = ("past_key_values", "cache_position", "use_cache", "logits_to_keep", "labels", "return_dict")
+_MASKED = ("eager", "sdpa", None)
+"""Attention to which a mask says what each token sees; None is that of models which do not say what they have."""
+
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
@@ -52,6 +55,18 @@ class Prefill:
     def length(self) -> int:
         """Number of tokens of the prompt, padding among them."""
         return int(self.inputs["input_ids"].shape[1])
+
+    @property
+    def last_position(self) -> Tensor:
+        """The position of the last token, int64 [..., 1, 1]; a decoder that was given none counts its cache."""
+        if self.position_ids is not None:
+            return self.position_ids
+        ids: Tensor = self.inputs["input_ids"]
+        return ids.new_full((1, 1), self.length - 1)
+
+    def halfway(self) -> Prefill:
+        """The same with the last token at half of its position: another prompt to a model that goes by positions."""
+        return dataclasses.replace(self, position_ids=self.last_position // 2)
 
     @property
     def bytes(self) -> int:
@@ -112,17 +127,19 @@ class Prefill:
             logits: Tensor = model(**given).logits
         return logits[:, -len(target) :].float()
 
-    def packs(self, model: nn.Module, edit: Edit | Edits, target: Sequence[int]) -> bool:
-        """Whether :meth:`packed` may take this prompt and these edits, if it takes ``model`` at all.
+    def packs(self, model: nn.Module, edit: Edit | Edits, target: Sequence[int], rows: int | None = None) -> bool:
+        """Whether :meth:`packed` may take this prompt and ``rows`` such edits, if it takes ``model`` at all.
 
-        Not where attention reaches back no further than a window that they would not fit, where a gate looks at the
-        attention of each row, and where padding leaves open which position the last token has.
+        Not where attention is computed by code that makes something else of a mask for each token, or reaches back no
+        further than a window that they would not fit; where a gate looks at the attention of each row; and where
+        padding leaves open which position the last token has. ``rows`` are those of ``edit`` if not given.
         """
         edits = by_stream(edit)
-        tokens = self.length - 1 + (rows_of(edits) or 1) * len(target)
+        tokens = self.length - 1 + (rows or rows_of(edits) or 1) * len(target)
         return (
             self.cache is not None
-            and tokens <= _window(model)
+            and getattr(text_config(model), "_attn_implementation", None) in _MASKED
+            and tokens <= _window(model, self.cache)
             and not any(each.gate is not None or each.everywhere for each in edits.values())
             and (self.position_ids is not None or bool(self._real(0).all()))
         )
@@ -131,16 +148,15 @@ class Prefill:
         """The same logits as :meth:`replay`, with the K edits side by side in one row.
 
         Each sees the prompt and itself alone, by an attention mask of its own, so that the cache is neither copied nor
-        read K times. Whether a model takes such a mask, and position ids that repeat, has to be found out by comparing
-        as many edits as there will be. Raises :class:`ReplayError` where :meth:`packs` says no.
+        read K times. Whether a model takes such a mask, and position ids that repeat, has to be found out by comparing.
+        Raises :class:`ReplayError` where :meth:`packs` says no.
         """
         edits = by_stream(edit)
         if not self.packs(model, edits, target):
             raise ReplayError("this prompt cannot be replayed with these edits side by side")
         rows, steps = rows_of(edits) or 1, len(target)
         ids = self._followed_by(target)[:, self.length - 1 :]
-        # A decoder that was given none counts what its cache holds.
-        last = ids.new_full((1, 1), self.length - 1) if self.position_ids is None else self.position_ids
+        last = self.last_position
         positions = last + torch.arange(steps, device=last.device)
         given: dict[str, Any] = {
             "input_ids": ids.repeat(1, rows),
@@ -277,11 +293,12 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
         yield captured
 
 
-def _window(model: nn.Module) -> int:
-    """How many tokens back attention reaches in every block, as far as the configuration tells."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return min((size for name in _WINDOWS if isinstance(size := getattr(text, name, None), int)), default=sys.maxsize)
+def _window(model: nn.Module, cache: Any) -> int:
+    """How many tokens back attention reaches in every block, as far as configuration and cache tell."""
+    config = text_config(model)
+    told = [getattr(config, name, None) for name in _WINDOWS]
+    told += [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    return min((size for size in told if isinstance(size, int)), default=sys.maxsize)
 
 
 def _copied(cache: Any) -> Any:

@@ -81,7 +81,7 @@ class Sites(tuple[Site, ...]):
 
         Raises :class:`DiscoveryError` if neither they nor the configuration say it.
         """
-        width = out_features(self[0].module) or _first_integer(_text_config(self.model), _HIDDEN)
+        width = out_features(self[0].module) or _first_integer(text_config(self.model), _HIDDEN)
         if width is None:
             raise DiscoveryError(f"{self[0].name} does not say how wide its output is: only its heads can be edited")
         return width
@@ -102,7 +102,7 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
     number or size. The message names the argument that settles it.
     """
     name, owner, blocks = _named_decoder(model, decoder) if decoder is not None else _search(model)
-    config = _text_config(owner) or _text_config(model)
+    config = text_config(owner) or text_config(model)
     hidden, kinds = _first_integer(config, _HIDDEN), _kinds(config, len(blocks))
     sites, skipped = [], []
     for layer, ((block_name, block), kind) in enumerate(zip(blocks, kinds, strict=True)):
@@ -176,7 +176,7 @@ def _named_decoder(model: nn.Module, name: str) -> tuple[str, nn.Module, Blocks]
 
 def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
     """The innermost module around the token embedding that holds a list of blocks with attention."""
-    if any(getattr(config, "is_encoder_decoder", False) for config in (_config(model), _text_config(model))):
+    if any(getattr(config, "is_encoder_decoder", False) for config in (_config(model), text_config(model))):
         raise DiscoveryError(
             f"{type(model).__name__} has an encoder and a decoder: pass decoder= with the dotted name of the module "
             "that holds the decoder's blocks"
@@ -188,7 +188,7 @@ def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
         owner = model.get_submodule(path)
         if lists := _block_lists(owner):
             blocks = _nearest(path, lists)
-            count = _first_integer(_text_config(owner) or _text_config(model), _BLOCKS)
+            count = _first_integer(text_config(owner) or text_config(model), _BLOCKS)
             if count not in (None, len(blocks)):
                 raise DiscoveryError(
                     f"{path or 'the model'} has {len(blocks)} blocks with attention, but the configuration tells of "
@@ -278,8 +278,8 @@ def _config(model: nn.Module) -> Any:
     return getattr(model, "config", None)
 
 
-def _text_config(model: nn.Module) -> Any:
-    getter = getattr(_config(model), "get_text_config", None)
+def text_config(model: nn.Module) -> Any:
+    getter = getattr(_config(model), "gettext_config", None)
     return getter() if callable(getter) else _config(model)
 
 
