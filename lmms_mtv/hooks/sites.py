@@ -279,7 +279,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def text_config(model: nn.Module) -> Any:
-    getter = getattr(_config(model), "gettext_config", None)
+    getter = getattr(_config(model), "get_text_config", None)
     return getter() if callable(getter) else _config(model)
 
 
