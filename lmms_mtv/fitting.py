@@ -354,12 +354,11 @@ class FitSession(Generic[P]):
         edits = by_stream(edit)
         whole = any(each.everywhere for each in edits.values())
         prefill, target = self._ready(episode, edits, tokens, whole)
-        rows = rows_of(edits)
-        if rows is None:
-            return self._losses(prefill, edits, target, *self._way(prefill, edits, target, whole)).cpu()
-        found = torch.zeros(rows)
         # Of all edits, so that how they run does not depend on how many ranks there are.
-        way = self._way(prefill, edits, target, whole)
+        way, rows = self._way(prefill, edits, target, whole), rows_of(edits)
+        if rows is None:
+            return self._losses(prefill, edits, target, *way).cpu()
+        found = torch.zeros(rows)
         with self._ranks.together():
             if rows > self._ranks.rank:
                 own = taken(edits, self._ranks.mine)
@@ -378,9 +377,10 @@ class FitSession(Generic[P]):
         Raises :class:`HookError` if the model's own code turns gradients off.
         """
         mask = mask.detach()
+        edits = by_stream(Edit.replace(value, mask))
         with torch.no_grad():
-            prefill, target = self._ready(episode, by_stream(Edit.replace(value, mask)), tokens)
-        way = self._way(prefill, by_stream(Edit.replace(value, mask)), target, learning=True)
+            prefill, target = self._ready(episode, edits, tokens)
+        way = self._way(prefill, edits, target, learning=True)
         losses, gradient = torch.zeros(len(mask)), torch.zeros(mask.shape)
         with self._ranks.together():
             if own := range(len(mask))[self._ranks.mine]:
