@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from lmms_mtv.commands import check, compare, fit, library, lm_eval, prepare, report
+from lmms_mtv.commands import check, compare, doctor, fit, library, lm_eval, prepare, report
 from lmms_mtv.errors import MtvError
+from lmms_mtv.runtime import environment
 
-COMMANDS = (prepare, fit, library, compare, report, check, lm_eval)
+COMMANDS = (prepare, fit, library, compare, report, check, lm_eval, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.print_help()
         return
     try:
+        if chosen.run is not doctor.run:
+            environment.check()
         chosen.run(chosen)
     except (MtvError, OSError) as error:
         raise SystemExit(f"lmms-mtv: {type(error).__name__}: {error}") from error

@@ -14,6 +14,10 @@ class ArgumentError(MtvError, ValueError):
     """An argument is unknown, or its value cannot be used."""
 
 
+class InstallationError(MtvError):
+    """A library around this package is missing, or of a version that cannot work."""
+
+
 class MethodError(MtvError):
     """A method of another package cannot be used: it does not load, or lacks what a method has."""
 

@@ -167,6 +167,18 @@ class FitSession(Generic[P]):
         """Whether losses come from replays; None before the first loss."""
         return self._replays
 
+    @property
+    def replay(self) -> str | None:
+        """How the losses of several edits are computed: side by side, in rows, or by full forwards.
+
+        The first is the fastest, the last the slowest. None before the first loss.
+        """
+        if self._replays is None:
+            return None
+        if not self._replays:
+            return "full forwards"
+        return "side by side" if self._packs else "rows"
+
     def random(self, purpose: str) -> Random:
         """A generator for ``purpose``, independent of all others."""
         return Random(f"{self.seed}/{purpose}")

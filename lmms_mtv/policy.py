@@ -130,6 +130,10 @@ def improved(
         # Also where the caller evaluates and has turned gradients off.
         with torch.enable_grad():
             torch.autograd.backward((learning.log_probability(choices) * advantage).sum())
+        if logits.grad is not None:
+            # Where all samples chose alike the gradient is 0, since advantages sum to 0. Adam would make a whole step
+            # of the rounding error that is left, and of its sign, which depends on the batch size of the activations.
+            logits.grad[(choices == choices[:1]).all(0)] = 0
         optimizer.step()
         history.append(found.mean().item())
     return replace(policy, logits=logits.detach()), history

@@ -181,7 +181,8 @@ class VectorCard:
     is the number of demonstrations in the prompts that the vector is made for. ``parents`` are the ids of the vectors
     that it was combined of, with their weights, or whose heads it has. ``losses`` are lists of floats by name,
     ``seconds`` is the time of the fit, ``stages`` how much of it each part took, by name, ``memory`` its peak in bytes
-    if known.
+    if known. ``replay`` says how the losses of edits were computed (:attr:`FitSession.replay`), if any were and if it
+    is known.
     """
 
     model: str
@@ -202,9 +203,10 @@ class VectorCard:
     seconds: float = 0.0
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
     memory: int | None = None
+    replay: str | None = None
     schema: int = SCHEMA
 
-    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "schema")
+    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "schema")
 
     @property
     def id(self) -> str:
@@ -248,6 +250,8 @@ class VectorCard:
             for name in ("model", "revision", "dtype", "task", "split", "examples", "prompt", "method"):
                 if not isinstance(given[name], str) and (name, given[name]) != ("revision", None):
                     raise TypeError(f"{name} is {type(given[name]).__name__}, not text")
+            if not isinstance(card.replay, str | None):
+                raise TypeError(f"replay is {type(card.replay).__name__}, not text")
             for name in ("shots", "seed", "schema"):
                 given[name] = int(getattr(card, name))
             for name in ("config", "versions"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -13,6 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lmms_eval.tasks import TaskManager
+
+
+@functools.cache
+def task_manager(model: str = "mtv") -> TaskManager:
+    """All tasks of the harness and of this package. Reading them takes seconds, so that is done once a process."""
+    return TaskManager("ERROR", model_name=model)
+
+
+def own_tasks(folder: Path, model: str = "mtv") -> TaskManager:
+    """The tasks of one folder alone."""
+    return TaskManager("ERROR", include_path=str(folder), include_defaults=False, model_name=model)
 
 
 @dataclass(frozen=True)

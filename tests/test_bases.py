@@ -12,12 +12,12 @@ import checkpoints
 import evaluations
 import pytest
 import torch
-from evaluations import Outcome
+from evaluations import Outcome, own_tasks, task_manager
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2, get_model
 from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, reset_logged_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
-from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_eval.tasks import get_task_dict
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_mtv import applied
@@ -109,7 +109,7 @@ def forced(base: Base) -> str:
 
 
 def evaluated(model: str, model_args: str, include: Path | None = None, **options) -> list[str]:
-    manager = TaskManager("ERROR", include_path=str(include) if include else None, model_name=model)
+    manager = own_tasks(include, model) if include else task_manager(model)
     options = {"limit": LIMIT} | options
     results = simple_evaluate(
         model, model_args, tasks=[TASK], task_manager=manager, bootstrap_iters=0, device="cpu", **options
@@ -271,8 +271,7 @@ def built(base: Base, folders, **more) -> Wrapped:
 
 
 def prompts(simple: bool, task: str = TASK) -> TaskPrompts:
-    manager = TaskManager("ERROR", model_name="mtv")
-    made = get_task_dict([task], manager, "simple" if simple else "chat")[task]
+    made = get_task_dict([task], task_manager(), "simple" if simple else "chat")[task]
     return TaskPrompts(made, None, as_sent=True)
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import evaluations
 import pytest
+from evaluations import task_manager
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_eval.tasks import get_task_dict
 
 from lmms_mtv import cells, check, cli, compare
 from lmms_mtv.cells import Cell
@@ -194,7 +195,7 @@ class TestWrong:
     @pytest.fixture
     def task(self) -> Any:
         register_tasks()
-        return get_task_dict([ENGLISH], TaskManager("ERROR"), "chat")[ENGLISH]
+        return get_task_dict([ENGLISH], task_manager(), "chat")[ENGLISH]
 
     def shown(self, prompts: TaskPrompts, shots: int) -> list[Any]:
         return [prompts.evaluation(number, "test", shots, seed=0) for number in range(10)]

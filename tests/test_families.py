@@ -464,6 +464,13 @@ def test_a_tiny_model_of_a_family_computes_with_its_sites(family: Family):
     texts = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
     inputs = tiny.inputs(texts, "right")
     inputs |= family.media(inputs["input_ids"])
+    try:
+        model(**inputs)
+    except AttributeError as error:
+        # Llama 4 of transformers 5.24 reads a field of its output that its output does not have.
+        if "image_outputs" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} cannot run {family.architecture}: {error}")
     for stream in STREAMS:
         if stream == MLP and family.architecture in WITHOUT_MLP:
             with pytest.raises((DiscoveryError, HookError), match="edits another stream"):

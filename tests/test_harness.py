@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from evaluations import own_tasks, task_manager
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
@@ -53,7 +54,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **options):
     """An evaluation in this process; errors come as they are raised."""
-    manager = TaskManager("ERROR", include_path=str(include) if include else None, model_name="mtv")
+    manager = own_tasks(include) if include else task_manager()
     return simple_evaluate(
         "mtv", model_args, tasks=tasks, task_manager=manager, limit=options.pop("limit", 3), **options
     )
@@ -80,7 +81,7 @@ def task_file(folder: Path, name: str = "custom", **changes) -> Path:
         "data_files": {split: str(folder / "data" / f"{split}.jsonl") for split in ("train", "test")}
     }
     functions = {"doc_to_visual": "draw", "doc_to_text": "question", "doc_to_target": "color_en"}
-    functions |= {key: fields.pop(key) for key in list(functions) if key in fields}
+    functions |= {key: fields.pop(key) for key in (*functions, "process_results") if key in fields}
     body = yaml.safe_dump({key: value for key, value in fields.items() if value is not None})
     body += "".join(f"{key}: !function utils.{value}\n" for key, value in functions.items() if value)
     (folder / f"{name}.yaml").write_text(body, encoding="utf-8")
@@ -142,8 +143,31 @@ def test_an_error_at_the_command_line_is_one_line_and_a_status(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"process_results": "fails"}, "a metric that fails"),
+        ({"doc_to_text": "fails"}, "a metric that fails"),
+        ({}, "Tasks were not found: absent"),
+    ],
+    ids=["a metric", "a prompt", "an unknown task"],
+)
+def test_a_failure_that_the_harness_would_pass_over_is_a_status(wrong, said, tmp_path):
+    """The harness prints a traceback and exits with 0, for whatever part of an evaluation raises."""
+    folder = task_file(tmp_path / "tasks", **wrong)
+    with (folder / "utils.py").open("a", encoding="utf-8") as file:
+        file.write("\n\ndef fails(*_):\n    raise RuntimeError('a metric that fails')\n")
+    done = command(
+        *("--model", "mtv", "--model_args", "pretrained=tiny,method=none", "--tasks", "custom" if wrong else "absent"),
+        *("--include_path", str(folder), "--limit", "2", "--output_path", str(tmp_path / "out")),
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*_results.json"))
+
+
 def test_the_tasks_are_known_and_do_not_hide_the_harness_own():
-    index = TaskManager("ERROR").task_index
+    index = task_manager().task_index
     assert {"shapes", "shapes_hard", "shapes_color_en", "shapes_labels_shape"} <= index.keys()
     assert index["shapes"]["type"] == "group"
     assert "vizwiz_vqa_val" in index
@@ -152,7 +176,7 @@ def test_the_tasks_are_known_and_do_not_hide_the_harness_own():
 
 def test_the_shapes_tasks_work_with_a_simple_model_of_the_harness(monkeypatch):
     """Any lmms-eval model can run them: context, pictures and target, without the plugin's model."""
-    manager = TaskManager("ERROR", model_name="dummy")
+    manager = task_manager("dummy")
     for kind in ("simple", "chat"):
         task = manager.load_task_or_group(["shapes_position_es"], task_type=kind)["shapes_position_es"]
         assert len(task.test_docs()) == 200

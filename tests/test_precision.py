@@ -6,8 +6,8 @@ import pytest
 import sessions
 import torch
 import zoo
+from evaluations import task_manager
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -70,7 +70,7 @@ def test_bfloat16_is_as_good_as_float32():
     """The same task fitted and evaluated in both, on a third of its scenes."""
     scores = {}
     for dtype in ("float32", "bfloat16"):
-        manager = TaskManager("ERROR", model_name="mtv")
+        manager = task_manager()
         tasks = ["shapes_color_es", "shapes_phrase_en", "shapes_position_es"]
         arguments = f"pretrained=tiny,dtype={dtype},batch_size=16"
         results = simple_evaluate("mtv", arguments, tasks=tasks, task_manager=manager, limit=100)["results"]

@@ -15,6 +15,7 @@ import checkpoints
 import golden
 import official_files
 import pytest
+from evaluations import task_manager
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
@@ -304,7 +305,7 @@ def test_the_base_answers_as_lmms_evals_own_idefics2_does(tmp_path):
     tasks = ["shapes_color_en", "shapes_phrase_en", "shapes_position_es"]
     answers: dict[str, list[str]] = {}
     for model, given in arguments.items():
-        manager = TaskManager("ERROR", model_name=model)
+        manager = task_manager(model)
         samples = simple_evaluate(model, given, tasks=tasks, task_manager=manager, limit=12)["samples"]
         answers[model] = [
             sample["filtered_resps"][0]
@@ -347,7 +348,7 @@ def test_an_evaluation_that_fails_keeps_the_fitted_vector(prepared_data, tmp_pat
     (tmp_path / "data" / "vizwiz" / "images" / "VizWiz_val_00000004.jpg").unlink()
     monkeypatch.setenv(data.FOLDER, str(tmp_path / "data"))
     given = argparse.Namespace(output_path=str(tmp_path / "out"), process_with_media=False, reasoning_tags=None)
-    manager = TaskManager("ERROR", model_name="mtv")
+    manager = task_manager()
     with pytest.raises(DataError, match=r"VizWiz_val_00000004\.jpg of task vizwiz .*lmms-mtv prepare vizwiz"):
         simple_evaluate("mtv", f"pretrained=tiny,{SHORT}", tasks=["vizwiz"], task_manager=manager, cli_args=given)
     (saved,) = (tmp_path / "out").rglob("vector.safetensors")

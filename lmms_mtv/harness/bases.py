@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from typing import Any
 
 from lmms_eval.models import list_available_models
+from loguru import logger
 
-from lmms_mtv.errors import unknown
+from lmms_mtv.errors import ArgumentError, unknown
 from lmms_mtv.harness import wrapped
 from lmms_mtv.harness.arguments import names
 from lmms_mtv.harness.hf import Hf, HfConfig
@@ -26,6 +29,30 @@ def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
     if name not in others:
         raise unknown("base", name, {OWN, *others})
     return wrapped.known(name, force_simple)
+
+
+def survey() -> dict[str, str | None]:
+    """Return every base with the reason why it cannot be used, or None for a base that imports.
+
+    All model classes of lmms-eval are imported, which takes about a minute. What they print meanwhile is dropped.
+    """
+    names = sorted(set(list_available_models()) - {"mtv"})
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        # Handlers of the harness's logger keep the streams that they were made with.
+        logger.disable("lmms_eval")
+        try:
+            return {OWN: None} | {name: _lack(name) for name in names}
+        finally:
+            logger.enable("lmms_eval")
+
+
+def _lack(name: str) -> str | None:
+    """Why a model of lmms-eval cannot be a base; None if it can."""
+    try:
+        wrapped.wrapper_class(name)
+    except ArgumentError as error:
+        return str(error).removeprefix(f"base={name} ")
+    return None
 
 
 def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -> tuple[Hf | Wrapped, Sites]:

@@ -1,7 +1,9 @@
 """Errors at the command line of the harness.
 
 lmms-eval catches every exception of an evaluation, prints a traceback and exits with status 0, so that a failed run
-looks like a good one to a script. A ``SystemExit`` is not caught: it prints one line and gives status 1.
+looks like a good one to a script. A ``SystemExit`` is not caught: it prints one line and gives status 1. Exceptions of
+the model become one by :func:`reported`. For all others, as of a task or of a metric, :func:`end_failed_runs` listens
+to what the harness logs of them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
+
+from loguru import logger
 
 from lmms_mtv.errors import MtvError
 
@@ -40,3 +44,19 @@ def reported(function: Callable[A, R]) -> Callable[A, R]:
             raise SystemExit(f"lmms-mtv: {type(error).__name__}: {error}") from error
 
     return guarded
+
+
+@functools.cache
+def end_failed_runs() -> None:
+    """Let an error that the harness's command line logs end the run with status 1.
+
+    Only the module of the command line counts, and only where the harness was started from it. The message itself is
+    printed by the harness's own handler, which comes first.
+    """
+    if COMMAND_LINE not in sys.modules:
+        return
+
+    def end(_: object) -> None:
+        raise SystemExit(1)
+
+    logger.add(end, level="ERROR", filter=lambda record: record["name"] == COMMAND_LINE, catch=False)

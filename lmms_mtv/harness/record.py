@@ -46,6 +46,7 @@ def of_task(vector: TaskVector, source: str, seed: int, shots: int, reused: bool
         "fit_seconds": card["seconds"],
         "fit_stages": card["stages"],
         "fit_bytes": card["memory"],
+        "fit_replay": card["replay"],
         "loss": {name: card["losses"][name][0] for name in ("unedited", "chosen") if name in card["losses"]},
         "split": card["split"],
         "examples": card["examples"],

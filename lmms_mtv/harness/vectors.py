@@ -251,6 +251,7 @@ class Vectors(Generic[P]):
             seconds=time.perf_counter() - began,
             stages={name: round(seconds, 3) for name, seconds in session.stages.items()},
             memory=memory.bytes,
+            replay=session.replay,
         )
         vector = TaskVector(dict(fitted.edits), card)
         if self._method.settings() and self._leads:
@@ -270,7 +271,8 @@ def _summary(vector: TaskVector, session: FitSession[Any]) -> str:
     if "chosen" in losses:
         before, after = losses["unedited"][0], losses["chosen"][0]
         loss = f", loss {before:.3f} -> {after:.3f} (without edit -> with it, on training queries)"
+    replay = "" if vector.card.replay is None else f" (edits: {vector.card.replay})"
     return (
         f"fitted {vector.card.method} for {vector.card.task} in {vector.card.seconds:.1f} s: vector {vector.id}, "
-        f"{vector.described()}{loss}, {session.forwards} forwards"
+        f"{vector.described()}{loss}, {session.forwards} forwards{replay}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dis
+import importlib.util
 import inspect
 import io
 import json
@@ -98,7 +99,8 @@ def wrapper_class(name: str, force_simple: bool = False) -> type[lmms]:
                 f": install {EXTRA[missing]}, or what lmms-eval's models often need, with pip install lmms-mtv[bases]"
             )
         elif isinstance(error, ModuleNotFoundError) and missing:
-            mend = f": install the package that has {missing}"
+            there = importlib.util.find_spec(missing) is not None
+            mend = f": the installed {missing} has no such module" if there else f": install the package of {missing}"
         raise ArgumentError(f"base={name} does not import: {one_line(error)}{mend}") from error
     except Exception as error:
         raise ArgumentError(f"base={name} does not import: {type(error).__name__}: {one_line(error)}") from error

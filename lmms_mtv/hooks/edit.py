@@ -265,7 +265,8 @@ def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any], stream: st
     Replacing every head by its own activation must change no logit at all, and setting all heads to zero must change
     some; every site must run exactly once a forward.
 
-    Raises :class:`DiscoveryError` if not: pass ``decoder=`` to :func:`find_sites`.
+    Raises :class:`DiscoveryError` if not: pass ``decoder=`` to :func:`find_sites`. Raises :class:`HookError` if the
+    model does not give the same logits when it runs ``inputs`` again, so that nothing can be told from such runs.
     """
     with record(sites, stream) as recording:
         plain = model(**inputs).logits
@@ -282,6 +283,7 @@ def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any], stream: st
     with applied(sites, {stream: Edit.replace(torch.zeros_like(own[0]), everywhere)}):
         other = model(**inputs).logits
     if not torch.equal(plain, same):
+        _make_sure_it_repeats(model, inputs, plain)
         gap = (plain - same).abs().max().item()
         raise DiscoveryError(
             f"replacing the {stream} by their own activations changed the logits by {gap:g}, expected 0: the sites "
@@ -292,3 +294,20 @@ def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any], stream: st
             f"setting the {stream} to zero changed no logit: the sites ({sites[0].name}, ...) are not on the way to "
             "the output; pass decoder="
         )
+
+
+def _make_sure_it_repeats(model: nn.Module, inputs: Mapping[str, Any], plain: Tensor) -> None:
+    """Raise :class:`HookError` unless ``model`` gives the logits ``plain`` for ``inputs`` once more, without edits."""
+    again = model(**inputs).logits
+    if torch.equal(plain, again):
+        return
+    gap = (plain - again).abs().max().item() if plain.shape == again.shape else float("nan")
+    if model.training:
+        mend = "it is in training mode, where dropout is random: call model.eval() first"
+    else:
+        state = [name for name, value in inputs.items() if not isinstance(value, Tensor | bool | int | float | str)]
+        mend = (
+            "an argument holds a state that a forward changes, or the model computes at random or in an order that "
+            f"varies; arguments that are no tensors: {', '.join(state) or 'none'}"
+        )
+    raise HookError(f"the same forward twice gave logits that differ by {gap:g}, expected 0: {mend}")

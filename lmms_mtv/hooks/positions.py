@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_mtv.errors import HookError
+from lmms_mtv.runtime.compat import given_cache, naming
 
 _UNKNOWN: Final = object()
 
@@ -45,7 +46,7 @@ def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 
 
 
 def cached_tokens(cache: Any) -> int:
-    """Number of tokens in what a decoder was given as ``past_key_values``: a cache, nested tuples, or None."""
+    """Number of tokens in the cache that a decoder was given: a cache object, nested tuples, or None."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
@@ -114,7 +115,7 @@ class Positions:
         which padding cannot be told from causality. Then what counts is the mask that ``model`` itself was given.
         """
         given_to_decoder, given_to_model = mask_argument(decoder), mask_argument(model)
-        cache_given = _argument(decoder, "past_key_values")
+        to_decoder = naming(decoder)
 
         def entered(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self._outer = given_to_model(args, kwargs)
@@ -134,7 +135,7 @@ class Positions:
             self._mask = told
             self._found = None
             self._running = True
-            self.continues = cached_tokens(cache_given(args, kwargs)) > 0
+            self.continues = cached_tokens(given_cache(to_decoder(args, kwargs))) > 0
             self.follows = self.continues and not self._resumed
             self.prompts += not self.follows
 
@@ -153,16 +154,12 @@ Given = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
 """Tells one argument of a forward from its positional and its keyword arguments."""
 
 
-def _argument(module: nn.Module, name: str) -> Given:
-    names = tuple(inspect.signature(module.forward).parameters)
-    return lambda args, kwargs: (dict(zip(names, args, strict=False)) | dict(kwargs)).get(name)
-
-
 def mask_argument(module: nn.Module) -> Given:
     """The attention mask of the tokens; where an encoder has the mask of that name and the decoder another, nothing."""
     if "decoder_attention_mask" in inspect.signature(module.forward).parameters:
         return lambda args, kwargs: _UNKNOWN
-    return _argument(module, "attention_mask")
+    named = naming(module)
+    return lambda args, kwargs: named(args, kwargs).get("attention_mask")
 
 
 def tells(mask: object) -> TypeGuard[Tensor | None]:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from lmms_mtv.errors import HookError
 from lmms_mtv.hooks.edit import applied
 from lmms_mtv.hooks.sites import Sites, text_config
+from lmms_mtv.runtime.compat import cache_name, naming, of_the_prompt, returned_cache
 from lmms_mtv.vector import Edit, Edits, by_stream, rows_of, taken
 
-_OF_ONE_CALL = ("past_key_values", "cache_position", "use_cache", "logits_to_keep", "labels", "return_dict")
 _MASKED = ("eager", "sdpa", None)
 """Attention to which a mask says what each token sees; None is that of models which do not say what they have."""
 
@@ -77,12 +77,11 @@ class Prefill:
     @property
     def held(self) -> int:
         """Memory of the cache and of the inputs."""
-        given = (value for value in self.inputs.values() if isinstance(value, Tensor))
-        return self.bytes + sum(value.numel() * value.element_size() for value in given)
+        return self.bytes + sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.inputs))
 
     def to(self, device: torch.device) -> Prefill:
         """The same with all tensors on ``device``."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
+        moved = _moved(self.inputs, device)
         positions = None if self.position_ids is None else self.position_ids.to(device)
         cache = None if self.cache is None else _copied(self.cache)
         for layer in _filled(cache) if cache else ():
@@ -115,7 +114,7 @@ class Prefill:
         given: dict[str, Any] = {
             "input_ids": ids.expand(rows, -1),
             "attention_mask": self._real(len(target) - 1).expand(rows, -1),
-            "past_key_values": _expanded(self.cache, rows),
+            cache_name(model): _expanded(self.cache, rows),
             "use_cache": True,
         }
         for name, view in self._views().items():
@@ -162,7 +161,7 @@ class Prefill:
             "input_ids": ids.repeat(1, rows),
             "attention_mask": self._side_by_side(rows, steps),
             "position_ids": positions.repeat(*[1] * (positions.dim() - 1), rows),
-            "past_key_values": _copied(self.cache),
+            cache_name(model): _copied(self.cache),
             "use_cache": True,
         }
         for name, view in self._views().items():
@@ -266,12 +265,11 @@ class Captured:
 def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
     """Record the prefill of the prompt that ``model`` runs inside the block, by a forward or by ``generate``."""
     captured = Captured()
-    names = tuple(inspect.signature(model.forward).parameters)
+    named = naming(model)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if captured._inputs is None:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            captured._inputs = {k: v for k, v in given.items() if v is not None and k not in _OF_ONE_CALL}
+            captured._inputs = of_the_prompt(named(args, kwargs))
             kwargs = kwargs | {"use_cache": True}
         return args, kwargs
 
@@ -283,7 +281,7 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
         if not captured._done:
             ids = (captured._inputs or {}).get("input_ids")
             if isinstance(ids, Tensor):
-                captured._cache = _without_last(getattr(output, "past_key_values", None), ids.shape[1], sites.skipped)
+                captured._cache = _without_last(returned_cache(output), ids.shape[1], sites.skipped)
             captured._done = True
 
     with ExitStack() as stack:
@@ -341,10 +339,39 @@ def _without_last(cache: Any, length: int, others: Container[int]) -> Any | None
 
 
 def _known(layer: Any) -> bool:
-    """Whether a layer holds keys, or nothing at all."""
+    """Whether a layer holds keys of its own, or nothing at all."""
     if not hasattr(layer, "keys"):
         return False
-    return isinstance(layer.keys, Tensor) or not getattr(layer, "is_initialized", True)
+    if layer.keys is None:
+        # A layer whose keys are not yet there, or which stands in for a block that keeps none.
+        return not getattr(layer, "is_initialized", True) or next(_tensors(vars(layer)), None) is None
+    # A static layer is cropped in place, by a length that its copies share: cutting a copy would cut the original.
+    return isinstance(layer.keys, Tensor) and not getattr(layer, "is_compileable", False)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in ``value``: a tensor, or mappings, lists and tuples of tensors, as of encoder outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A copy of ``value`` whose tensors, as :func:`_tensors` finds them, are on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        # A copy, since an output of transformers is a mapping of a class of its own.
+        made: Any = copy.copy(value)
+        for name, part in value.items():
+            made[name] = _moved(part, device)
+        return made
+    if isinstance(value, list | tuple):
+        parts = [_moved(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def _expanded(cache: Any, rows: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lmms_mtv.hooks.positions import cached_tokens, mask_argument, tells
 from lmms_mtv.hooks.sites import Sites
+from lmms_mtv.runtime.compat import given_cache, naming
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
@@ -42,7 +42,7 @@ class Watch:
         return raised is not None
 
     def _saw(self, given: Mapping[str, Any], images: int | None) -> None:
-        ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
+        ids, cache, mask = given.get("input_ids"), given_cache(given), given.get("attention_mask")
         ids = ids if ids is not None else given["inputs_embeds"]
         rows, length = ids.shape[:2]
         self.prompts += rows
@@ -55,21 +55,19 @@ class Watch:
 def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
     """Watch every forward of ``model`` and of its decoder inside the block. Nothing is changed."""
     watch = Watch()
-    names = tuple(inspect.signature(sites.decoder.forward).parameters)
+    to_decoder, to_model = naming(sites.decoder), naming(model)
     given_to_model = mask_argument(model)
-    taken = tuple(inspect.signature(model.forward).parameters)
     outer: dict[str, Any] = {}
     prompt: dict[str, Any] = {}
 
     def entered(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         outer["attention_mask"] = given_to_model(args, kwargs)
-        ids = (dict(zip(taken, args, strict=False)) | dict(kwargs)).get("input_ids")
-        outer["images"] = _image_tokens(model, ids)
+        outer["images"] = _image_tokens(model, to_model(args, kwargs).get("input_ids"))
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         prompt.clear()
-        given = dict(zip(names, args, strict=False)) | dict(kwargs)
-        if not cached_tokens(given.get("past_key_values")):
+        given = to_decoder(args, kwargs)
+        if not cached_tokens(given_cache(given)):
             prompt.update(given if tells(given.get("attention_mask")) else given | outer)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:

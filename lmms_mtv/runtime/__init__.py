@@ -1,0 +1,1 @@
+"""The machine and the libraries that a model runs in."""

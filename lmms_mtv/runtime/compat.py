@@ -1,0 +1,73 @@
+"""The names of a forward's arguments and outputs, learned from the model at hand.
+
+transformers 5.24 renamed the cache of a forward from ``past_key_values`` to ``cache``. Code outside transformers, as
+remote code of the hub, may keep the old name. No other file of this package spells either name, and no file asks for a
+version of transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from torch import nn
+
+CACHE_NAMES: Final = ("cache", "past_key_values")
+"""Names of the cache, in the arguments of a forward and in its output. The newest name is first."""
+
+PER_CALL: Final = frozenset(
+    (*CACHE_NAMES, "cache_position", "use_cache", "logits_to_keep", "num_logits_to_keep", "labels", "return_dict")
+)
+"""Arguments that belong to one forward only. A forward of the same prompt gets its own."""
+
+
+Naming = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]
+"""Makes one mapping by name of the positional and the keyword arguments of one call."""
+
+
+def naming(module: nn.Module) -> Naming:
+    """Return a function that names all arguments of a call of ``module.forward``, positional arguments included."""
+    names = tuple(inspect.signature(module.forward).parameters)
+    return lambda args, kwargs: dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def cache_name(module: nn.Module) -> str:
+    """Return the name under which ``module.forward`` takes a cache.
+
+    A forward that names no cache, as ``forward(*args, **kwargs)``, hands its arguments on to a module inside it. Then
+    the first such module that names a cache counts. Without any the oldest name is returned, which the newer
+    libraries accept as well.
+    """
+    for each in module.modules():
+        taken = inspect.signature(each.forward).parameters
+        for name in CACHE_NAMES:
+            if name in taken:
+                return name
+    return CACHE_NAMES[-1]
+
+
+def is_cache(value: object) -> bool:
+    """Return whether ``value`` is a cache object of transformers, under whatever name it is passed."""
+    return hasattr(value, "get_seq_length")
+
+
+def given_cache(given: Mapping[str, Any]) -> Any | None:
+    """Return the cache among the named arguments of a forward, or None."""
+    named = (given[name] for name in CACHE_NAMES if given.get(name) is not None)
+    return next(named, next(filter(is_cache, given.values()), None))
+
+
+def returned_cache(output: Any) -> Any | None:
+    """Return the cache that a forward gave back in its output, or None."""
+    # An output of transformers is a mapping; as a plain dict it does not warn of the older name.
+    return given_cache(dict(output) if isinstance(output, Mapping) else getattr(output, "__dict__", {}))
+
+
+def of_the_prompt(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the named arguments of a forward without those that belong to this one call, and without None."""
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and name not in PER_CALL and not is_cache(value)
+    }

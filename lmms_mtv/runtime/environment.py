@@ -1,0 +1,118 @@
+"""The versions of the libraries around this package: installed, supported, and tested.
+
+Supported versions are the bounds of ``pyproject.toml``, as the installed package carries them. Tested versions are
+those of ``constraints.txt``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from lmms_mtv.errors import InstallationError
+
+PACKAGE: Final = "lmms-mtv"
+
+WATCHED: Final = ("filelock", "lm-eval", "lmms-eval", "torch", "transformers")
+"""Libraries whose insides this package or the harness uses. A version that was not tested is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """One library that this package needs.
+
+    ``installed`` is None if the library is missing. ``supported`` are the bounds of this package. ``tested`` are the
+    versions that were tested, a single version or a range; it is empty if that is not known.
+    """
+
+    name: str
+    installed: Version | None
+    supported: SpecifierSet
+    tested: SpecifierSet
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the installed version is within the bounds."""
+        return self.installed is not None and self.supported.contains(self.installed, prereleases=True)
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether the installed version is newer than all tested versions."""
+        if self.installed is None or self.tested.contains(self.installed, prereleases=True):
+            return False
+        bounds = [Version(bound.version) for bound in self.tested if not bound.version.endswith(".*")]
+        return bool(bounds) and self.installed > max(bounds)
+
+
+def libraries() -> list[Library]:
+    """Return the libraries that this package needs without its extras, in alphabetical order."""
+    tested = {requirement.name: requirement.specifier for requirement in _tested()}
+    needed = (Requirement(line) for line in importlib.metadata.requires(PACKAGE) or ())
+    needed = (one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""}))
+    return [
+        Library(one.name, _installed(one.name), one.specifier, tested.get(_normal(one.name), SpecifierSet()))
+        for one in sorted(needed, key=lambda one: one.name)
+    ]
+
+
+def problem(found: Sequence[Library]) -> str | None:
+    """Return one line that names the libraries that cannot work and the command that mends them, or None."""
+    wrong = [library for library in found if not library.is_supported]
+    if not wrong:
+        return None
+    listed = ", ".join(
+        f"{library.name} {library.installed or 'is missing'} (supported: {library.supported})" for library in wrong
+    )
+    mend = " ".join(f"'{library.name}{library.supported}'" for library in wrong)
+    return f"lmms-mtv cannot work with {listed}: python -m pip install {mend}"
+
+
+def newer(found: Sequence[Library]) -> str | None:
+    """Return one line that names the watched libraries that are newer than the tested ones, or None."""
+    listed = [
+        f"{library.name} {library.installed} (tested: {library.tested})"
+        for library in found
+        if library.name in WATCHED and library.is_newer
+    ]
+    if not listed:
+        return None
+    return f"newer than what lmms-mtv {importlib.metadata.version(PACKAGE)} was tested with: {', '.join(listed)}"
+
+
+def check() -> None:
+    """Raise :class:`InstallationError`, in one line, if a library is missing or outside the supported versions."""
+    if (line := problem(libraries())) is not None:
+        raise InstallationError(line)
+
+
+def _tested() -> Iterator[Requirement]:
+    """The lines of ``constraints.txt`` that are for this Python and this system."""
+    package = Path(__file__).resolve().parents[1]
+    # Inside an installed package, or at the root of the repository in an editable installation.
+    places = (folder / "constraints.txt" for folder in (package, package.parent))
+    file = next((place for place in places if place.is_file()), None)
+    for line in file.read_text(encoding="utf-8").splitlines() if file is not None else ():
+        if text := line.partition("#")[0].strip():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate():
+                requirement.name = _normal(requirement.name)
+                yield requirement
+
+
+def _installed(name: str) -> Version | None:
+    try:
+        return Version(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _normal(name: str) -> str:
+    """The name as indexes compare it."""
+    return name.lower().replace("_", "-").replace(".", "-")
