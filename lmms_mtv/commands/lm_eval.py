@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import version
 from typing import Any
+
+from lmms_mtv.errors import InstallationError
 
 NAME = "lm-eval"
 
@@ -14,6 +17,12 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from lmms_mtv.harness import lm_command
-
+    try:
+        from lmms_mtv.harness import lm_command
+    except ImportError as error:
+        # The command line of lm-eval is not part of its public interface.
+        raise InstallationError(
+            f"lm-eval {version('lm-eval')} is not built as lmms-mtv expects ({error}): python -m pip install "
+            "'lm-eval>=0.4.12,<0.4.14'"
+        ) from error
     lm_command.run(given.rest)

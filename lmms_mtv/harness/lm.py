@@ -384,5 +384,5 @@ def _ran(count: int) -> None:
 def _reordered() -> HookError:
     return HookError(
         f"lm-eval {lm_eval.__version__} did not run its requests in the order that mtv knows, so that the positions to "
-        "edit are not certain: install lm-eval 0.4.13"
+        "edit are not certain: install lm-eval 0.4.13, with which this is tested"
     )
