@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, NumericsError
 from lmms_mtv.hooks.gates import Gates
+from lmms_mtv.hooks.generation import token_by_token
 from lmms_mtv.hooks.positions import Positions
 from lmms_mtv.hooks.sites import Sites, find_sites
 from lmms_mtv.hooks.streams import Change, Place, changing, places, shape
+from lmms_mtv.runtime.compat import uncompiled
 from lmms_mtv.vector import HEADS, Edit, Edits, TaskVector, by_stream
 
 
@@ -77,6 +79,7 @@ def record(
 @contextmanager
 def _hooked(sites: Sites, positions: Positions, hooks: Sequence[tuple[Place, Change]]) -> Iterator[None]:
     with ExitStack() as stack:
+        stack.enter_context(uncompiled(sites.around))
         stack.enter_context(positions.watching(sites.decoder, sites.model))
         for place, change in hooks:
             stack.enter_context(changing(place, change))
@@ -117,7 +120,10 @@ def applied(
     each stand one after the other in one row, which is all that the forwards inside the block have.
 
     Out of place: the activations that other modules hold are not touched. All is checked before anything is
-    registered, and no hook is left after the block, also when it raises. An edit with a ``gate`` needs a model that
+    registered, and no hook is left after the block, also when it raises. The edit acts in the thread that entered the
+    block, and a copy of the model made inside does not have it. Compiled modules run uncompiled inside the block.
+    Generation has to run the whole prompt and then one token at a time; any other is refused with the reason
+    (:func:`token_by_token`), as is a model that ran without the edit. An edit with a ``gate`` needs a model that
     computes attention by ``scaled_dot_product_attention``; a forward of another raises :class:`HookError`.
 
     Gradients reach the tensors of the edits; the block is entered again when these have changed. Under gradient
@@ -125,7 +131,7 @@ def applied(
     ``everywhere``.
 
     Raises :class:`GeometryError` if the vector does not fit the sites, :class:`DiscoveryError` if the model has no
-    modules for one of its streams.
+    modules for one of its streams, :class:`HookError` if a forward cannot be edited exactly.
     """
     sites = target if isinstance(target, Sites) else find_sites(target)
     if isinstance(vector, TaskVector):
@@ -149,8 +155,18 @@ def applied(
     if packed is not None:
         hooks = [(place, _of_packed(change, packed)) for place, change in hooks]
     gated = any(edit.gate is not None for edit in edits.values())
-    with gates.watching() if gated else nullcontext(), _hooked(sites, positions, hooks):
+    follows = not resumed and packed is None and not all(edit.everywhere for edit in edits.values())
+    with (
+        token_by_token(sites, tail) if follows else nullcontext(),
+        gates.watching() if gated else nullcontext(),
+        _hooked(sites, positions, hooks),
+    ):
         yield fired
+    if fired.count < positions.forwards:
+        raise HookError(
+            f"the model ran {positions.forwards} forwards inside the block and the edit {fired.count} of them: it does "
+            "not compute with the sites that were found; pass decoder= with the module that its forward calls"
+        )
 
 
 def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: Fired, index: int) -> Change:

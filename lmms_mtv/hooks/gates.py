@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lmms_mtv.errors import HookError
 from lmms_mtv.hooks.sites import Site, Sites
+from lmms_mtv.hooks.temporary import after, before
 
 _SCORES: Final = 1 << 26
 """How many scores are held at a time, for which float32 takes 256 MiB."""
@@ -50,8 +51,8 @@ class Gates:
             stack.callback(self._ends)  # hooks do not learn of an interruption
             for site in self._sites:
                 module = site.attention[1]
-                stack.callback(module.register_forward_pre_hook(self._begins(site)).remove)
-                stack.callback(module.register_forward_hook(self._ends, always_call=True).remove)
+                stack.enter_context(before(module, self._begins(site), with_kwargs=False))
+                stack.enter_context(after(module, self._ends, always_call=True))
             yield
 
     def opened(self, layer: int, gate: Tensor, x: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_mtv.errors import HookError
+from lmms_mtv.hooks.temporary import after, before
 from lmms_mtv.runtime.compat import given_cache, naming
 
 _UNKNOWN: Final = object()
@@ -81,6 +82,8 @@ class Positions:
         """Whether it is over tokens that come after a prompt: it goes on from a cache that holds the whole prompt."""
         self.prompts = 0
         """How many forwards of prompts there were, from their beginning, or from where a replay takes them up."""
+        self.forwards = 0
+        """How many forwards of the decoder were completed."""
 
     def of(self, activation: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
         """Rows and columns in ``activation``, which is [rows, length, width], on its device.
@@ -123,7 +126,7 @@ class Positions:
         def left(*_: Any) -> None:
             self._outer = _UNKNOWN
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def begins(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             mask = given_to_decoder(args, kwargs)
             told = None if self._packed else mask if tells(mask) else self._outer
             if not tells(told):
@@ -139,14 +142,15 @@ class Positions:
             self.follows = self.continues and not self._resumed
             self.prompts += not self.follows
 
-        def after(*_: Any) -> None:
+        def ends(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             self._running = False
+            self.forwards += output is not None
 
         with ExitStack() as stack:
-            stack.callback(model.register_forward_pre_hook(entered, with_kwargs=True).remove)
-            stack.callback(model.register_forward_hook(left, always_call=True).remove)
-            stack.callback(decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(decoder.register_forward_hook(after, always_call=True).remove)
+            stack.enter_context(before(model, entered))
+            stack.enter_context(after(model, left, always_call=True))
+            stack.enter_context(before(decoder, begins))
+            stack.enter_context(after(decoder, ends, always_call=True))
             yield
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lmms_mtv.errors import HookError
 from lmms_mtv.hooks.edit import applied
 from lmms_mtv.hooks.sites import Sites, text_config
-from lmms_mtv.runtime.compat import cache_name, naming, of_the_prompt, returned_cache
+from lmms_mtv.hooks.temporary import after, before
+from lmms_mtv.runtime.compat import cache_name, naming, of_the_prompt, returned_cache, uncompiled
 from lmms_mtv.vector import Edit, Edits, by_stream, rows_of, taken
 
 _MASKED = ("eager", "sdpa", None)
@@ -267,7 +268,7 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
     captured = Captured()
     named = naming(model)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def begins(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if captured._inputs is None:
             captured._inputs = of_the_prompt(named(args, kwargs))
             kwargs = kwargs | {"use_cache": True}
@@ -277,7 +278,7 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
         if captured._position_ids is None and not captured._done:
             captured._position_ids = kwargs.get("position_ids")
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def ends(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not captured._done:
             ids = (captured._inputs or {}).get("input_ids")
             if isinstance(ids, Tensor):
@@ -285,9 +286,10 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
             captured._done = True
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(sites.decoder.register_forward_pre_hook(inside, with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(after).remove)
+        stack.enter_context(uncompiled(sites.around))
+        stack.enter_context(before(model, begins))
+        stack.enter_context(before(sites.decoder, inside))
+        stack.enter_context(after(model, ends))
         yield captured
 
 

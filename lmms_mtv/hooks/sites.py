@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -64,6 +65,16 @@ class Sites(tuple[Site, ...]):
         made.model = decoder if model is None else model
         made.skipped = tuple(skipped)
         return made
+
+    @cached_property
+    def around(self) -> tuple[nn.Module, ...]:
+        """The model, the decoder, and every module that holds a site: what a forward calls on the way to the sites."""
+        names = {""}
+        for site in self:
+            parts = site.name.split(".")
+            names |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+        found = [module for name, module in self.model.named_modules() if name in names]
+        return (*found, *(() if self.decoder in found else (self.decoder,)))
 
     @property
     def geometry(self) -> Geometry:

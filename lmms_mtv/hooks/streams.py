@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmms_mtv.errors import DiscoveryError, HookError
 from lmms_mtv.hooks.sites import CROSS, Site, Sites
+from lmms_mtv.hooks.temporary import after, before
 from lmms_mtv.vector import ATTENTION, HEADS, MLP, RESIDUAL
 
 Change = Callable[[Tensor], Tensor | None]
@@ -99,14 +100,9 @@ def changing(place: Place, change: Change) -> Iterator[None]:
             return None
         return (changed, *others) if isinstance(output, tuple) else changed
 
-    if place.enters:
-        handle = place.module.register_forward_pre_hook(entering)
-    else:
-        handle = place.module.register_forward_hook(leaving)
-    try:
+    hook = before(place.module, entering, with_kwargs=False) if place.enters else after(place.module, leaving)
+    with hook:
         yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lmms_mtv.hooks.positions import cached_tokens, mask_argument, tells
 from lmms_mtv.hooks.sites import Sites
-from lmms_mtv.runtime.compat import given_cache, naming
+from lmms_mtv.hooks.temporary import after, before
+from lmms_mtv.runtime.compat import given_cache, naming, uncompiled
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
@@ -64,13 +65,13 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
         outer["attention_mask"] = given_to_model(args, kwargs)
         outer["images"] = _image_tokens(model, to_model(args, kwargs).get("input_ids"))
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begins(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         prompt.clear()
         given = to_decoder(args, kwargs)
         if not cached_tokens(given_cache(given)):
             prompt.update(given if tells(given.get("attention_mask")) else given | outer)
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def ends(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not watch._failed(output):
             watch.forwards += 1
             if prompt:
@@ -82,10 +83,11 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
         watch._failed(output)
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(entered, with_kwargs=True).remove)
-        stack.callback(sites.decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(sites.decoder.register_forward_hook(after, always_call=True).remove)
-        stack.callback(model.register_forward_hook(outside, always_call=True).remove)
+        stack.enter_context(uncompiled(sites.around))
+        stack.enter_context(before(model, entered))
+        stack.enter_context(before(sites.decoder, begins))
+        stack.enter_context(after(sites.decoder, ends, always_call=True))
+        stack.enter_context(after(model, outside, always_call=True))
         yield watch
 
 

@@ -8,9 +8,11 @@ version of transformers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 CACHE_NAMES: Final = ("cache", "past_key_values")
@@ -71,3 +73,32 @@ def of_the_prompt(given: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in given.items()
         if value is not None and name not in PER_CALL and not is_cache(value)
     }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers that run it without calling it as a module.
+
+    These are models of PEFT whose adapters are layers (LoRA and its kin): ``generate`` calls the model inside them.
+    The adapters are part of that model. Prompt tuning has tokens of its own, and stays wrapped.
+    """
+    inner = getattr(model, "get_base_model", None)
+    configs = getattr(model, "peft_config", None)
+    if callable(inner) and isinstance(configs, Mapping):
+        if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+            return model
+        found: nn.Module = inner()
+        return found
+    return model
+
+
+@contextmanager
+def uncompiled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run ``modules`` without ``torch.compile`` inside the block: compiled code does not see hooks that come later."""
+    with ExitStack() as stack:
+        for module in modules:
+            if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
+                module._compiled_call_impl = None
+                stack.callback(setattr, module, "_compiled_call_impl", compiled)
+            if hasattr(module, "_orig_mod"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield

@@ -1,0 +1,76 @@
+"""The one kind of generation in which an edit at the last position is exact: the whole prompt, then token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmms_mtv.errors import HookError
+from lmms_mtv.hooks.positions import cached_tokens
+from lmms_mtv.hooks.sites import Sites
+from lmms_mtv.hooks.temporary import before
+from lmms_mtv.runtime.compat import given_cache, naming
+
+
+@contextmanager
+def token_by_token(sites: Sites, tail: int | Tensor = 1) -> Iterator[None]:
+    """Make sure that generation inside the block runs a whole prompt first, and then one new token at a time.
+
+    A forward over several tokens that goes on from the cache of an earlier one is refused, unless ``tail`` covers all
+    of them: it is a prompt in chunks, or several proposed tokens at once (assistant model, prompt lookup). A forward
+    without a cache that runs an earlier text again with more tokens is refused too: it computes the tokens that were
+    edited before without their edit.
+
+    Raises :class:`HookError` inside the forward, before anything of it is computed.
+    """
+    to_model, to_decoder = naming(sites.model), naming(sites.decoder)
+    # The tokens of the last forward that said that it keeps no cache.
+    uncached: list[Tensor] = []
+    prompted = False
+
+    def entered(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = to_model(args, kwargs)
+        tokens = _tokens(given)
+        if given.get("use_cache") is not False or tokens is None:
+            uncached.clear()
+            return
+        if uncached and _extends(tokens, uncached.pop()):
+            raise HookError(
+                "the model generates without a cache and runs the whole text again for each new token, so that the "
+                "edit of earlier tokens is lost: pass use_cache=True to generate"
+            )
+        uncached[:] = [tokens]
+
+    def begins(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        nonlocal prompted
+        given = to_decoder(args, kwargs)
+        tokens, cached = _tokens(given), cached_tokens(given_cache(given))
+        length = 1 if tokens is None else tokens.shape[1]
+        if prompted and cached and length > 1 and int(torch.as_tensor(tail).min()) < length:
+            raise HookError(
+                f"a forward over {length} tokens goes on from {cached} in a cache, and the edit is at the last of them "
+                "alone: generate one token at a time (no assistant_model, prompt_lookup_num_tokens or "
+                "prefill_chunk_size), or run a further prompt in a block of its own"
+            )
+        prompted |= not cached
+
+    with before(sites.model, entered), before(sites.decoder, begins):
+        yield
+
+
+def _tokens(given: Mapping[str, Any]) -> Tensor | None:
+    """The tokens of a forward, [rows, length], or their embeddings."""
+    found = given.get("input_ids")
+    found = found if found is not None else given.get("inputs_embeds")
+    return found if isinstance(found, Tensor) and found.dim() > 1 else None
+
+
+def _extends(tokens: Tensor, earlier: Tensor) -> bool:
+    """Whether ``tokens`` begin with ``earlier`` and have more."""
+    more = tokens.shape[1] - earlier.shape[1]
+    same_rows = tokens.shape[0] == earlier.shape[0] and tokens.shape[2:] == earlier.shape[2:]
+    return more > 0 and same_rows and bool(torch.equal(tokens[:, : earlier.shape[1]], earlier))
