@@ -94,6 +94,41 @@ def read_all(folder: Path) -> list[Cell]:
     return sorted((_opened(found) for found in folder.glob(f"{FOLDER}/*/*.json")), key=lambda cell: cell.place)
 
 
+def contradictions(found: Sequence[Cell]) -> list[str]:
+    """Return, a line each, what keeps cells from standing in one table.
+
+    All cells have to be of one model: name, revision and precision. The cells of a task have to be of the same
+    documents, and those with the same demonstrations of the same prompts.
+    """
+    lines = []
+    models: dict[str, Place] = {}
+    documents: dict[str, tuple[Sequence[Any], Place]] = {}
+    prompts: dict[str, tuple[Sequence[Any], Place]] = {}
+    for cell in sorted(found, key=lambda cell: cell.place):
+        models.setdefault(described(cell.model), cell.place)
+        shown, place = documents.setdefault(cell.task, (cell.samples["documents"], cell.place))
+        if list(shown) != list(cell.samples["documents"]):
+            lines.append(f"{place} has {len(shown)} documents of task {cell.task}, {cell.place} has others")
+            continue
+        written, place = prompts.setdefault(_prompts_of(cell), (cell.samples["prompts"], cell.place))
+        if list(written) != list(cell.samples["prompts"]):
+            lines.append(f"{place} and {cell.place} were measured with different prompts or documents")
+    if len(models) > 1:
+        lines.insert(0, "several models: " + ", ".join(f"{model} ({place})" for model, place in models.items()))
+    return lines
+
+
+def described(model: Mapping[str, Any]) -> str:
+    """Return a model of a cell in words."""
+    return f"{model.get('name')} revision {model.get('revision')} in {model.get('dtype')}"
+
+
+def _prompts_of(cell: Cell) -> str:
+    """What the prompts of a cell depend on, as a key: without demonstrations on the task alone."""
+    shown = [cell.shots, cell.seed, cell.arguments.get("wrong"), cell.arguments.get("demonstrations")]
+    return json.dumps([cell.task, *(shown if cell.shots else ())])
+
+
 def seal(content: Mapping[str, Any]) -> str:
     """SHA-256 of everything in a cell's file but the seal."""
     bare = {key: value for key, value in content.items() if key != "seal"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -27,10 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not hasattr(chosen, "run"):
         parser.print_help()
         return
+    for stream in (sys.stdout, sys.stderr):
+        # Where a log or a pipe is not UTF-8, a sign that it lacks is a question mark and no end of the command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         if chosen.run is not doctor.run:
             environment.check()
         chosen.run(chosen)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as head does. Python would complain of what is left in the buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MtvError, OSError) as error:
         raise SystemExit(f"lmms-mtv: {type(error).__name__}: {error}") from error
 

@@ -32,6 +32,11 @@ class Bench(Protocol):
     @property
     def leads(self) -> bool: ...
 
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """Name, revision and dtype, as in a cell."""
+        ...
+
     def run(self, place: Place) -> tuple[Cell, dict[str, Any]] | None: ...
 
 
@@ -50,6 +55,7 @@ def run(asked: Plan, output: Path, load: Callable[[Plan, Path], Bench]) -> list[
             return []
     bench = load(asked, output / VECTORS)
     asked = dataclasses.replace(asked, groups={**asked.groups, **bench.groups})
+    _same_model(bench.model, output)
     if bench.leads:
         (asked if known is None else _joined(known, asked)).write(output)
     todo = _missing(asked, output)
@@ -65,6 +71,16 @@ def run(asked: Plan, output: Path, load: Callable[[Plan, Path], Bench]) -> list[
             took.setdefault(place.arm, []).append(time.perf_counter() - began)
             bar.update()
     return todo
+
+
+def _same_model(model: Mapping[str, Any], output: Path) -> None:
+    """Raise :class:`ArgumentError` if there are cells of another model: one table is of one model."""
+    for cell in cells.read_all(output):
+        if cells.described(cell.model) != cells.described(model):
+            raise ArgumentError(
+                f"{output} has results of {cells.described(cell.model)} ({cell.place}), this model is "
+                f"{cells.described(model)}: choose another --output, or delete {output}"
+            )
 
 
 def _missing(asked: Plan, output: Path) -> list[Place]:

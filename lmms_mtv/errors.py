@@ -54,6 +54,10 @@ class DataError(MtvError):
     """Training examples are missing, too few, or cannot be read."""
 
 
+class DocumentError(DataError):
+    """One document cannot be shown to a model, as with an image that is missing, damaged or too large."""
+
+
 class LeakageError(DataError):
     """Examples that are evaluated would have been used for fitting."""
 

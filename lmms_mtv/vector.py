@@ -182,7 +182,9 @@ class VectorCard:
     that it was combined of, with their weights, or whose heads it has. ``losses`` are lists of floats by name,
     ``seconds`` is the time of the fit, ``stages`` how much of it each part took, by name, ``memory`` its peak in bytes
     if known. ``replay`` says how the losses of edits were computed (:attr:`FitSession.replay`), if any were and if it
-    is known.
+    is known. ``accuracy`` says how a fit was tried on some training queries: the number of ``queries``, the share that
+    was answered right without the vector (``unedited``) and with it (``edited``), and the share of answers with it that
+    did not end (``endless``).
     """
 
     model: str
@@ -204,9 +206,10 @@ class VectorCard:
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
     memory: int | None = None
     replay: str | None = None
+    accuracy: Mapping[str, float] = dataclasses.field(default_factory=dict)
     schema: int = SCHEMA
 
-    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "schema")
+    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy", "schema")
 
     @property
     def id(self) -> str:
@@ -260,6 +263,7 @@ class VectorCard:
             given["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
             given["seconds"] = float(card.seconds)
             given["stages"] = {name: float(seconds) for name, seconds in dict(card.stages).items()}
+            given["accuracy"] = {name: float(share) for name, share in dict(card.accuracy).items()}
             card = cls(**given)
             if _deeper(found, 32):
                 raise ValueError("something is nested too deeply")

@@ -117,8 +117,9 @@ def test_a_model_that_runs_past_the_edit_is_an_error_on_leaving(llama):
     sites = find_sites(llama.model)
     other = torch.nn.Linear(32, 32)
     elsewhere = type(sites)([site._replace(module=other) for site in sites], sites.decoder, sites.model)
-    with pytest.raises(HookError, match="1 forwards inside the block and the edit 0"), applied(
-        elsewhere, random_edit(llama)
+    with (
+        pytest.raises(HookError, match="1 forwards inside the block and the edit 0"),
+        applied(elsewhere, random_edit(llama)),
     ):
         llama.model(**llama.inputs(TEXT))
     with pytest.raises(ZeroDivisionError), applied(elsewhere, random_edit(llama)):

@@ -32,7 +32,7 @@ from lmms_mtv.errors import (
     NumericsError,
     VectorFileError,
 )
-from lmms_mtv.harness.hf import revision_of
+from lmms_mtv.harness.checkpoint import revision_of
 from lmms_mtv.library import Library
 from lmms_mtv.shapes import CHECKPOINT
 

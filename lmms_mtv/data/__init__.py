@@ -12,11 +12,11 @@ from pathlib import Path
 from datasets import Dataset
 from PIL import Image
 
-from lmms_mtv.data import episodes, hub, prepared, vqa, words
+from lmms_mtv.data import episodes, hub, pictures, prepared, vqa, words
 from lmms_mtv.data.official import Official
 from lmms_mtv.data.prepared import prepare
 from lmms_mtv.data.source import FOLDER, Source, mended_by
-from lmms_mtv.errors import DataError, MtvError, unknown
+from lmms_mtv.errors import DataError, DocumentError, MtvError, unknown
 
 __all__ = ["FOLDER", "SOURCES", "Official", "documents", "image", "prepare", "source"]
 
@@ -52,14 +52,14 @@ def documents(task: str, split: str) -> Dataset:
 
 
 def image(task: str, reference: str) -> Image.Image:
-    """The image that a row of ``task`` refers to, in RGB. Raises :class:`DataError` if it is missing or damaged."""
+    """The image that a row of ``task`` refers to, in RGB. Raises :class:`DocumentError` if it is missing or damaged."""
     stored = reference.startswith(hub.PREFIX)
     path = Path(os.environ.get(FOLDER, ""), task, reference).expanduser()
     try:
-        return Image.open(io.BytesIO(_stored(task, reference)) if stored else path).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return pictures.opened(io.BytesIO(_stored(task, reference)) if stored else path)
+    except pictures.UNREADABLE as error:
         name = reference if stored else path
-        raise DataError(f"image {name} of task {task} does not open ({error}): {mended_by(task)}") from error
+        raise DocumentError(f"image {name} of task {task} does not open ({error}): {mended_by(task)}") from error
 
 
 def _stored(task: str, reference: str) -> bytes:

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lmms_mtv import methods
 from lmms_mtv.errors import ArgumentError
@@ -45,6 +45,11 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.shots is not None and (not isinstance(self.shots, int) or self.shots < 0):
             raise ArgumentError(f"shots={self.shots!r}, expected a number of demonstrations, 0 or more")
+        for name in ("vector", "heads", "library", "demonstrations", "decoder"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ArgumentError(
+                    f"{name}={value!r} is of type {type(value).__name__}, expected text: put it in quotes"
+                )
         if not isinstance(self.seed, int):
             raise ArgumentError(f"seed={self.seed!r}, expected an integer")
         if not isinstance(self.reuse, bool):
@@ -63,6 +68,37 @@ def checked(arguments: Arguments) -> None:
     for reference in (arguments.vector, arguments.heads):
         if reference is not None and Path(reference).is_file():
             TaskVector.load(reference)
+
+
+_TEXT: Final = (
+    "vector",
+    "heads",
+    "library",
+    "demonstrations",
+    "decoder",
+    "pretrained",
+    "revision",
+    "peft",
+    "tokenizer",
+)
+"""Arguments that are text even if they look like a number, as an id of digits does."""
+
+
+def as_written(parsed: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Return the model arguments of a command line with those that are text as they were written there.
+
+    The harnesses make numbers of what looks like one: of the reference ``0012`` the number 12.
+
+    Args:
+        parsed: what the harness made of ``text``.
+        text: ``name=value,name=value``.
+    """
+    pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    written = {name.strip(): value.strip() for name, value in pairs.items()}
+    return {
+        name: written[name] if name in _TEXT and name in written and not isinstance(value, str | None) else value
+        for name, value in parsed.items()
+    }
 
 
 def names(config: type[Any]) -> tuple[str, ...]:

@@ -63,6 +63,12 @@ class Bench:
         """Whether this is the process that writes."""
         return ranks.current().rank == 0
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """Name, revision and dtype of the loaded model."""
+        base = self._model.base
+        return {"name": base.name, "revision": base.revision, "dtype": base.dtype}
+
     def places(self) -> list[Place]:
         """All cells of the plan."""
         return dataclasses.replace(self._plan, groups=self.groups).places()
@@ -109,7 +115,7 @@ class Bench:
             arm=place.arm,
             seed=place.seed,
             arguments=arguments,
-            model={"name": base.name, "revision": base.revision, "dtype": base.dtype},
+            model=self.model,
             method=used["method"],
             shots=used["shots"],
             settings=used["settings"],

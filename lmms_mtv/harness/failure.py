@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 from loguru import logger
@@ -60,3 +60,8 @@ def end_failed_runs() -> None:
         raise SystemExit(1)
 
     logger.add(end, level="ERROR", filter=lambda record: record["name"] == COMMAND_LINE, catch=False)
+
+
+def caches_answers(arguments: Sequence[str]) -> bool:
+    """Return whether the harness was started from its command line with ``--use_cache``."""
+    return COMMAND_LINE in sys.modules and any(argument.split("=")[0] == "--use_cache" for argument in arguments)

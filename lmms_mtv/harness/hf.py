@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -26,9 +25,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lmms_mtv.batches import AUTO, BatchSize
-from lmms_mtv.errors import ArgumentError, ContextLengthError, MtvError, unknown
+from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, MtvError, unknown
 from lmms_mtv.harness import prompts as writing
-from lmms_mtv.harness.prompts import Message, Prompt
+from lmms_mtv.harness.checkpoint import adapter_of, name_of, revision_of, text_files_of
+from lmms_mtv.harness.prompts import Message, Prompt, Reply
+from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.shapes import CHECKPOINT
 
 TINY: Final = "tiny"
@@ -39,19 +40,21 @@ _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 _NEUTRAL: Final = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
 GREEDY: Final = {"temperature": None, "top_p": None, "top_k": None}
 _IMAGE_SETTINGS: Final = ("do_image_splitting", "min_pixels", "max_pixels")
-_COMPUTING: Final = (*_IMAGE_SETTINGS, "attn_implementation")
-_WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin")
-# Bytes: what takes seconds to read, and what is read at a time.
-_LONG, _PART = 10**9, 1 << 23
 _SAMPLING: Final = (*_NEUTRAL, *GREEDY)
+# Without a cache the edit of earlier answer tokens would be lost at each new one. A static one, which some checkpoints
+# ask for, hides from the hooks which tokens are padding.
+_FIXED: Final = {"use_cache": True, "cache_implementation": None}
+# What tasks say of generation that is not transformers' to do.
+_OF_TASKS: Final = ("until", "max_new_tokens", "max_gen_toks", "do_sample", "image_aspect_ratio")
 
 
 @dataclass(frozen=True)
 class HfConfig:
     """Arguments of the base.
 
-    ``pretrained``: name on the hub, folder, or ``tiny``; ``revision``: of the hub. ``device``: default is the GPU if
-    there is one, with several processes each its own; ``device_map``: passed to transformers, to spread a model over
+    ``pretrained``: name on the hub, folder, or ``tiny``; ``revision``: of the hub. ``peft``: an adapter of PEFT that is
+    put on the model, a folder or a name on the hub. ``device``: default is the GPU if there is one, with several
+    processes each its own; ``device_map``: passed to transformers, to spread a model over
     devices. ``dtype``: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. ``prompt_style``:
     ``raw`` writes the task's text alone, as the MTV authors do, ``chat`` uses the model's chat template; there,
     demonstrations are turns of their own (``fewshot_as_multiturn``), or stand in the query's turn, written as in a
@@ -67,6 +70,7 @@ class HfConfig:
     """
 
     pretrained: str = "HuggingFaceM4/idefics2-8b"
+    peft: str | None = None
     revision: str | None = None
     device: str | None = None
     device_map: str | None = None
@@ -138,6 +142,8 @@ class Hf:
                 f"pretrained={config.pretrained} cannot be loaded: {one_line(error)} (give the name of a model on "
                 f"the hub, a folder, or {TINY!r}; without network, the model has to be in the local cache)"
             ) from error
+        if config.peft is not None:
+            model = _adapted(model, config.peft)
         self.device = _device(config.device)
         if config.device_map is None:
             model.to(self.device)
@@ -151,18 +157,32 @@ class Hf:
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
+            self._tokenizer.pad_token = padding(self._tokenizer)
         self._multimodal = multimodal
-        self.name = "lmms-mtv/tiny" if config.pretrained == TINY else config.pretrained
+        self._warned: set[str] = set()
         # A branch or a tag moves, the commit it stood for does not.
         self.revision = revision_of(source, getattr(settings, "_commit_hash", None)) or config.revision
+        self.name = "lmms-mtv/tiny" if config.pretrained == TINY else name_of(source, self.revision)
+        self._text_files = None if config.pretrained == TINY else text_files_of(source)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """The settings that differ from the default and change what the model computes of the same text."""
-        given = {name: getattr(self.config, name) for name in _COMPUTING}
-        return {name: value for name, value in given.items() if value != getattr(HfConfig, name)}
+        """What changes the tokens of a text, or what the model computes of them, where it is not the default.
+
+        The weights, the precision and the text of a prompt are elsewhere on a card.
+        """
+        known = _known_to(getattr(self._processor, "image_processor", None))
+        given = {name: getattr(self.config, name) for name in _IMAGE_SETTINGS if name in known}
+        found = {name: value for name, value in given.items() if value != getattr(HfConfig, name)}
+        found |= attention_of(self.model)
+        if self.config.peft is not None:
+            found["peft"] = adapter_of(self.config.peft)
+        if type(self.model).__module__.startswith("transformers_modules"):
+            found["code"] = type(self.model).__name__
+        if self._text_files is not None:
+            found["files"] = self._text_files
+        return found
 
     def rendered(self, prompt: Prompt) -> str:
         """The prompt as the text that goes to the processor."""
@@ -182,8 +202,12 @@ class Hf:
 
     @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> None:
-        """One forward over the prompts: the first of a generation, so that positions are those of evaluation."""
-        self._generate(self._inputs(prompts, 0), max_new_tokens=1, do_sample=False, **GREEDY)
+        """One forward over the prompts: the first of a generation, so that positions are those of evaluation.
+
+        Prompts with images and prompts without any have a forward each, in their order.
+        """
+        for group in _with_images_or_without(prompts):
+            self._generate(self._inputs(group, 0), max_new_tokens=1, do_sample=False, **GREEDY)
 
     def target_ids(self, prompt: Prompt) -> list[int]:
         """Tokens of the target as they follow the prompt, and of what ends an answer there.
@@ -207,9 +231,19 @@ class Hf:
 
         Also the number of tokens that went in. An exception is never kept back, with or without an edit.
         """
+        found = [self._answers(group, settings) for group in _with_images_or_without(prompts)]
+        return [answer for answers, _ in found for answer in answers], sum(tokens for _, tokens in found)
+
+    def answered(self, prompts: Sequence[Prompt], new_tokens: int, edited: bool) -> list[Reply]:
+        """Greedy answers of at most ``new_tokens`` tokens; see :class:`Reply`."""
+        found, _ = self.generate(prompts, {"max_new_tokens": new_tokens, "do_sample": False}, edited)
+        return [Reply(one.text, _length(one) < new_tokens) for one in found]
+
+    def _answers(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> tuple[list[GenerationResult], int]:
         stops = self._stops(prompts, settings.get("until") or ())
         limit = int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or 256)
         chosen = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
+        chosen |= self._passed_on(settings)
         sampling = bool(settings.get("do_sample", chosen.get("temperature", 0) > 0)) and chosen.get("temperature") != 0
         if not sampling:
             chosen |= GREEDY
@@ -228,6 +262,15 @@ class Hf:
             answers.append(GenerationResult(text, counts))
         return answers, sum(lengths)
 
+    def _passed_on(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The generation arguments of a task that are transformers' own; a warning names those that nobody knows."""
+        others = {k: v for k, v in settings.items() if k not in (*_OF_TASKS, *_SAMPLING) and v is not None}
+        known = {k: v for k, v in others.items() if hasattr(self.model.generation_config, k) and k not in _FIXED}
+        if (unknown := sorted(others.keys() - known.keys())) and not self._warned.issuperset(unknown):
+            self._warned.update(unknown)
+            logger.warning(f"generation arguments that base=hf does not know change nothing: {', '.join(unknown)}")
+        return known
+
     def _stops(self, prompts: Sequence[Prompt], until: str | Sequence[str]) -> list[str]:
         """Where an answer ends: at the task's ``until``, and in raw prompts where a next demonstration would begin."""
         stops = [until] if isinstance(until, str) else list(until)
@@ -237,8 +280,7 @@ class Hf:
 
     def _generate(self, inputs: Mapping[str, Any], **settings: Any) -> torch.Tensor:
         generate: Any = self.model.generate
-        # A static cache, which some checkpoints ask for, hides from the hooks which tokens are padding.
-        fixed = {"pad_token_id": self._tokenizer.pad_token_id, "cache_implementation": None}
+        fixed = {"pad_token_id": self._tokenizer.pad_token_id} | _FIXED
         output: torch.Tensor = generate(**inputs, **fixed, **_NEUTRAL | settings)
         return output
 
@@ -250,15 +292,20 @@ class Hf:
         written = bool(bos) and all(text.startswith(bos) for text in texts)
         options = {"padding": True, "return_tensors": "pt", "add_special_tokens": not written}
         if any(images):
-            inputs = self._processor(text=texts, images=images, **options)
+            try:
+                inputs = self._processor(text=texts, images=images, **options)
+            except (ValueError, OSError) as error:
+                raise DocumentError(
+                    f"the processor of {self.name} refuses an image of {', '.join(_sizes(images))}: {one_line(error)}"
+                ) from error
         else:
             inputs = self._tokenizer(texts, return_token_type_ids=False, **options)
         found = int(inputs["attention_mask"].sum(1).max())
         if self.context is not None and found + new_tokens > self.context:
             asked = f" and {new_tokens} new ones" if new_tokens else ""
             raise ContextLengthError(
-                f"a prompt of {found} tokens{asked} does not fit the {self.context} tokens of {self.name}: pass a "
-                "smaller shots= (or fit_shots= if this happened while fitting)"
+                f"a prompt of {found} tokens{asked} does not fit the {self.context} tokens of {self.name}: "
+                f"{_shorter(prompts, found, new_tokens, self.context)}"
             )
         inputs = inputs.to(self.device)
         for name, value in inputs.items():
@@ -290,28 +337,6 @@ class Hf:
         return ids
 
 
-def revision_of(source: str, commit: str | None) -> str | None:
-    """The commit on the hub; for a folder, a digest of its configuration and of its weights, which reads all of them.
-
-    None if ``source`` is no folder and there is no commit.
-    """
-    folder = Path(source)
-    if commit is not None or not folder.is_dir():
-        return commit
-    weights = (path for pattern in _WEIGHTS for path in folder.glob(pattern))
-    files = sorted(path for path in [folder / "config.json", *weights] if path.is_file())
-    size = sum(path.stat().st_size for path in files)
-    if size > _LONG:
-        logger.info(f"reading the {size / 1e9:.1f} GB of {folder} once, to tell its weights from any others")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            while part := file.read(_PART):
-                digest.update(part)
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
@@ -328,7 +353,7 @@ def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any
     """The processor, with what the configuration says of images. Raises :class:`ArgumentError` if it cannot have it."""
     given = {name: getattr(config, name) for name in _IMAGE_SETTINGS if getattr(config, name) is not None}
     images = getattr(AutoProcessor.from_pretrained(source, **options), "image_processor", None)
-    known = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
+    known = _known_to(images)
     # Not to cut images into crops is what a processor does that cannot.
     settings = {name: value for name, value in given.items() if name in known or value is not False}
     if lacking := sorted(settings.keys() - set(known)):
@@ -337,3 +362,63 @@ def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any
             "setting, leave it out"
         )
     return AutoProcessor.from_pretrained(source, **options, **settings)
+
+
+def _known_to(images: Any) -> Mapping[str, Any]:
+    """The settings that an image processor knows."""
+    known: Mapping[str, Any] = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
+    return known
+
+
+def attention_of(model: nn.Module) -> dict[str, str]:
+    """Return the attention implementation of a model, unless it is what transformers chooses for it."""
+    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    chosen = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    return {} if found in (None, chosen) else {"attn_implementation": str(found)}
+
+
+def padding(tokenizer: Any) -> str:
+    """Return what pads a batch where the tokenizer names nothing: any token does, since padding is masked."""
+    for name in ("eos_token", "unk_token", "bos_token"):
+        if (token := getattr(tokenizer, name, None)) is not None:
+            return str(token)
+    return str(tokenizer.convert_ids_to_tokens(0))
+
+
+def _adapted(model: Any, source: str) -> nn.Module:
+    """The model with an adapter of PEFT. Raises :class:`ArgumentError` if it cannot be put on, or is a prompt."""
+    import peft
+
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ArgumentError(f"peft={source} cannot be put on the model: {one_line(error)}") from error
+    inner = unwrapped(adapted)
+    if inner is adapted:
+        raise ArgumentError(f"peft={source} is a learned prompt, whose positions a vector does not know: leave it out")
+    return inner
+
+
+def _shorter(prompts: Sequence[Prompt], found: int, new_tokens: int, context: int) -> str:
+    """What makes a prompt and its answer fit."""
+    if any(prompt.demonstrations for prompt in prompts) and found > context - new_tokens:
+        return "pass a smaller shots= (or fit_shots= if this happened while fitting)" + (
+            f", or at most {context - found} max_new_tokens with --gen_kwargs" if found < context else ""
+        )
+    if found < context:
+        return f"pass at most {context - found} max_new_tokens with --gen_kwargs, or in the task's generation_kwargs"
+    return "its question alone is too long for this model, choose another pretrained= or smaller images"
+
+
+def _length(answer: GenerationResult) -> int:
+    counts = answer.token_counts
+    return 0 if counts is None or counts.output_tokens is None else int(counts.output_tokens)
+
+
+def _with_images_or_without(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """``prompts`` in their order, parted where those with images meet those without: some models take no mixture."""
+    return [list(group) for _, group in itertools.groupby(prompts, key=lambda prompt: bool(prompt.images()))]
+
+
+def _sizes(images: Sequence[Sequence[Any]]) -> list[str]:
+    return sorted({f"{image.width} x {image.height}" for row in images for image in row})

@@ -21,13 +21,16 @@ from torch import Tensor
 from lmms_mtv.batches import BatchSize
 from lmms_mtv.errors import ArgumentError, ContextLengthError, HookError
 from lmms_mtv.harness import record
-from lmms_mtv.harness.arguments import Arguments, checked, divide, names
-from lmms_mtv.harness.hf import GREEDY, one_line, revision_of
+from lmms_mtv.harness.arguments import Arguments, as_written, checked, divide, names
+from lmms_mtv.harness.checkpoint import adapter_of, name_of, revision_of, text_files_of
+from lmms_mtv.harness.hf import GREEDY, attention_of, one_line
 from lmms_mtv.harness.lm_evaluation import Evaluation, current
 from lmms_mtv.harness.lm_task import LmPrompt, LmPrompts, Turns
+from lmms_mtv.harness.prompts import Reply
 from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.hooks import applied, find_sites
 from lmms_mtv.methods import Method
+from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.vector import TaskVector
 
 # A child of the harness's logger: its command line shows no others.
@@ -35,6 +38,9 @@ logger = logging.getLogger("lm_eval.mtv")
 
 NAME: Final = "mtv"
 """The model's name in lm-eval."""
+
+_CACHE_OWNER: Final = "lmms-mtv"
+"""Key of the entry in a cache of answers that says whose answers they are."""
 
 A = TypeVar("A")
 Request = tuple[Any, list[int], list[int]]
@@ -55,7 +61,14 @@ _LOADING: Final = (
     "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_type",
 )
-_COMPUTING: Final = ("attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "parallelize")
+# Arguments of hf that change neither tokens nor what is computed of them, or that a card has elsewhere: the weights,
+# the precision, the adapter, and what shapes the text of a prompt. All others are part of a recipe.
+_NOT_COMPUTING: Final = (
+    *("pretrained", "revision", "dtype", "peft", "delta", "tokenizer", "attn_implementation"),
+    *("device", "device_map", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan"),
+    *("batch_size", "max_batch_size", "logits_cache", "softmax_dtype", "truncation", "trust_remote_code", "backend"),
+    *("think_end_token", "enable_thinking", "chat_template_args"),
+)
 _BASE: Final = (
     *(name for name, p in inspect.signature(HFLM).parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD),
     *_LOADING,
@@ -115,7 +128,7 @@ class Mtv(HFLM):  # type: ignore[misc]
                 f"{self.pretrained} is an encoder-decoder model (backend={self.backend}), whose heads mtv does not "
                 "edit: use method=none"
             )
-        self._sites = find_sites(self.model, self._arguments.decoder)
+        self._sites = find_sites(unwrapped(self.model), self._arguments.decoder)
         self._vectors = Vectors[LmPrompt](self._arguments, method, settings, _Runner(self), self._sites, logger)
         self._record = self._vectors.record
 
@@ -128,7 +141,7 @@ class Mtv(HFLM):  # type: ignore[misc]
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Mtv:
         """The same for arguments in one string."""
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+        return cls.create_from_arg_obj(as_written(simple_parse_args_string(arg_string), arg_string), additional_config)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations; edited is each position that predicts a scored token."""
@@ -143,9 +156,22 @@ class Mtv(HFLM):  # type: ignore[misc]
         return self._by_task(requests, super().generate_until, disable_tqdm)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Answers are kept under their prompts alone, so that another method or vector would be given them too."""
-        if not self._plain:
-            logger.warning("--use_cache knows answers by their prompts: use another file for each method and seed")
+        """Keep answers in the cache only where they are of this very model, method and vector.
+
+        The library keeps answers under their prompts alone. An entry of ours in the file says whose they are.
+
+        Raises :class:`ArgumentError` if the file has answers of another run.
+        """
+        if (kept := cache_hook.dbdict) is not None:
+            own = None if self._plain else self._vectors.identity
+            found = kept.get(_CACHE_OWNER)
+            if found != own and (len(kept) > 0 or found is not None):
+                raise ArgumentError(
+                    "--use_cache names a file with the answers of another model, method, seed or vector, which it "
+                    "would give for this one: name another file, or delete that one"
+                )
+            if own is not None:
+                kept[_CACHE_OWNER] = own
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
@@ -286,13 +312,14 @@ class _Runner:
 
     def __init__(self, lm: Mtv) -> None:
         self._lm = lm
-        self.model: torch.nn.Module = lm.model
+        self.model: torch.nn.Module = unwrapped(lm.model)
         source = lm.pretrained if isinstance(lm.pretrained, str) else lm.model.name_or_path
-        self.name = "+".join(filter(None, (source, lm.delta, lm.peft)))
-        self.revision = revision_of(source, getattr(lm.config, "_commit_hash", None))
+        self.revision = revision_of(source, getattr(lm.config, "_commit_hash", None), lm.given.get("gguf_file"))
+        adapter = adapter_of(lm.peft) if lm.peft else None
+        self.name = "+".join(filter(None, (name_of(source, self.revision), lm.delta, adapter)))
         self.dtype = str(lm.model.dtype).removeprefix("torch.")
         self.device: torch.device = lm.device
-        self.recipe: dict[str, Any] = {name: lm.given[name] for name in _COMPUTING if name in lm.given}
+        self.recipe = _recipe(lm, source)
         # An automatic batch size is one of evaluation; activations do not depend on it.
         self.batch_size = BatchSize(lm.batch_size if isinstance(lm.batch_size, int) else 1)
 
@@ -303,12 +330,35 @@ class _Runner:
     @torch.no_grad()
     def run(self, prompts: Sequence[LmPrompt]) -> None:
         """The first forward of a generation, which works out the positions of padded rows."""
+        self._generated_ids(prompts, 1)
+
+    @torch.no_grad()
+    def answered(self, prompts: Sequence[LmPrompt], new_tokens: int, edited: bool) -> list[Reply]:
+        """Greedy answers of at most ``new_tokens`` tokens; none to prompts whose target is scored.
+
+        See :class:`~lmms_mtv.harness.prompts.Reply`.
+        """
+        if any(prompt.scored for prompt in prompts):
+            return []
+        made = []
+        for prompt, ids in zip(prompts, self._generated_ids(prompts, new_tokens).tolist(), strict=True):
+            end = self._lm.tokenizer.eos_token_id
+            own = ids[: ids.index(end)] if end in ids else ids
+            whole: str = self._lm.tok_decode(own)
+            text = whole.split(prompt.ending)[0] if prompt.ending else whole
+            made.append(Reply(text, len(own) < len(ids) or text != whole))
+        return made
+
+    def _generated_ids(self, prompts: Sequence[LmPrompt], new_tokens: int) -> Tensor:
+        """Tokens [prompts, at most new_tokens] that follow the prompts."""
         rows = [self._tokens(prompt)[0] for prompt in prompts]
         longest, pad = max(map(len, rows)), self._lm.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self._lm.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._lm.device)
-        settings = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "pad_token_id": pad, **GREEDY}
-        self._lm.model.generate(input_ids=ids, attention_mask=mask, cache_implementation=None, **settings)
+        settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, **GREEDY}
+        settings |= {"pad_token_id": pad, "use_cache": True, "cache_implementation": None}
+        output: Tensor = self._lm.model.generate(input_ids=ids, attention_mask=mask, **settings)
+        return output[:, longest:]
 
     def target_ids(self, prompt: LmPrompt) -> list[int]:
         """Tokens that are scored, or of a generated target with what ends it, as they follow the context."""
@@ -342,6 +392,19 @@ class _Runner:
         if whole[: len(before)] == before:
             return before, whole[len(before) :]
         return before, lm.tok_encode(answer, add_special_tokens=False)
+
+
+def _recipe(lm: Mtv, source: str) -> dict[str, Any]:
+    """What changes tokens or what is computed of them, where it is not the default of lm-eval's ``hf``."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(HFLM).parameters.items()}
+    given = {name: value for name, value in lm.given.items() if name not in _NOT_COMPUTING}
+    found = {name: value for name, value in given.items() if value is not None and value != defaults.get(name)}
+    found |= attention_of(lm.model)
+    tokenizer = lm.given.get("tokenizer")
+    files = text_files_of(source if tokenizer is None else str(tokenizer))
+    if tokenizer is not None or files is not None:
+        found["files"] = files or str(tokenizer)
+    return found
 
 
 def _rounds(requests: Sequence[Request]) -> list[list[int]]:

@@ -17,6 +17,7 @@ from lm_eval.utils import sanitize_model_name, setup_logging
 
 from lmms_mtv.errors import ArgumentError, DataError
 from lmms_mtv.harness import lm
+from lmms_mtv.harness.arguments import as_written
 from lmms_mtv.harness.lm_evaluation import Evaluation, evaluating
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 
@@ -27,6 +28,9 @@ def run(arguments: Sequence[str]) -> None:
     harness = HarnessCLI()
     with _command_line(arguments):
         given = harness.parse_args()
+    if isinstance(getattr(given, "model_args", None), Mapping):
+        written = (argument.removeprefix("--model_args=") for argument in arguments if "{" not in argument)
+        given.model_args = as_written(given.model_args, ",".join(text for text in written if "=" in text))
     if hasattr(given, "include_path"):
         given.include_path = _folders(given)
     if given.command == "run" and _model(given) == lm.NAME:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -20,10 +21,10 @@ from tqdm import tqdm
 
 from lmms_mtv import ranks
 from lmms_mtv.batches import BatchSize
-from lmms_mtv.errors import ArgumentError, DataError, HookError
+from lmms_mtv.errors import ArgumentError, DataError, DocumentError, HookError
 from lmms_mtv.harness import bases, record
-from lmms_mtv.harness.arguments import Arguments, checked, divide
-from lmms_mtv.harness.failure import reported
+from lmms_mtv.harness.arguments import Arguments, as_written, checked, divide
+from lmms_mtv.harness.failure import caches_answers, reported
 from lmms_mtv.harness.hf import Hf
 from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.task import TaskPrompts, as_loaded_for, asked
@@ -33,6 +34,9 @@ from lmms_mtv.hooks import Fired, Sites, applied, watched
 from lmms_mtv.memory import peak
 from lmms_mtv.methods import Method
 from lmms_mtv.vector import TaskVector
+
+_NAMED: Final = 5
+"""Documents that could not be shown, named one by one in the log."""
 
 
 class Mtv(lmms):  # type: ignore[misc]
@@ -122,7 +126,19 @@ class Mtv(lmms):  # type: ignore[misc]
         values: what is among the model arguments wins.
         """
         flags = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        return cls(**flags | simple_parse_args_string(arg_string))
+        made = cls(**flags | as_written(simple_parse_args_string(arg_string), arg_string))
+        if caches_answers(sys.argv[1:]) and made.edits:
+            raise ArgumentError(
+                "--use_cache knows a model by the text of its arguments, and would give the answers of another vector "
+                "or of other training examples for those of this run: leave it out (fitted vectors are kept in the "
+                "library)"
+            )
+        return made
+
+    @property
+    def edits(self) -> bool:
+        """Whether answers are those of an edited model."""
+        return self._arguments.vector is not None or self._arguments.method != "none"
 
     @property
     def device(self) -> Any:
@@ -146,14 +162,19 @@ class Mtv(lmms):  # type: ignore[misc]
             output = getattr(getattr(task, "args", None), "output_path", None)
             answers |= self._answers(task, [requests[index] for index in indices], indices, output)
         if output and self.rank == 0 and self._vectors.record:
-            path = record.write(
-                self._folder(output),
-                {"name": self._base.name, "revision": self._base.revision, "dtype": self._base.dtype}
-                | {"skipped": list(self._sites.skipped)}
-                | {"base": dataclasses.asdict(self._base.config), "arguments": dataclasses.asdict(self._arguments)},
-                self._vectors.record,
-            )
-            logger.info(f"methods, vectors, heads and settings: {path}")
+            model: dict[str, Any] = {
+                "name": self._base.name,
+                "revision": self._base.revision,
+                "dtype": self._base.dtype,
+            }
+            model |= {"skipped": list(self._sites.skipped), "base": dataclasses.asdict(self._base.config)}
+            model |= {"arguments": dataclasses.asdict(self._arguments)}
+            try:
+                path = record.write(self._folder(output), model, self._vectors.record)
+                logger.info(f"methods, vectors, heads and settings: {path}")
+            except OSError as error:
+                # The answers are there, and the harness still shows their scores.
+                logger.error(f"the record of this run is not written ({error}): choose another --output_path")
         return [answers[index] for index in range(len(requests))]
 
     @reported
@@ -178,6 +199,8 @@ class Mtv(lmms):  # type: ignore[misc]
         groups = [range(len(requests))] if as_sent else _alike(requests)
         size = BatchSize(len(requests)) if as_sent else self._base.batch_size.copy()
         answers: dict[int, GenerationResult] = {}
+        # Why a document, by its number, could not be shown.
+        unreadable: dict[int, str] = {}
         input_tokens = 0
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
         quiet = as_sent or self.rank != 0
@@ -186,8 +209,7 @@ class Mtv(lmms):  # type: ignore[misc]
         if self.prompts is not None:
             asked_for = (_document(request) for request in requests)
             self.prompts[prompts.name] = {
-                number: prompts.evaluation(number, split, shots, self._arguments.seed).digest()
-                for number, split in asked_for
+                number: _digest(prompts, number, split, shots, self._arguments.seed) for number, split in asked_for
             }
         began = time.perf_counter()
         with (
@@ -198,6 +220,25 @@ class Mtv(lmms):  # type: ignore[misc]
             bar,
         ):
 
+            def shown(request: Instance) -> Prompt | None:
+                """The prompt of a request; None if its document cannot be shown."""
+                try:
+                    return prompts.evaluation(*_document(request), shots, self._arguments.seed)
+                except DocumentError as error:
+                    unreadable[_document(request)[0]] = str(error)
+                    return None
+
+            def generated(ours: Sequence[Instance], made: Sequence[Prompt]) -> tuple[list[GenerationResult], int]:
+                """Answers to prompts; a prompt that the processor refuses costs no other its answer."""
+                try:
+                    return self._base.generate(made, _settings(ours[0]), edited=bool(vector.edits))
+                except DocumentError as error:
+                    if len(made) == 1:
+                        unreadable[_document(ours[0])[0]] = str(error)
+                        return [GenerationResult("")], 0
+                parts = [generated([request], [prompt]) for request, prompt in zip(ours, made, strict=True)]
+                return [answer for answers, _ in parts for answer in answers], sum(tokens for _, tokens in parts)
+
             def answered(batch: Sequence[int]) -> tuple[list[GenerationResult], int]:
                 ours = [requests[position] for position in batch]
                 if isinstance(self._base, Wrapped):
@@ -205,8 +246,11 @@ class Mtv(lmms):  # type: ignore[misc]
                 if isinstance(self._base, Wrapped) and as_sent:
                     found = self._base.answers(ours, self.cache_hook, edited=bool(vector.edits))
                 else:
-                    made = [prompts.evaluation(*_document(request), shots, self._arguments.seed) for request in ours]
-                    found = self._base.generate(made, _settings(ours[0]), edited=bool(vector.edits))
+                    pairs = [(request, shown(request)) for request in ours]
+                    able = [(request, prompt) for request, prompt in pairs if prompt is not None]
+                    given, tokens = generated(*zip(*able, strict=True)) if able else ([], 0)
+                    answers_of = iter(given)
+                    found = [GenerationResult("") if p is None else next(answers_of) for _, p in pairs], tokens
                 if vector.edits and not 0 < fired.count == watch.forwards:
                     raise HookError(
                         f"the edit ran in {fired.count} of {watch.forwards} forwards while the base generated, so that "
@@ -225,12 +269,14 @@ class Mtv(lmms):  # type: ignore[misc]
                             "generate_until", (request.args[0], _settings(request)), answer.text
                         )
                     answers[indices[position]] = answer
+        self._tell_of(unreadable, prompts.name, len(requests))
         counted = [answer.token_counts.output_tokens for answer in answers.values() if answer.token_counts is not None]
         made = [count for count in counted if count is not None]
-        sums = torch.tensor([len(answers), input_tokens, len(made), sum(made)], dtype=torch.float64)
-        count, taken, told, written = together.total(sums).tolist()
+        sums = [len(answers), input_tokens, len(made), sum(made), len(unreadable)]
+        count, taken, told, written, lost = together.total(torch.tensor(sums, dtype=torch.float64)).tolist()
         self._vectors.record[prompts.name]["evaluation"] = {
             "requests": int(count),
+            "unreadable": int(lost),
             "seconds": time.perf_counter() - began,
             "input_tokens": taken / count,
             "image_tokens": watch.images / watch.prompts if watch.images is not None and watch.prompts else None,
@@ -238,6 +284,20 @@ class Mtv(lmms):  # type: ignore[misc]
             "output_tokens": written / told if told else None,
         }
         return answers
+
+    @staticmethod
+    def _tell_of(unreadable: Mapping[int, str], task: str, total: int) -> None:
+        """Name documents that could not be shown. Raise :class:`DocumentError` if none could."""
+        if not unreadable:
+            return
+        if len(unreadable) == total:
+            raise DocumentError(next(iter(unreadable.values())))
+        for number, reason in list(unreadable.items())[:_NAMED]:
+            logger.warning(f"document {number} of task {task} is answered with nothing: {reason}")
+        logger.warning(
+            f"{len(unreadable)} of {total} documents of task {task} could not be shown to the model and count as wrong "
+            "in its score"
+        )
 
     def _folder(self, output: str) -> Path:
         """The folder into which the harness writes the results of this run."""
@@ -249,6 +309,13 @@ class Mtv(lmms):  # type: ignore[misc]
             # A task file can say so too, and that cannot be told from the command line.
             logger.warning(f"shots={asked} is used, not the {of_harness} of --num_fewshot or of the task file")
         return of_harness if asked is None else asked
+
+
+def _digest(prompts: TaskPrompts, number: int, split: str, shots: int, seed: int) -> str:
+    try:
+        return prompts.evaluation(number, split, shots, seed).digest()
+    except DocumentError:
+        return "unreadable"
 
 
 def _alike(requests: Sequence[Instance]) -> list[list[int]]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -18,6 +18,13 @@ Message = dict[str, Any]
 
 Style = Literal["raw", "chat"]
 STYLES: tuple[Style, ...] = ("raw", "chat")
+
+
+class Reply(NamedTuple):
+    """What a model answered, and whether its answer ended before it was cut off."""
+
+    text: str
+    ended: bool
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lmms_mtv import files
+from lmms_mtv.library.place import FILE, folder_name
 from lmms_mtv.vector import TaskVector
 
 PACKAGES = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
@@ -23,7 +25,19 @@ def versions() -> dict[str, str]:
 
 def vector_path(folder: Path, vector: TaskVector) -> Path:
     """Where a run keeps a vector beside its results: ``<task>/<method>-<id>/vector.safetensors``."""
-    return folder / vector.card.task / f"{vector.card.method}-{vector.id}" / "vector.safetensors"
+    return folder / folder_name(vector.card.task) / f"{folder_name(vector.card.method)}-{vector.id}" / FILE
+
+
+def unwritable(folder: Path) -> str | None:
+    """Return why nothing can be written into ``folder``, in one line, or None if it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = files.temporary(folder / "probe")
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        return f"results cannot be written to {folder} ({error.strerror or error}): choose another --output_path"
+    return None
 
 
 def of_task(vector: TaskVector, source: str, seed: int, shots: int, reused: bool) -> dict[str, Any]:
@@ -47,6 +61,7 @@ def of_task(vector: TaskVector, source: str, seed: int, shots: int, reused: bool
         "fit_stages": card["stages"],
         "fit_bytes": card["memory"],
         "fit_replay": card["replay"],
+        "fit_accuracy": dict(card["accuracy"]),
         "loss": {name: card["losses"][name][0] for name in ("unedited", "chosen") if name in card["losses"]},
         "split": card["split"],
         "examples": card["examples"],

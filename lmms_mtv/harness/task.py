@@ -15,7 +15,8 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.utils import apply_template
 from PIL import Image
 
-from lmms_mtv.errors import DataError
+from lmms_mtv.data.pictures import UNREADABLE, opened, rgb
+from lmms_mtv.errors import DataError, DocumentError
 from lmms_mtv.fitting import Episode
 from lmms_mtv.harness.prompts import Demonstration, Message, Prompt
 from lmms_mtv.harness.training import Training
@@ -127,8 +128,8 @@ class TaskPrompts:
                 messages = [{"role": "user", "content": content}]
             # A prompt has the description once, at its beginning.
             return _without(self._written(doc), [_opened(message) for message in messages])
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"an image of {called} of task {self.name} does not open: {error}") from error
+        except (*UNREADABLE, DocumentError) as error:
+            raise DocumentError(f"an image of {called} of task {self.name} does not open: {error}") from error
 
     @property
     def _writes_messages(self) -> bool:
@@ -182,13 +183,13 @@ def _opened(message: Message) -> Message:
             return part
         image = part.get("url")
         if part["type"] == "image" and isinstance(image, str):
-            image = Image.open(image)
+            return {**part, "url": opened(image)}
         if part["type"] != "image" or not isinstance(image, Image.Image):
             raise DataError(
                 f"found a part of type {part['type']!r} ({type(image).__name__}) in a message, expected images and "
                 "text: demonstrations, and every prompt of base=hf, are of images and text only"
             )
-        return {**part, "url": image.convert("RGB")}
+        return {**part, "url": rgb(image)}
 
     content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

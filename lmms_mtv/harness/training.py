@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
+import PIL.Image
 from datasets import Dataset
 
 from lmms_mtv.errors import ArgumentError, DataError, LeakageError
 
-_BEGINNING: Final = 4096
-"""Bytes of a picture or film that tell it from another of the same name and size."""
+_PART: Final = 1 << 16
+"""Bytes at the beginning, in the middle and at the end of a picture or film that tell it from others of its size."""
+
+_MEDIA: Final = (datasets.Image, datasets.Audio, datasets.Video)
 
 
 class Training:
@@ -90,15 +92,18 @@ class Training:
         return self._documents
 
     def digest(self) -> str:
-        """SHA-256 of the examples' contents; of media their names, sizes and beginnings."""
+        """SHA-256 of the examples' contents; of media, wherever they are in a column, their encoded bytes.
+
+        Of media of more than 192 KiB the size, the beginning, the middle and the end count. A path does not count.
+        """
         bare, digest = self.documents, hashlib.sha256()
         if isinstance(bare, Dataset):
-            media = [name for name, kind in bare.features.items() if _is_media(kind)]
+            media = [name for name, kind in bare.features.items() if _has_media(kind)]
             for name in media:
-                _add_media(digest, bare.select_columns([name]))
+                _add_media(digest, bare.select_columns([name]), bare.features[name])
             bare = bare.remove_columns(media)
         for doc in bare:
-            digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+            digest.update(json.dumps(doc, sort_keys=True, default=_plain).encode())
         return digest.hexdigest()
 
     def target(self, doc: Mapping[str, Any]) -> str:
@@ -114,6 +119,12 @@ class Training:
                 f"({', '.join(doc)}): correct it in the task file"
             )
         target = self._task.doc_to_target(doc)
+        if target is None or (target == "None" and isinstance(named, str) and None in doc.values()):
+            # As text it would be the word None, which a model would learn to answer.
+            raise DataError(
+                f"a training example of task {self.name} has no answer (null): leave such examples out with "
+                "process_docs in the task file, or choose another split with demonstrations="
+            )
         if isinstance(target, int) and self._task.config.doc_to_choice is not None:
             target = self._task.doc_to_choice(doc)[target]
         if isinstance(target, list):
@@ -128,19 +139,55 @@ def _load(path: str) -> Any:
         raise DataError(f"demonstrations={path}:... cannot be loaded: {error}") from error
 
 
-def _add_media(digest: Any, column: Dataset) -> None:
-    """Add one column of images, sounds or films to ``digest``, without decoding or reading more than is added."""
+def _add_media(digest: Any, column: Dataset, kind: Any) -> None:
+    """Add one column that has media somewhere in it to ``digest``, without decoding them."""
     for table in column.with_format("arrow").iter(batch_size=1000):
-        values = table.column(0).combine_chunks()
-        while isinstance(values, pa.ListArray | pa.LargeListArray):
-            digest.update(json.dumps(pc.list_value_length(values).to_pylist()).encode())
-            values = values.flatten()
-        path, content = values.field("path"), values.field("bytes")
-        digest.update(json.dumps([path.to_pylist(), pc.binary_length(content).to_pylist()]).encode())
-        for beginning in pc.binary_slice(content, 0, _BEGINNING).to_pylist():
-            digest.update(beginning or b"")
+        for value in table.column(0).to_pylist():
+            _add_value(digest, value, kind)
 
 
-def _is_media(kind: Any) -> bool:
-    inner = getattr(kind, "feature", kind)
-    return isinstance(inner, datasets.Image | datasets.Audio | datasets.Video)
+def _add_value(digest: Any, value: Any, kind: Any) -> None:
+    """Add a value as it is stored to ``digest``, with what tells lists, structs and media apart."""
+    if isinstance(kind, _MEDIA) and isinstance(value, Mapping):
+        content = value.get("bytes")
+        if content is None and value.get("path"):
+            content = _file(str(value["path"]))
+        content = content or b""
+        middle = len(content) // 2
+        short = len(content) <= 3 * _PART
+        parts = (content,) if short else (content[:_PART], content[middle : middle + _PART], content[-_PART:])
+        digest.update(f"media {len(content)} ".encode() + b"".join(parts))
+    elif isinstance(value, list):
+        digest.update(f"list {len(value)} ".encode())
+        inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
+        for item in value:
+            _add_value(digest, item, inner)
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            digest.update(f"{name} ".encode())
+            _add_value(digest, value[name], kind.get(name) if isinstance(kind, Mapping) else None)
+    else:
+        digest.update(json.dumps(value, default=_plain).encode())
+
+
+def _file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+def _plain(value: Any) -> str:
+    """What JSON does not know, as text that is the same in every process."""
+    if isinstance(value, PIL.Image.Image):
+        return f"image {value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return str(value)
+
+
+def _has_media(kind: Any) -> bool:
+    """Whether a feature of a dataset has images, sounds or films somewhere in it."""
+    if isinstance(kind, Mapping):
+        return any(_has_media(inner) for inner in kind.values())
+    if isinstance(kind, list):
+        return any(_has_media(inner) for inner in kind)
+    return isinstance(kind, _MEDIA) or (hasattr(kind, "feature") and _has_media(kind.feature))

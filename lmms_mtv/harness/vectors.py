@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 
@@ -19,13 +19,20 @@ from lmms_mtv.errors import ArgumentError, MethodError
 from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
+from lmms_mtv.harness.prompts import Reply
 from lmms_mtv.harness.training import Training
-from lmms_mtv.hooks import Sites
+from lmms_mtv.hooks import Sites, applied
 from lmms_mtv.library import Library
 from lmms_mtv.memory import peak
 from lmms_mtv.methods import Fitted, Method
 from lmms_mtv.ranks import Ranks
-from lmms_mtv.vector import HEADS, TaskVector, VectorCard
+from lmms_mtv.vector import HEADS, Edit, TaskVector, VectorCard
+
+_TRIED: Final = 16
+"""Training queries that are answered after a fit."""
+
+_MORE: Final = 8
+"""Tokens that an answer may have beyond the longest target, to see whether it ends."""
 
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
@@ -58,6 +65,13 @@ class Model(Runner[P_contra], Protocol[P_contra]):
 
     def written(self, prompt: P_contra) -> list[str]:
         """All that is written of a prompt with its target, in pieces."""
+        ...
+
+    def answered(self, prompts: Sequence[P_contra], new_tokens: int, edited: bool) -> list[Reply]:
+        """Greedy answers of at most ``new_tokens`` tokens, or none where answers are not generated.
+
+        ``edited`` says that an edit is in place.
+        """
         ...
 
 
@@ -113,6 +127,16 @@ class Vectors(Generic[P]):
                 "name one that edits heads"
             )
 
+    @property
+    def identity(self) -> str:
+        """What the vectors of this run depend on beside the tasks, as text: for caches that know a run by its name."""
+        model, arguments = self._model, dataclasses.asdict(self._arguments)
+        for name in ("library", "reuse", "cache_gb", "vector", "heads"):
+            del arguments[name]
+        named = [None if each is None else each.checksum for each in (self._loaded, self._heads)]
+        parts = [model.name, model.revision, model.dtype, dict(model.recipe), arguments, dict(self._settings), named]
+        return json.dumps(parts, sort_keys=True, default=str)
+
     def _named(self, reference: str | None) -> TaskVector | None:
         """The vector that an argument names, made sure to be of this model."""
         if reference is None:
@@ -120,8 +144,10 @@ class Vectors(Generic[P]):
         arguments, model = self._arguments, self._model
         entry = self._library.resolve(reference, model=model.name, seed=arguments.seed, shots=arguments.shots or 0)
         found = TaskVector.load(entry.path)
-        found.check(self._sites.geometry, model.name)
-        if found.card.revision != model.revision:
+        # The same weights under another name are the same model.
+        same = model.revision is not None and found.card.revision == model.revision
+        found.check(self._sites.geometry, None if same else model.name)
+        if not same:
             self._logger.warning(
                 f"vector {found.id} was fitted for revision {found.card.revision} of {model.name}, this is "
                 f"{model.revision}"
@@ -157,14 +183,17 @@ class Vectors(Generic[P]):
             with self._ranks().together():
                 if self._method.settings() and self._leads:
                     self._library.check_writable()
+                    if folder is not None and (reason := record.unwritable(folder)) is not None:
+                        self._logger.warning(f"{reason}; the fitted vector will be in the library alone")
             vector = self._fit(prompts, config, recipe)
         source = "nothing to fit"
         if vector.edits:
             source = str(self._library.folder(vector.card))
-            if folder is not None and self._leads:
-                source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
             if self._leads:
+                # First where it is found again: whatever happens to the copy, the fit is not lost.
                 self._library.add(vector)
+            if folder is not None and self._leads and record.unwritable(folder) is None:
+                source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
         self.record[name] = record.of_task(vector, source, self._arguments.seed, shots, reused)
         self.made[name] = vector
         return vector
@@ -252,17 +281,78 @@ class Vectors(Generic[P]):
             stages={name: round(seconds, 3) for name, seconds in session.stages.items()},
             memory=memory.bytes,
             replay=session.replay,
+            accuracy=self._tried(session, prompts, config, fitted.edits),
         )
         vector = TaskVector(dict(fitted.edits), card)
         if self._method.settings() and self._leads:
             self._logger.info(_summary(vector, session))
         return vector
 
+    def _tried(
+        self, session: FitSession[P], prompts: Prompts[P], config: Any, edits: Mapping[str, Edit]
+    ) -> dict[str, float]:
+        """How some training queries are answered without the vector and with it; see :class:`VectorCard`.
+
+        A loss can be small where answers are wrong: on the first token of a target alone, or past its end. Nothing
+        is chosen by these answers.
+        """
+        if not edits:
+            return {}
+        episodes = session.episodes(min(_TRIED, len(prompts)), session.shots, "trial")
+        made = [prompts.prompt(episode) for episode in episodes]
+        tokens = [self._model.target_ids(prompt) for prompt in made]
+        targets = [str(getattr(prompt, "target", "")).strip() for prompt in made]
+        limit = max(map(len, tokens)) + _MORE
+
+        def right(edited: bool) -> tuple[float, float] | None:
+            """The share of right answers, and of those that did not end."""
+            size = self._model.batch_size.copy()
+            parts = size.over(made, lambda batch: self._model.answered(batch, limit, edited))
+            replies = [reply for _, found in parts for reply in found]
+            if len(replies) < len(targets):
+                return None
+            count = len(replies)
+            hits = sum(one.text.strip().lower() == target.lower() for one, target in zip(replies, targets, strict=True))
+            return hits / count, sum(not one.ended for one in replies) / count
+
+        plain = right(False)
+        if plain is None:
+            return {}
+        with applied(self._sites, edits):
+            edited = right(True)
+        if edited is None:
+            return {}
+        found = {"queries": float(len(made)), "unedited": plain[0], "edited": edited[0], "endless": edited[1]}
+        if self._leads:
+            alike = len({ids[0] for ids in tokens}) == 1 < len(set(targets))
+            for line in _doubts(found, alike and getattr(config, "loss", None) == "first"):
+                self._logger.warning(f"{prompts.training.name}: {line}")
+        return found
+
     def _prompt_digest(self, prompts: Prompts[P]) -> str:
         """SHA-256 of a written prompt with its target: of everything that shapes a prompt."""
         example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
         written = [*self._model.written(example), *([dict(self._model.recipe)] if self._model.recipe else ())]
         return hashlib.sha256(json.dumps(written, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _doubts(accuracy: Mapping[str, float], blind: bool) -> list[str]:
+    """What speaks against a vector, whatever its loss, a line each. ``blind``: its loss saw no answer."""
+    lines = []
+    if blind:
+        lines.append("all targets begin with the same token, so that loss=first tells nothing of them: pass loss=all")
+    if accuracy["edited"] < accuracy["unedited"]:
+        lines.append(
+            f"with the vector {accuracy['edited']:.0%} of {accuracy['queries']:.0f} training queries are answered "
+            f"right, without it {accuracy['unedited']:.0%}: the loss it was chosen by does not tell (loss=all, more "
+            "iterations=, or another method=)"
+        )
+    if accuracy["endless"] > 0.5:
+        lines.append(
+            f"{accuracy['endless']:.0%} of the answers with the vector run on past the target: pass loss=all, which "
+            "learns the end of an answer too"
+        )
+    return lines
 
 
 def _summary(vector: TaskVector, session: FitSession[Any]) -> str:
@@ -272,6 +362,8 @@ def _summary(vector: TaskVector, session: FitSession[Any]) -> str:
         before, after = losses["unedited"][0], losses["chosen"][0]
         loss = f", loss {before:.3f} -> {after:.3f} (without edit -> with it, on training queries)"
     replay = "" if vector.card.replay is None else f" (edits: {vector.card.replay})"
+    if tried := vector.card.accuracy:
+        loss += f", right answers {tried['unedited']:.0%} -> {tried['edited']:.0%} of {tried['queries']:.0f}"
     return (
         f"fitted {vector.card.method} for {vector.card.task} in {vector.card.seconds:.1f} s: vector {vector.id}, "
         f"{vector.described()}{loss}, {session.forwards} forwards{replay}"

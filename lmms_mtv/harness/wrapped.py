@@ -26,8 +26,9 @@ from torch import nn
 from lmms_mtv.batches import BatchSize
 from lmms_mtv.errors import ArgumentError, HookError, MtvError
 from lmms_mtv.harness import prompts as writing
-from lmms_mtv.harness.hf import one_line, revision_of
-from lmms_mtv.harness.prompts import Message, Prompt
+from lmms_mtv.harness.checkpoint import name_of, revision_of, text_files_of
+from lmms_mtv.harness.hf import one_line
+from lmms_mtv.harness.prompts import Message, Prompt, Reply
 from lmms_mtv.hooks import Sites, Watch, capture, find_sites, watched
 
 EXTRA: Final = {"decord": "decord", "qwen_vl_utils": "qwen-vl-utils"}
@@ -162,7 +163,9 @@ class Wrapped:
         given = dict(self.config.arguments)
         default = taken["pretrained"].default if "pretrained" in taken else None
         name = given.get("pretrained") or default or getattr(of_model, "_name_or_path", None) or self.config.name
-        return str(name), revision_of(str(name), getattr(of_model, "_commit_hash", None))
+        revision = revision_of(str(name), getattr(of_model, "_commit_hash", None))
+        self._text_files = text_files_of(str(name))
+        return name_of(str(name), revision), revision
 
     def share(self, harness: lmms) -> None:
         """Let what the harness wrote onto its model reach the wrapper, and what only the wrapper has the harness."""
@@ -174,9 +177,10 @@ class Wrapped:
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """The base, and the arguments with which its wrapper was constructed."""
+        """The base, the arguments with which its wrapper was constructed, and the files of a local checkpoint."""
         given = {key: value for key, value in self.config.arguments.items() if key not in _ELSEWHERE}
-        return {"base": self.config.name, **given}
+        files = {} if self._text_files is None else {"files": self._text_files}
+        return {"base": self.config.name, **given, **files}
 
     def written(self, prompt: Prompt) -> list[str]:
         """The tokens that the wrapper makes of the prompt, and what stands before, in and after its target."""
@@ -236,6 +240,17 @@ class Wrapped:
         """Answers to prompts of our own making, as :meth:`answers` does."""
         with _quiet():
             return self.answers(self._requests(prompts, settings), CacheHook(None), edited)
+
+    def answered(self, prompts: Sequence[Prompt], new_tokens: int, edited: bool) -> list[Reply]:
+        """Greedy answers of at most ``new_tokens`` tokens; see :class:`~lmms_mtv.harness.prompts.Reply`."""
+        with _unmeasured():
+            found, _ = self.generate(prompts, _ONE_TOKEN | {"until": [], "max_new_tokens": new_tokens}, edited)
+        made = []
+        for answer, prompt in zip(found, prompts, strict=True):
+            ids = _tokenizer(self.wrapper, self.config.name)(answer.text, add_special_tokens=False)["input_ids"]
+            text = answer.text.split(prompt.fewshot_delimiter)[0] if prompt.fewshot_delimiter else answer.text
+            made.append(Reply(text, len(ids) < new_tokens - 1 or text != answer.text))
+        return made
 
     def _requests(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[Instance]:
         """The prompts as requests over a synthetic task, which is put where the wrapper looks for documents."""

@@ -115,6 +115,9 @@ def written(sites: Sites, heads: Tensor) -> Tensor:
     rows = []
     for site, value in zip(sites, heads, strict=True):
         device = next((tensor.device for tensor in site.module.parameters()), parameter.device)
+        if device.type == "meta":
+            # The weights are elsewhere until the module runs; then they, and what it is given, go where it runs.
+            device = torch.device("cpu")
         given = value.flatten().to(device, parameter.dtype)
         both = site.module(torch.stack([given, torch.zeros_like(given)]).unsqueeze(1)).float()
         rows.append((both[0] - both[1]).cpu())

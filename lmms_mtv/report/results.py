@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmms_mtv import cells, plan
 from lmms_mtv.cells import Cell
-from lmms_mtv.errors import DataError
+from lmms_mtv.errors import DataError, ResultsError
 from lmms_mtv.plan import Plan
 
 
@@ -64,7 +64,8 @@ class Results:
 def read(folder: Path) -> Results:
     """The results in ``folder``.
 
-    Raises ArgumentError where there is no plan, DataError where none of its cells is there or one is damaged.
+    Raises ArgumentError where there is no plan, DataError where none of its cells is there or one is damaged,
+    ResultsError where cells are of several models, documents or prompts.
     """
     planned = plan.read(folder)
     places = set(planned.places())
@@ -72,4 +73,9 @@ def read(folder: Path) -> Results:
     kept = [cell for cell in found if cell.place in places]
     if not kept:
         raise DataError(f"no cell of the plan in {folder / cells.FOLDER}: run `lmms-mtv compare` on its plan first")
+    if wrong := cells.contradictions(kept):
+        raise ResultsError(
+            f"the cells in {folder} do not belong in one table: {'; '.join(wrong[:3])}: delete those that are not to "
+            "count, and run lmms-mtv compare again"
+        )
     return Results(folder, planned, kept, len(found) - len(kept))

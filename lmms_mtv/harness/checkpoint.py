@@ -1,0 +1,102 @@
+"""Which model a checkpoint is, by its contents: wherever it lies and however its path is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from loguru import logger
+
+LOCAL: Final = "local/"
+"""Beginning of the name of a model that is a folder. Its digest follows."""
+
+_WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin")
+_ADAPTERS: Final = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
+_TEXT: Final = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template*", "*processor_config.json", "*.py"),
+)
+"""Files that say what a text or an image becomes, and code of the checkpoint."""
+
+_NO_MATTER: Final = ("transformers_version", "name_or_path", "_name_or_path")
+"""Entries of JSON files that change nothing."""
+
+# Bytes: what takes seconds to read, and what is read at a time.
+_LONG, _PART = 10**9, 1 << 23
+
+
+def revision_of(source: str, commit: str | None, gguf_file: str | None = None) -> str | None:
+    """Return the commit on the hub; of a folder, a digest of its configuration and of its weights.
+
+    Args:
+        source: a folder, or a name on the hub.
+        commit: the commit of the hub that was loaded, if one was.
+        gguf_file: the file in ``source`` that holds the weights, instead of all others.
+
+    All weights are read. None if ``source`` is no folder and there is no commit.
+    """
+    folder = Path(source)
+    if commit is not None or not folder.is_dir():
+        return commit
+    patterns = _WEIGHTS if gguf_file is None else (gguf_file,)
+    weights = (path for pattern in patterns for path in folder.glob(pattern))
+    return _digest(sorted(path for path in [folder / "config.json", *weights] if path.is_file()), folder)
+
+
+def adapter_of(source: str) -> str:
+    """Return a digest of an adapter of PEFT in a folder, its settings and weights; a name on the hub stays as it is."""
+    folder = Path(source)
+    files = sorted({path for pattern in _ADAPTERS for path in folder.glob(pattern)}) if folder.is_dir() else []
+    return _digest(files, folder) if files else source
+
+
+def name_of(source: str, revision: str | None) -> str:
+    """Return the name of a model: as on the hub, or of a folder its digest, so that a folder may be moved or linked."""
+    if revision is not None and Path(source).is_dir():
+        return LOCAL + revision.removeprefix("sha256:")
+    return source
+
+
+def text_files_of(source: str) -> str | None:
+    """Return a digest of the tokenizer, the processor, their templates and the code in a folder.
+
+    JSON counts by what it says, not by how it is written. None if ``source`` is no folder: the commit of the hub, which
+    is the revision, tells these files too.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _TEXT for path in folder.glob(pattern) if path.is_file()}):
+        digest.update(path.name.encode() + b"\0" + _content(path))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix != ".json":
+        return content
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return content
+    if isinstance(found, dict):
+        found = {name: value for name, value in found.items() if name not in _NO_MATTER}
+    return json.dumps(found, sort_keys=True).encode()
+
+
+def _digest(files: Iterable[Path], folder: Path) -> str:
+    files = list(files)
+    size = sum(path.stat().st_size for path in files)
+    if size > _LONG:
+        logger.info(f"reading the {size / 1e9:.1f} GB of {folder} once, to tell its weights from any others")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            while part := file.read(_PART):
+                digest.update(part)
+    return f"sha256:{digest.hexdigest()[:16]}"
