@@ -33,6 +33,7 @@ from lmms_mtv.errors import (
     VectorFileError,
 )
 from lmms_mtv.harness.checkpoint import revision_of
+from lmms_mtv.harness.model import Mtv
 from lmms_mtv.library import Library
 from lmms_mtv.shapes import CHECKPOINT
 
@@ -141,6 +142,15 @@ def test_an_error_at_the_command_line_is_one_line_and_a_status(tmp_path):
     assert "unknown model argument 'stepz'. Did you mean 'steps'?" in line
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_of_a_vector_are_not_taken_from_a_cache_that_does_not_know_it(tmp_path):
+    done = command(
+        *("--model", "mtv", "--model_args", f"pretrained=tiny,{SHORT}", "--tasks", "shapes_color_en"),
+        *("--use_cache", str(tmp_path / "cache"), "--limit", "2"),
+    )
+    assert done.returncode == 1
+    assert "--use_cache knows a model by the text of its arguments" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -448,6 +458,11 @@ class TestBadInput:
     def test_a_vector_of_another_model_or_geometry(self, saved, tmp_path):
         copy = tmp_path / "copy"
         shutil.copytree(CHECKPOINT, copy)
+        same = Mtv(pretrained=str(copy), vector=str(saved))
+        assert same.base.name != "lmms-mtv/tiny"
+        assert same.base.revision == TaskVector.load(saved).card.revision, "the same weights are the same model"
+        changed = json.loads((copy / "config.json").read_text()) | {"initializer_range": 0.5}
+        (copy / "config.json").write_text(json.dumps(changed))
         self.refused(GeometryError, "fitted for model 'lmms-mtv/tiny', not for", f"pretrained={copy},vector={saved}")
         config = json.loads((copy / "config.json").read_text())
         config["text_config"]["num_hidden_layers"] = 2

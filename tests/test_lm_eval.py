@@ -544,6 +544,10 @@ class TestFits:
             results = simple_evaluate(lm, tasks=["own_arc"], task_manager=tasks, use_cache=cache)
             score.append([sample["resps"] for sample in results["samples"]["own_arc"]])
         assert json.dumps(score[0]) == json.dumps(score[1])
+        for other in (SHORT | {"seed": 1}, SHORT | {"steps": 4}, {"method": "none"}, SHORT | {"add_bos_token": True}):
+            another = Mtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **other)
+            with pytest.raises(ArgumentError, match="answers of another model, method, seed or vector"):
+                simple_evaluate(another, tasks=["own_arc"], task_manager=tasks, use_cache=cache)
         task_file(tmp_path / "more", "arc")
         task_file(tmp_path / "more", "arc", task="own_arc_again")
         twice = Tasks(include_path=str(tmp_path / "more"), include_defaults=False)

@@ -262,8 +262,9 @@ def examples(color: str, text: str = "w1", path: str | None = None) -> Dataset:
 
 
 def training(documents: Any) -> Training:
-    config = SimpleNamespace(task="own", test_split="test", validation_split=None, metadata=None, training_split="train")
-    config.dataset_path, config.doc_to_target, config.doc_to_choice = "own", "answer", None
+    config = SimpleNamespace(task="own", test_split="test", validation_split=None, metadata=None)
+    config.training_split, config.dataset_path = "train", "own"
+    config.doc_to_target, config.doc_to_choice = "answer", None
     task = SimpleNamespace(config=config, dataset={"train": documents}, doc_to_target=lambda doc: doc["answer"])
     return Training(task, None, None)
 
