@@ -102,16 +102,17 @@ def contradictions(found: Sequence[Cell]) -> list[str]:
     """
     lines = []
     models: dict[str, Place] = {}
-    documents: dict[str, tuple[Sequence[Any], Place]] = {}
-    prompts: dict[str, tuple[Sequence[Any], Place]] = {}
+    documents: dict[str, tuple[set[Any], Place]] = {}
+    prompts: dict[str, tuple[dict[Any, Any], Place]] = {}
     for cell in sorted(found, key=lambda cell: cell.place):
         models.setdefault(described(cell.model), cell.place)
-        shown, place = documents.setdefault(cell.task, (cell.samples["documents"], cell.place))
-        if list(shown) != list(cell.samples["documents"]):
+        written_of = dict(zip(cell.samples["documents"], cell.samples["prompts"], strict=True))
+        shown, place = documents.setdefault(cell.task, (set(written_of), cell.place))
+        if shown != written_of.keys():
             lines.append(f"{place} has {len(shown)} documents of task {cell.task}, {cell.place} has others")
             continue
-        written, place = prompts.setdefault(_prompts_of(cell), (cell.samples["prompts"], cell.place))
-        if list(written) != list(cell.samples["prompts"]):
+        written, place = prompts.setdefault(_prompts_of(cell), (written_of, cell.place))
+        if written != written_of:
             lines.append(f"{place} and {cell.place} were measured with different prompts or documents")
     if len(models) > 1:
         lines.insert(0, "several models: " + ", ".join(f"{model} ({place})" for model, place in models.items()))

@@ -384,7 +384,7 @@ def test_every_byte_of_a_folders_weights_is_in_its_revision(tmp_path, monkeypatc
     try:
         revision_of(str(tmp_path / "short"), None)
         assert not said
-        monkeypatch.setattr("lmms_mtv.harness.hf._LONG", 10)
+        monkeypatch.setattr("lmms_mtv.harness.checkpoint._LONG", 10)
         revision_of(str(tmp_path / "short"), None)
     finally:
         logger.remove(sink)

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmms_mtv import Edit, Episode, TaskVector, VectorCard, data, find_sites
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, GeometryError, HookError, LeakageError
 from lmms_mtv.harness.arguments import Arguments
+from lmms_mtv.harness.checkpoint import name_of, revision_of
 from lmms_mtv.harness.lm import Mtv, _Runner
 from lmms_mtv.harness.lm_evaluation import Evaluation, Tasks
 from lmms_mtv.harness.lm_task import LmPrompts
@@ -178,7 +179,9 @@ def vector_file(path: Path, model: Path, edit: Edit | None = None) -> Path:
     if edit is None:
         mask = torch.rand(sites.shape[:2], generator=rng) < 0.6
         edit = Edit.replace(2 * torch.randn(sites.shape, generator=rng), mask)
-    card = VectorCard(str(model), None, "float32", sites.geometry, "own_arc", "train", "", "", 0, 0, "mtv", {})
+    revision = revision_of(str(model), None)
+    name = name_of(str(model), revision)
+    card = VectorCard(name, revision, "float32", sites.geometry, "own_arc", "train", "", "", 0, 0, "mtv", {})
     return TaskVector({HEADS: edit}, card).save(path)
 
 
@@ -662,7 +665,10 @@ class TestBadInput:
 
     def test_a_vector_of_another_model(self, text_model, vector, tmp_path):
         copy = tmp_path / "copy"
-        AutoModelForCausalLM.from_pretrained(text_model).save_pretrained(copy)
+        model = AutoModelForCausalLM.from_pretrained(text_model)
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        model.save_pretrained(copy)
         AutoTokenizer.from_pretrained(text_model).save_pretrained(copy)
         with pytest.raises(GeometryError, match="was fitted for model"):
             Mtv(pretrained=str(copy), device="cpu", vector=str(vector))

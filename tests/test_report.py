@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmms_mtv import cli
-from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv import cells, cli
+from lmms_mtv.errors import ArgumentError, DataError, ResultsError
 from lmms_mtv.report import bootstrap, marks, results, summary, tables
 from lmms_mtv.report.page import page
 from lmms_mtv.report.plots import plots
@@ -107,7 +107,10 @@ def test_pairs_need_the_same_documents(tmp_path):
             return cell
         return dataclasses.replace(cell, samples={**cell.samples, "documents": [100 + i for i in range(cell.n)]})
 
-    found = results.read(grids.write(tmp_path / "grid", grids.plan(**SMALL), other))
+    folder = grids.write(tmp_path / "grid", grids.plan(**SMALL), other)
+    with pytest.raises(ResultsError, match="do not belong in one table"):
+        results.read(folder)
+    found = results.Results(folder, grids.plan(**SMALL), cells.read_all(folder), 0)
     differences = bootstrap.differences(found)
     assert ("MTV", "b_en") in differences
     assert ("MTV", "a_en") not in differences

@@ -18,6 +18,7 @@ import pytest
 from evaluations import task_manager
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
+from loguru import logger
 
 from lmms_mtv import TaskVector, data
 from lmms_mtv.errors import DataError
@@ -226,7 +227,7 @@ class TestScores:
                 getattr(utils(folder), name)(doc)
         monkeypatch.setitem(sys.modules, "lmms_eval.__main__", sys)
         for folder, name in (("vqa", "visual"), ("vqa", "vizwiz_messages"), ("episodes", "bird_messages")):
-            with pytest.raises(SystemExit, match=r"lmms-mtv: DataError: .*none\.jpg"):
+            with pytest.raises(SystemExit, match=r"lmms-mtv: DocumentError: .*none\.jpg"):
                 getattr(utils(folder), name)(doc)
 
 
@@ -349,7 +350,12 @@ def test_an_evaluation_that_fails_keeps_the_fitted_vector(prepared_data, tmp_pat
     monkeypatch.setenv(data.FOLDER, str(tmp_path / "data"))
     given = argparse.Namespace(output_path=str(tmp_path / "out"), process_with_media=False, reasoning_tags=None)
     manager = task_manager()
-    with pytest.raises(DataError, match=r"VizWiz_val_00000004\.jpg of task vizwiz .*lmms-mtv prepare vizwiz"):
-        simple_evaluate("mtv", f"pretrained=tiny,{SHORT}", tasks=["vizwiz"], task_manager=manager, cli_args=given)
+    said: list[str] = []
+    handler = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    simple_evaluate("mtv", f"pretrained=tiny,{SHORT}", tasks=["vizwiz"], task_manager=manager, cli_args=given)
+    logger.remove(handler)
+    assert [line for line in said if "VizWiz_val_00000004.jpg of task vizwiz" in line and "lmms-mtv prepare" in line]
+    (stored,) = (tmp_path / "out").rglob("*_mtv.json")
+    assert json.loads(stored.read_text())["tasks"]["vizwiz"]["evaluation"]["unreadable"] == 1
     (saved,) = (tmp_path / "out").rglob("vector.safetensors")
     assert TaskVector.load(saved).card.task == "vizwiz"

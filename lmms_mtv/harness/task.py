@@ -128,8 +128,12 @@ class TaskPrompts:
                 messages = [{"role": "user", "content": content}]
             # A prompt has the description once, at its beginning.
             return _without(self._written(doc), [_opened(message) for message in messages])
-        except (*UNREADABLE, DocumentError) as error:
-            raise DocumentError(f"an image of {called} of task {self.name} does not open: {error}") from error
+        except (*UNREADABLE, DocumentError, SystemExit) as error:
+            if isinstance(error, SystemExit) and not isinstance(error.__cause__, DocumentError):
+                raise
+            # A task of ours ends a command, whichever model runs it. This model can go on.
+            reason = error.__cause__ if isinstance(error, SystemExit) else error
+            raise DocumentError(f"an image of {called} of task {self.name} does not open: {reason}") from error
 
     @property
     def _writes_messages(self) -> bool:

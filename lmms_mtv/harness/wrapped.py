@@ -101,7 +101,7 @@ def wrapper_class(name: str, force_simple: bool = False) -> type[lmms]:
             )
         elif isinstance(error, ModuleNotFoundError) and missing:
             there = importlib.util.find_spec(missing) is not None
-            mend = f": the installed {missing} has no such module" if there else f": install the package of {missing}"
+            mend = f": the installed {missing} lacks it" if there else f": install the package that has {missing}"
         raise ArgumentError(f"base={name} does not import: {one_line(error)}{mend}") from error
     except Exception as error:
         raise ArgumentError(f"base={name} does not import: {type(error).__name__}: {one_line(error)}") from error
