@@ -164,6 +164,7 @@ class Hf:
         self.revision = revision_of(source, getattr(settings, "_commit_hash", None)) or config.revision
         self.name = "lmms-mtv/tiny" if config.pretrained == TINY else name_of(source, self.revision)
         self._text_files = None if config.pretrained == TINY else text_files_of(source)
+        self._adapter = None if config.peft is None else adapter_of(config.peft)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @property
@@ -176,8 +177,8 @@ class Hf:
         given = {name: getattr(self.config, name) for name in _IMAGE_SETTINGS if name in known}
         found = {name: value for name, value in given.items() if value != getattr(HfConfig, name)}
         found |= attention_of(self.model)
-        if self.config.peft is not None:
-            found["peft"] = adapter_of(self.config.peft)
+        if self._adapter is not None:
+            found["peft"] = self._adapter
         if type(self.model).__module__.startswith("transformers_modules"):
             found["code"] = type(self.model).__name__
         if self._text_files is not None:
