@@ -66,8 +66,7 @@ class Bench:
     @property
     def model(self) -> dict[str, Any]:
         """Name, revision and dtype of the loaded model."""
-        base = self._model.base
-        return {"name": base.name, "revision": base.revision, "dtype": base.dtype}
+        return self._model.identity
 
     def places(self) -> list[Place]:
         """All cells of the plan."""

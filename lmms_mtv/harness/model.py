@@ -136,6 +136,11 @@ class Mtv(lmms):  # type: ignore[misc]
         return made
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Name, revision and dtype of the loaded model, as records and cells have them."""
+        return {"name": self._base.name, "revision": self._base.revision, "dtype": self._base.dtype}
+
+    @property
     def edits(self) -> bool:
         """Whether answers are those of an edited model."""
         return self._arguments.vector is not None or self._arguments.method != "none"
@@ -162,11 +167,7 @@ class Mtv(lmms):  # type: ignore[misc]
             output = getattr(getattr(task, "args", None), "output_path", None)
             answers |= self._answers(task, [requests[index] for index in indices], indices, output)
         if output and self.rank == 0 and self._vectors.record:
-            model: dict[str, Any] = {
-                "name": self._base.name,
-                "revision": self._base.revision,
-                "dtype": self._base.dtype,
-            }
+            model = self.identity
             model |= {"skipped": list(self._sites.skipped), "base": dataclasses.asdict(self._base.config)}
             model |= {"arguments": dataclasses.asdict(self._arguments)}
             try:
