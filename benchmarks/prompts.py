@@ -65,6 +65,9 @@ class Runner:
     def run(self, prompts: Sequence[Prompt]) -> None:
         self.model(**batch(self.model, prompts, self._images), use_cache=False, logits_to_keep=1)
 
+    def lead_ids(self, prompt: Prompt) -> list[int]:
+        return []
+
     def target_ids(self, prompt: Prompt) -> list[int]:
         return list(prompt.target)
 

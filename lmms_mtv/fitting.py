@@ -51,7 +51,7 @@ Run = Callable[[nn.Module, Sites, Edits, Sequence[int]], Tensor]
 """How a prompt is run with edits: from its cache or whole."""
 
 Tokens = Literal["first", "all"]
-"""Which tokens of the target count in a loss."""
+"""Which tokens of the target count in a loss: up to the first that is not blank, or all."""
 
 
 class Episode(NamedTuple):
@@ -63,6 +63,17 @@ class Episode(NamedTuple):
     query: int
     demonstrations: tuple[int, ...]
     answers: tuple[int, ...] | None = None
+
+
+class Target(NamedTuple):
+    """What follows a prompt when its query is answered: token ids, of which the first ``lead`` are blank."""
+
+    ids: list[int]
+    lead: int = 0
+
+    def counting(self, tokens: Tokens) -> list[int]:
+        """The tokens that count in a loss."""
+        return self.ids[: self.lead + 1] if tokens == "first" else self.ids
 
 
 class Answer(NamedTuple):
@@ -100,8 +111,12 @@ class Runner(Protocol[P_contra]):
         """The prompts' forwards, with one row for each; the first tokens of answers may follow."""
         ...
 
+    def lead_ids(self, prompt: P_contra) -> list[int]:
+        """Token ids of the blanks between the prompt and the query's target, which tell nothing of it."""
+        ...
+
     def target_ids(self, prompt: P_contra) -> list[int]:
-        """Token ids of the query's target, as they follow the prompt."""
+        """Token ids of the query's target, as they follow the prompt and :meth:`lead_ids`."""
         ...
 
 
@@ -143,8 +158,8 @@ class FitSession(Generic[P]):
         self._memory = memory
         self._progress = progress
         self._ranks = ranks or Ranks()
-        self._prefills: Kept[Episode, tuple[Prefill, list[int]]] = Kept(memory)
-        self._learners: Kept[Episode, tuple[Prefill, list[int]]] = Kept(memory // 2)
+        self._prefills: Kept[Episode, tuple[Prefill, Target]] = Kept(memory)
+        self._learners: Kept[Episode, tuple[Prefill, Target]] = Kept(memory // 2)
         self._answers: Kept[tuple[Episode, Tokens, str | None], Answer] = Kept(memory // 2)
         self._replays: bool | None = None
         self._packs: bool | None = None
@@ -346,7 +361,7 @@ class FitSession(Generic[P]):
                 prefill, target = self._prefill(episodes[index], whole=True)
                 self._verify(prefill, [stream])
                 # A forward runs the target without its last token, so the whole of it needs one more.
-                for which, following in enumerate((target[:1], [*target, target[-1]])):
+                for which, following in enumerate((target.ids[:1], [*target.ids, target.ids[-1]])):
                     with record(self.sites, stream) as recording:
                         prefill.forward(self._runner.model, self.sites, {}, following)
                     found[which, index] = recording.last()[0].cpu()
@@ -358,10 +373,11 @@ class FitSession(Generic[P]):
     def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens = "first") -> Tensor:
         """Cross-entropy of the query's target under each of the K edits, float32 [K], on the CPU.
 
-        ``edit`` is of the heads, or edits by stream. ``tokens`` is ``first`` for the first target token, or ``all`` for
-        the mean over all of them. The first call compares replays of a few of the edits with full forwards; if they
-        differ, this session uses full forwards and says so. In the same way it finds out whether all edits can be
-        replayed in one row. Edits of all positions always take full forwards, one for each of them.
+        ``edit`` is of the heads, or edits by stream. ``tokens`` is ``first`` for the first target token (with the
+        blanks before it, if the model writes any), or ``all`` for the mean over all of them. The first call compares
+        replays of a few of the edits with full forwards; if they differ, this session uses full forwards and says so.
+        In the same way it finds out whether all edits can be replayed in one row. Edits of all positions always take
+        full forwards, one for each of them.
         """
         edits = by_stream(edit)
         whole = any(each.everywhere for each in edits.values())
@@ -413,8 +429,8 @@ class FitSession(Generic[P]):
         if kept is not None:
             return kept
         with alone():
-            prefill, target = self._prompted(episode)
-            target = _counting(target, tokens)
+            prefill, whole = self._prompted(episode)
+            target = whole.counting(tokens)
             run = prefill.replay if self._replayed(prefill) else prefill.forward
             with ExitStack() as stack:
                 tail = len(target)
@@ -452,8 +468,8 @@ class FitSession(Generic[P]):
         found = torch.zeros(len(episodes), 1 + sum(parameter.numel() for parameter in parameters))
         with self._ranks.together(), alone():
             for index in self._ranks.share(range(len(episodes))):
-                prefill, target = self._learner(episodes[index])
-                target = _counting(target, tokens)
+                prefill, whole = self._learner(episodes[index])
+                target = whole.counting(tokens)
                 compared = loss(index)
                 with ExitStack() as stack:
                     stack.enter_context(_frozen(self._runner.model))
@@ -503,7 +519,7 @@ class FitSession(Generic[P]):
             logits = model(**given).logits[0, -len(target) :].float()
         return Answer(logits, torch.tensor(target, device=logits.device), recording.last() if recording else None)
 
-    def _learner(self, episode: Episode) -> tuple[Prefill, list[int]]:
+    def _learner(self, episode: Episode) -> tuple[Prefill, Target]:
         """The prompt of an episode to run whole, and its target."""
         kept = self._learners.get(episode)
         if kept is None:
@@ -515,8 +531,8 @@ class FitSession(Generic[P]):
     def _ready(self, episode: Episode, edits: Edits, tokens: Tokens, whole: bool = False) -> tuple[Prefill, list[int]]:
         """The prefill of ``episode`` and the tokens that count, when it is settled whether there are replays."""
         with self._ranks.together(), alone():
-            prefill, target = self._prefill(episode, whole or not self._verified.issuperset(edits))
-            target = _counting(target, tokens)
+            prefill, answered = self._prefill(episode, whole or not self._verified.issuperset(edits))
+            target = answered.counting(tokens)
             self._verify(prefill, edits)
             compares = self._replays is None and not whole
             replays = self._compared(prefill, edits, target) if compares else bool(self._replays)
@@ -562,7 +578,7 @@ class FitSession(Generic[P]):
         ahead = [episode for episode in dict.fromkeys(episodes) if self._prefills.get(episode) is None]
         for begin in range(0, len(ahead), count):
             asked = ahead[begin : begin + count]
-            own: tuple[Prefill, list[int]] | None = None
+            own: tuple[Prefill, Target] | None = None
             with self._ranks.together(), alone():
                 if rank < len(asked):
                     prefill, target = self._prompted(asked[rank])
@@ -620,7 +636,7 @@ class FitSession(Generic[P]):
 
         return [found for _, found in self._replay_rows.over(range(rows_of(edits) or 1), of_rows, limit)]
 
-    def _prefill(self, episode: Episode, whole: bool) -> tuple[Prefill, list[int]]:
+    def _prefill(self, episode: Episode, whole: bool) -> tuple[Prefill, Target]:
         """The prefilled prompt of an episode and its target; ``whole`` if more than its last token is to run again."""
         kept = self._prefills.get(episode)
         if kept is not None and not (whole and kept[0].tokens_only):
@@ -638,16 +654,16 @@ class FitSession(Generic[P]):
         """Whether a prompt is replayed where edits allow it."""
         return bool(self._replays) and prefill.cache is not None
 
-    def _prompted(self, episode: Episode) -> tuple[Prefill, list[int]]:
+    def _prompted(self, episode: Episode) -> tuple[Prefill, Target]:
         """The prompt of an episode, as the model runs it now, and its target."""
         prompt = self._examples.prompt(episode)
-        target = self._runner.target_ids(prompt)
-        if not target:
+        lead, ids = self._runner.lead_ids(prompt), self._runner.target_ids(prompt)
+        if not ids:
             raise DataError(f"the target of training example {episode.query} has no tokens: it cannot be learned from")
         with torch.no_grad(), capture(self._runner.model, self.sites) as captured:
             self._runner.run([prompt])
         self.forwards += 1
-        return captured.prefill(), target
+        return captured.prefill(), Target([*lead, *ids], len(lead))
 
     def _verify(self, prefill: Prefill, streams: Iterable[str]) -> None:
         """Make sure, once in this session, of the places where ``streams`` run."""
@@ -720,11 +736,6 @@ class FitSession(Generic[P]):
         parameter = next(self._runner.model.parameters())
         tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
         return gap <= tolerance * (1 + losses.abs().max().item())
-
-
-def _counting(target: list[int], tokens: Tokens) -> list[int]:
-    """The tokens of a target that count in a loss."""
-    return target[:1] if tokens == "first" else target
 
 
 @contextmanager

@@ -42,11 +42,11 @@ class TokenExamples:
 class TokenRunner:
     """Runs token prompts on a tiny model, padded on the left, by a plain forward or as a generation begins.
 
-    ``padding`` is how much the longest prompt has of it.
+    ``padding`` is how much the longest prompt has of it, ``lead`` how many tokens of a target stand before it.
     """
 
-    def __init__(self, tiny: zoo.Tiny, generating: bool = False, padding: int = 0) -> None:
-        self._tiny, self._generating, self._padding = tiny, generating, padding
+    def __init__(self, tiny: zoo.Tiny, generating: bool = False, padding: int = 0, lead: int = 0) -> None:
+        self._tiny, self._generating, self._padding, self._lead = tiny, generating, padding, lead
         self.model = tiny.model
 
     @torch.no_grad()
@@ -57,8 +57,11 @@ class TokenRunner:
         else:
             self.model(**inputs)
 
+    def lead_ids(self, prompt: TokenPrompt) -> list[int]:
+        return list(prompt.target[: self._lead])
+
     def target_ids(self, prompt: TokenPrompt) -> list[int]:
-        return list(prompt.target)
+        return list(prompt.target[self._lead :])
 
 
 def session(
@@ -67,7 +70,8 @@ def session(
     examples: TokenExamples | None = None,
     generating: bool = False,
     padding: int = 0,
+    lead: int = 0,
     **options,
 ):
-    runner, options = TokenRunner(tiny, generating, padding), {"seed": 0, "progress": False} | options
+    runner, options = TokenRunner(tiny, generating, padding, lead), {"seed": 0, "progress": False} | options
     return FitSession(runner, find_sites(tiny.model), examples or TokenExamples(), **options)

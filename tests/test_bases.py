@@ -338,6 +338,9 @@ def test_the_target_ends_the_turn_that_the_wrapper_opens(base, folders):
     assert prompt.target in text
     assert wrapping._found
     assert text.strip() != prompt.target
+    blank = tokenizer.decode(wrapping.lead_ids(prompt))
+    assert not blank.strip()
+    assert tokenizer.decode(wrapping._following(prompt)) == blank + text
 
 
 SETTINGS = {"until": ["\n"], "max_new_tokens": 3, "do_sample": False, "temperature": 0}

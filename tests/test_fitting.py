@@ -150,6 +150,19 @@ def test_session_losses_equal_full_forwards_with_and_without_replay(tiny, tokens
     assert fallback.replays is False
 
 
+def test_the_first_token_that_counts_is_the_first_that_is_not_blank():
+    """With the blanks before it, which the edited model has to write; the end of a prompt is where it was."""
+    tiny = zoo.build(zoo.llama)
+    edit, episode, examples = edits(tiny, 8), Episode(3, (1, 2)), TokenExamples(answer=3)
+    leading, plain = session(tiny, examples=examples, lead=1), session(tiny, examples=examples)
+    expected = loop_of_full_forwards(tiny, examples.prompt(episode), edit, 2)
+    assert (leading.losses(episode, edit) - expected).abs().max() < 1e-4
+    assert torch.equal(leading.losses(episode, edit, "all"), plain.losses(episode, edit, "all"))
+    assert leading.answer(episode, "first").target.tolist() == list(examples.prompt(episode).target[:2])
+    for mine, others in zip(*(each.answered_activations([episode]) for each in (leading, plain)), strict=True):
+        assert torch.equal(mine, others)
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
 def test_blocks_that_attend_to_an_image_keep_its_keys_and_its_mask(tokens, generating):

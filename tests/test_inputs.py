@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from lmms_mtv.data.pictures import opened, rgb
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, ResultsError
 from lmms_mtv.harness import record
 from lmms_mtv.harness.hf import Hf, HfConfig
-from lmms_mtv.harness.prompts import Demonstration, Prompt
+from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
 from lmms_mtv.harness.vectors import _doubts
 from lmms_mtv.report import results
 from lmms_mtv.shapes import CHECKPOINT
@@ -337,6 +338,16 @@ class TestTrial:
                     limit=1,
                 )
                 assert any("begin with the same token" in line for line in said) == (loss == "first")
+
+    def test_blanks_before_a_target_tell_nothing_of_it(self):
+        """Whatever stands before all answers is written with the answer, and is not its first token."""
+        base = Hf(HfConfig(pretrained="tiny"))
+        prompt = Prompt(question("what is this?"), target="red circle")
+        spaced = dataclasses.replace(prompt, target_delimiter="\n")
+        assert base.lead_ids(prompt) == []
+        assert base._tokenizer.convert_ids_to_tokens(base.lead_ids(spaced)) == ["\n"]
+        assert base.target_ids(spaced) == base.target_ids(prompt)
+        assert blanks([7, 8], lambda ids: " ") == 0, "a target of blanks alone is what it is"
 
 
 def test_logging_is_as_it_was():

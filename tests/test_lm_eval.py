@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -476,6 +477,10 @@ class TestFits:
         for episode in (Episode(0, ()), Episode(3, (1, 2)), Episode(5, (11, 0, 7))):
             one, two = text.prompt(episode), messages.prompt(episode)
             assert one.context == base.rendered(two)
+            assert runner.target_ids(one) == base.target_ids(two)
+            assert runner.lead_ids(one) == base.lead_ids(two) == []
+            one, two = dataclasses.replace(one, delimiter="\n"), dataclasses.replace(two, target_delimiter="\n")
+            assert runner.lead_ids(one) == base.lead_ids(two) == lm.tok_encode("\n")
             assert runner.target_ids(one) == base.target_ids(two)
         with pytest.raises(DataError, match="corrupted=bare"):
             text.prompt(Episode(3, (1, 2), (2, 1)))

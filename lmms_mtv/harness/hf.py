@@ -210,11 +210,21 @@ class Hf:
         for group in _with_images_or_without(prompts):
             self._generate(self._inputs(group, 0), max_new_tokens=1, do_sample=False, **GREEDY)
 
+    def lead_ids(self, prompt: Prompt) -> list[int]:
+        """Blank tokens between the prompt and :meth:`target_ids`."""
+        ids = self._following(prompt)
+        return ids[: writing.blanks(ids, self._tokenizer.decode)]
+
     def target_ids(self, prompt: Prompt) -> list[int]:
-        """Tokens of the target as they follow the prompt, and of what ends an answer there.
+        """Tokens of the target as they follow the prompt and :meth:`lead_ids`, and of what ends an answer there.
 
         That is the delimiter between demonstrations in a raw prompt, and the end of the turn in a chat.
         """
+        ids = self._following(prompt)
+        return ids[writing.blanks(ids, self._tokenizer.decode) :]
+
+    def _following(self, prompt: Prompt) -> list[int]:
+        """Tokens between the prompt and the end of the answered one."""
         before = self.rendered(prompt)
         if self.config.prompt_style == "chat":
             text = writing.continuation(self._conversation(prompt), self._template)

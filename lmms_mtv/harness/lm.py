@@ -26,7 +26,7 @@ from lmms_mtv.harness.checkpoint import adapter_of, name_of, revision_of, text_f
 from lmms_mtv.harness.hf import GREEDY, attention_of, one_line
 from lmms_mtv.harness.lm_evaluation import Evaluation, current
 from lmms_mtv.harness.lm_task import LmPrompt, LmPrompts, Turns
-from lmms_mtv.harness.prompts import Reply
+from lmms_mtv.harness.prompts import Reply, blanks
 from lmms_mtv.harness.vectors import Vectors
 from lmms_mtv.hooks import applied, find_sites
 from lmms_mtv.methods import Method
@@ -360,9 +360,18 @@ class _Runner:
         output: Tensor = self._lm.model.generate(input_ids=ids, attention_mask=mask, **settings)
         return output[:, longest:]
 
+    def lead_ids(self, prompt: LmPrompt) -> list[int]:
+        """Blank tokens between the context and :meth:`target_ids`."""
+        ids = self._tokens(prompt)[1]
+        return ids[: blanks(ids, self._lm.tok_decode)]
+
     def target_ids(self, prompt: LmPrompt) -> list[int]:
-        """Tokens that are scored, or of a generated target with what ends it, as they follow the context."""
-        return self._tokens(prompt)[1]
+        """Tokens that are scored, or of a generated target with what ends it.
+
+        As they follow the context and :meth:`lead_ids`.
+        """
+        ids = self._tokens(prompt)[1]
+        return ids[blanks(ids, self._lm.tok_decode) :]
 
     def _tokens(self, prompt: LmPrompt) -> tuple[list[int], list[int]]:
         """Tokens of the context and of the target, split as lm-eval splits them.

@@ -122,6 +122,14 @@ class Prompt:
         return [*self.chat(), _assistant(self.target)]
 
 
+def blanks(ids: Sequence[int], decode: Callable[[list[int]], str]) -> int:
+    """How many tokens at the beginning of a target are blank: the same before every answer, they tell nothing of it.
+
+    Many tokenizers write a space before digits as a token of its own. 0 for a target of nothing else.
+    """
+    return next((place for place, token in enumerate(ids) if decode([token]).strip()), 0)
+
+
 def continuation(prompt: Prompt, template: Callable[[list[Message], bool], str]) -> str | None:
     """What a chat template writes after the prompt when the target is answered, up to the end of that turn.
 

@@ -301,8 +301,9 @@ class Vectors(Generic[P]):
         episodes = session.episodes(min(_TRIED, len(prompts)), session.shots, "trial")
         made = [prompts.prompt(episode) for episode in episodes]
         tokens = [self._model.target_ids(prompt) for prompt in made]
+        leads = [self._model.lead_ids(prompt) for prompt in made]
         targets = [str(getattr(prompt, "target", "")).strip() for prompt in made]
-        limit = max(map(len, tokens)) + _MORE
+        limit = max(map(len, tokens)) + max(map(len, leads)) + _MORE
 
         def right(edited: bool) -> tuple[float, float] | None:
             """The share of right answers, and of those that did not end."""
@@ -332,7 +333,12 @@ class Vectors(Generic[P]):
     def _prompt_digest(self, prompts: Prompts[P]) -> str:
         """SHA-256 of a written prompt with its target: of everything that shapes a prompt."""
         example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
-        written = [*self._model.written(example), *([dict(self._model.recipe)] if self._model.recipe else ())]
+        written: list[Any] = self._model.written(example)
+        if recipe := dict(self._model.recipe):
+            written.append(recipe)
+        if lead := self._model.lead_ids(example):
+            # loss=first once ended at them: vectors of that loss are others.
+            written.append({"lead": lead})
         return hashlib.sha256(json.dumps(written, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -198,13 +198,27 @@ class Wrapped:
             self._generate(self._requests(prompts, _ONE_TOKEN), CacheHook(None), watch)
         self._check(watch, len(prompts))
 
+    def lead_ids(self, prompt: Prompt) -> list[int]:
+        """Blank tokens between the prompt and :meth:`target_ids`."""
+        ids = self._following(prompt)
+        return ids[: writing.blanks(ids, self._decode)]
+
     def target_ids(self, prompt: Prompt) -> list[int]:
-        """Tokens of the target as they follow the prompt, and of what ends an answer there.
+        """Tokens of the target as they follow the prompt and :meth:`lead_ids`, and of what ends an answer there.
 
         If the wrapper's prompts end in what its chat template writes before an answer, they are what the template
         writes for the target, to the end of that turn. Otherwise they are those of the target between the delimiters
         of the task.
         """
+        ids = self._following(prompt)
+        return ids[writing.blanks(ids, self._decode) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = _tokenizer(self.wrapper, self.config.name).decode(ids)
+        return text
+
+    def _following(self, prompt: Prompt) -> list[int]:
+        """Tokens between the prompt and the end of the answered one."""
         template = self._template(prompt)
         bare = Prompt(_QUESTION, target=prompt.target)
         text = None if template is None else writing.continuation(bare, template)
