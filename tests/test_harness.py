@@ -151,6 +151,17 @@ def test_answers_of_a_vector_are_not_taken_from_a_cache_that_does_not_know_it(tm
     )
     assert done.returncode == 1
     assert "--use_cache knows a model by the text of its arguments" in done.stderr
+    given = f"pretrained=tiny,{SHORT}"
+    for model, arguments in (("mtv", given), (Mtv.create_from_arg_string(given), None)):
+        with pytest.raises(ArgumentError, match="--use_cache knows a model"):
+            simple_evaluate(
+                model,
+                arguments,
+                tasks=["shapes_color_en"],
+                task_manager=task_manager(),
+                use_cache=str(tmp_path / "cache"),
+                limit=2,
+            )
 
 
 @pytest.mark.parametrize(

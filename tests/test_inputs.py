@@ -107,6 +107,31 @@ class TestDocuments:
         assert any(f"document {min(lost)} of task custom" in line and "absent.png" in line for line in said)
         assert any(line.startswith(f"{len(lost)} of 40 documents of task custom could not be shown") for line in said)
 
+    def test_nor_where_a_base_reads_documents_itself(self, tmp_path, said):
+        """The bases of lmms-eval end at the first picture that they cannot open."""
+        folder = task_file(tmp_path, doc_to_visual="some")
+        with (folder / "utils.py").open("a", encoding="utf-8") as file:
+            file.write("\n\ndef some(doc):\n    return [Image.open('absent.png')] if doc['position'] == 'left' else ")
+            file.write("draw(doc)\n")
+        model = checkpoints.idefics2(tmp_path / "idefics2")
+        given = f"base=idefics2,pretrained={model},device=cpu,device_map=cpu,dtype=float32,attn_implementation=eager"
+        given += ",method=none"
+        found, stored = self.evaluated(folder, given)
+        lost = {sample["doc_id"] for sample in found["samples"]["custom"] if sample["doc"]["position"] == "left"}
+        assert stored["unreadable"] == len(lost) > 0
+        assert any(f"document {min(lost)} of task custom" in line and "absent.png" in line for line in said)
+
+    @pytest.mark.parametrize("size", [1, 8])
+    def test_a_vector_is_applied_whichever_documents_open(self, size, tmp_path):
+        """The first may be one that does not."""
+        folder = task_file(tmp_path, doc_to_visual="some")
+        with (folder / "utils.py").open("a", encoding="utf-8") as file:
+            file.write(
+                "\n\ndef some(doc):\n    return [Image.open('absent.png')] if doc['id'] == 'test-000' else draw(doc)\n"
+            )
+        _, stored = self.evaluated(folder, f"pretrained=tiny,{SHORT},batch_size={size}")
+        assert stored["unreadable"] == 1
+
     def test_if_none_opens_the_run_ends(self, tmp_path):
         folder = task_file(tmp_path, doc_to_visual="broken")
         with pytest.raises(DocumentError, match="document 0 of task custom does not open"):

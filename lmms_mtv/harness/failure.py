@@ -9,9 +9,10 @@ to what the harness logs of them.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from loguru import logger
@@ -23,6 +24,8 @@ R = TypeVar("R")
 
 COMMAND_LINE = "lmms_eval.__main__"
 """The module that only the harness's command line imports."""
+
+EVALUATOR = "lmms_eval.evaluator"
 
 
 def reported(function: Callable[A, R]) -> Callable[A, R]:
@@ -62,6 +65,14 @@ def end_failed_runs() -> None:
     logger.add(end, level="ERROR", filter=lambda record: record["name"] == COMMAND_LINE, catch=False)
 
 
-def caches_answers(arguments: Sequence[str]) -> bool:
-    """Return whether the harness was started from its command line with ``--use_cache``."""
-    return COMMAND_LINE in sys.modules and any(argument.split("=")[0] == "--use_cache" for argument in arguments)
+def caches_answers() -> bool:
+    """Return whether the evaluation that called this keeps answers (``--use_cache``).
+
+    lmms-eval tells its models nothing of the cache: ``simple_evaluate`` has to be looked for among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "simple_evaluate" and frame.f_globals.get("__name__") == EVALUATOR:
+            return frame.f_locals.get("use_cache") is not None
+        frame = frame.f_back
+    return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ from tqdm import tqdm
 
 from lmms_mtv import ranks
 from lmms_mtv.batches import BatchSize
-from lmms_mtv.errors import ArgumentError, DataError, DocumentError, HookError
+from lmms_mtv.data.pictures import UNREADABLE
+from lmms_mtv.errors import ArgumentError, DataError, DocumentError, HookError, MtvError
 from lmms_mtv.harness import bases, record
 from lmms_mtv.harness.arguments import Arguments, as_written, checked, divide
 from lmms_mtv.harness.failure import caches_answers, reported
-from lmms_mtv.harness.hf import Hf
+from lmms_mtv.harness.hf import Hf, one_line
 from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.task import TaskPrompts, as_loaded_for, asked
 from lmms_mtv.harness.vectors import Vectors
@@ -127,18 +127,21 @@ class Mtv(lmms):  # type: ignore[misc]
         """
         flags = {key: value for key, value in (additional_config or {}).items() if value is not None}
         made = cls(**flags | as_written(simple_parse_args_string(arg_string), arg_string))
-        if caches_answers(sys.argv[1:]) and made.edits:
-            raise ArgumentError(
-                "--use_cache knows a model by the text of its arguments, and would give the answers of another vector "
-                "or of other training examples for those of this run: leave it out (fitted vectors are kept in the "
-                "library)"
-            )
+        made._check_uncached()
         return made
 
     @property
     def identity(self) -> dict[str, Any]:
         """Name, revision and dtype of the loaded model, as records and cells have them."""
         return {"name": self._base.name, "revision": self._base.revision, "dtype": self._base.dtype}
+
+    def _check_uncached(self) -> None:
+        if self.edits and caches_answers():
+            raise ArgumentError(
+                "--use_cache knows a model by the text of its arguments, and would give the answers of another vector "
+                "or of other training examples for those of this run: leave it out (fitted vectors are kept in the "
+                "library)"
+            )
 
     @property
     def edits(self) -> bool:
@@ -157,6 +160,7 @@ class Mtv(lmms):  # type: ignore[misc]
     @reported
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests. Each task gets its own vector, fitted when its turn comes."""
+        self._check_uncached()
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(request.task_name, []).append(index)
@@ -201,7 +205,7 @@ class Mtv(lmms):  # type: ignore[misc]
         size = BatchSize(len(requests)) if as_sent else self._base.batch_size.copy()
         answers: dict[int, GenerationResult] = {}
         # Why a document, by its number, could not be shown.
-        unreadable: dict[int, str] = {}
+        unreadable: dict[int, Exception] = {}
         input_tokens = 0
         edited = applied(self._sites, vector) if vector.edits else contextlib.nullcontext(Fired(0))
         quiet = as_sent or self.rank != 0
@@ -226,33 +230,40 @@ class Mtv(lmms):  # type: ignore[misc]
                 try:
                     return prompts.evaluation(*_document(request), shots, self._arguments.seed)
                 except DocumentError as error:
-                    unreadable[_document(request)[0]] = str(error)
+                    unreadable[_document(request)[0]] = error
                     return None
 
             def generated(ours: Sequence[Instance], made: Sequence[Prompt]) -> tuple[list[GenerationResult], int]:
-                """Answers to prompts; a prompt that the processor refuses costs no other its answer."""
+                """Answers to prompts; what cannot be shown costs no other document its answer."""
                 try:
+                    if isinstance(self._base, Wrapped) and as_sent:
+                        return self._base.answers(ours, self.cache_hook, edited=bool(vector.edits))
                     return self._base.generate(made, _settings(ours[0]), edited=bool(vector.edits))
-                except DocumentError as error:
-                    if len(made) == 1:
-                        unreadable[_document(ours[0])[0]] = str(error)
+                except (DocumentError, ValueError, *UNREADABLE) as error:
+                    # Our own base says which errors are of a document; a base of lmms-eval reads documents itself.
+                    if not isinstance(error, DocumentError) and (not as_sent or isinstance(error, MtvError)):
+                        raise
+                    if len(ours) == 1:
+                        unreadable[_document(ours[0])[0]] = error
                         return [GenerationResult("")], 0
-                parts = [generated([request], [prompt]) for request, prompt in zip(ours, made, strict=True)]
+                half = len(ours) // 2
+                parts = [generated(ours[part], made[part]) for part in (slice(half), slice(half, None))]
                 return [answer for answers, _ in parts for answer in answers], sum(tokens for _, tokens in parts)
 
             def answered(batch: Sequence[int]) -> tuple[list[GenerationResult], int]:
                 ours = [requests[position] for position in batch]
                 if isinstance(self._base, Wrapped):
                     self._base.share(self)
-                if isinstance(self._base, Wrapped) and as_sent:
-                    found = self._base.answers(ours, self.cache_hook, edited=bool(vector.edits))
+                if as_sent:
+                    found = generated(ours, ())
                 else:
                     pairs = [(request, shown(request)) for request in ours]
-                    able = [(request, prompt) for request, prompt in pairs if prompt is not None]
-                    given, tokens = generated(*zip(*able, strict=True)) if able else ([], 0)
+                    showing = [(request, prompt) for request, prompt in pairs if prompt is not None]
+                    given, tokens = generated(*zip(*showing, strict=True)) if showing else ([], 0)
                     answers_of = iter(given)
                     found = [GenerationResult("") if p is None else next(answers_of) for _, p in pairs], tokens
-                if vector.edits and not 0 < fired.count == watch.forwards:
+                able = any(_document(request)[0] not in unreadable for request in ours)
+                if vector.edits and (fired.count != watch.forwards or (able and not fired.count)):
                     raise HookError(
                         f"the edit ran in {fired.count} of {watch.forwards} forwards while the base generated, so that "
                         "answers are partly or wholly those of the plain model: pass decoder= with the module that its "
@@ -270,11 +281,13 @@ class Mtv(lmms):  # type: ignore[misc]
                             "generate_until", (request.args[0], _settings(request)), answer.text
                         )
                     answers[indices[position]] = answer
-        self._tell_of(unreadable, prompts.name, len(requests))
         counted = [answer.token_counts.output_tokens for answer in answers.values() if answer.token_counts is not None]
         made = [count for count in counted if count is not None]
         sums = [len(answers), input_tokens, len(made), sum(made), len(unreadable)]
         count, taken, told, written, lost = together.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+        if lost == count:
+            raise next(iter(unreadable.values()), DocumentError(f"no document of task {prompts.name} could be shown"))
+        self._tell_of(unreadable, prompts.name, len(requests))
         self._vectors.record[prompts.name]["evaluation"] = {
             "requests": int(count),
             "unreadable": int(lost),
@@ -287,14 +300,12 @@ class Mtv(lmms):  # type: ignore[misc]
         return answers
 
     @staticmethod
-    def _tell_of(unreadable: Mapping[int, str], task: str, total: int) -> None:
-        """Name documents that could not be shown. Raise :class:`DocumentError` if none could."""
+    def _tell_of(unreadable: Mapping[int, Exception], task: str, total: int) -> None:
+        """Name documents that could not be shown, where others could."""
         if not unreadable:
             return
-        if len(unreadable) == total:
-            raise DocumentError(next(iter(unreadable.values())))
         for number, reason in list(unreadable.items())[:_NAMED]:
-            logger.warning(f"document {number} of task {task} is answered with nothing: {reason}")
+            logger.warning(f"document {number} of task {task} is answered with nothing: {one_line(reason)}")
         logger.warning(
             f"{len(unreadable)} of {total} documents of task {task} could not be shown to the model and count as wrong "
             "in its score"
