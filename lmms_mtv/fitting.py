@@ -129,7 +129,8 @@ class FitSession(Generic[P]):
     a replay. ``ranks`` are the processes that fit together, each with a session of its own: prompts and edits are
     shared out among them, and all get the same results. All randomness comes from ``seed`` and the purpose it is drawn
     for, so that nothing depends on the order of calls, on ``batch_size`` or on ``ranks``. ``stages`` has the seconds
-    that each :meth:`stage` of the fit took so far.
+    that each :meth:`stage` of the fit took so far, ``remarks`` a line for each use of a training example that a larger
+    training split would have spared.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class FitSession(Generic[P]):
         self.shots = shots
         self.forwards = 0
         self.stages: dict[str, float] = {}
+        self.remarks: list[str] = []
         self._runner = runner
         self._examples = examples
         self._batch_size = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size.copy()
@@ -238,6 +240,10 @@ class FitSession(Generic[P]):
         used = {index for episode in unlike for index in (episode.query, *episode.demonstrations)}
         fresh = [index for index in range(total) if index not in used]
         asked = fresh if len(fresh) >= count else range(total)
+        if len(asked) < count:
+            self._remark(f"the {count} prompts for {purpose} ask {len(asked)} different queries")
+        if used and len(fresh) < count:
+            self._remark(f"the {count} queries for {purpose} are not kept apart from the examples of earlier stages")
         queries: list[int] = []
         while len(queries) < count:
             queries += rng.sample(asked, min(len(asked), count - len(queries)))
@@ -254,6 +260,11 @@ class FitSession(Generic[P]):
                 )
             made.append(Episode(query, tuple(rng.sample(others, shots))))
         return made
+
+    def _remark(self, reused: str) -> None:
+        line = f"the training split has {len(self._examples)} examples: {reused}"
+        if line not in self.remarks:
+            self.remarks.append(line)
 
     def redrawn(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
         """The queries of ``episodes``, each with ``shots`` random demonstrations instead of its own.

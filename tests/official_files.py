@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 WORDS = ("blee", "fram", "dosk", "tild", "wern", "plov", "guth", "sarn", "mipe", "jorl", "quab", "nurd")
-TASKS = ("vizwiz", "okvqa", "flowers", "cub", "dtd", "english_spanish", "antonyms")
+TASKS = ("vizwiz", "okvqa", "flowers", "cub", "dtd", "english_spanish", "antonyms", "words_capitalize")
 
 
 def picture(name: str) -> bytes:
@@ -58,6 +58,7 @@ def build(task: str, folder: Path) -> Path:
         "dtd": dtd,
         "english_spanish": lambda where: pairs(where / "english-spanish.json"),
         "antonyms": lambda where: pairs(where / "antonym.json", reverse=True),
+        "words_capitalize": lambda where: pairs(where / "capitalize.json"),
     }[task](folder)
     return folder
 

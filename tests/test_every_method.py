@@ -43,6 +43,7 @@ QUICK = {
     "clusters": 2,
     "judges": 2,
     "batch": 2,
+    "drop": 0.5,
 }
 """Settings that make a fit quick; each method is given those that it has."""
 
@@ -207,13 +208,13 @@ def test_a_foreign_model_is_refused(fitted):
 
 
 def test_the_settings_are_frozen_and_told(name):
-    config = methods.get(name).config
+    config, made = methods.get(name).config, methods.get(name).configure(quick(name))
     assert dataclasses.is_dataclass(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config().anything = 1
+        made.anything = 1
     told = "".join(kind.__doc__ for kind in config.__mro__[:-1])
     assert [field.name for field in dataclasses.fields(config) if f"``{field.name}``" not in told] == []
-    assert methods.get(name).configure(dataclasses.asdict(config())) == config()
+    assert methods.get(name).configure(dataclasses.asdict(made)) == made
 
 
 def test_the_module_says_what_it_stores_injects_trains_costs_and_where_it_is_from(name):

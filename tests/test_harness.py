@@ -535,8 +535,16 @@ class TestBadInput:
         )
 
     def test_a_declaration_that_no_method_knows(self, tmp_path):
-        folder = task_file(tmp_path, metadata={"version": 1.0, "mtv": {"demonstrations": "train", "stepz": 3}})
-        self.refused(ArgumentError, "declares stepz", "pretrained=tiny", "custom", include=folder)
+        """Settings are for a method by its name: those of one never become the defaults of another."""
+        wrong = {"mtv": {"stepz": 3}, "mvt": {"steps": 3}, "steps": 3}
+        for number, (name, value) in enumerate(wrong.items()):
+            declared = {"version": 1.0, "mtv": {"demonstrations": "train", name: value}}
+            folder = task_file(tmp_path / str(number), metadata=declared)
+            told = "'stepz'. Did you mean 'steps'" if name == "mtv" else f"declares {name}.*expected a method and its"
+            self.refused(ArgumentError, told, "pretrained=tiny", "custom", include=folder)
+
+    def test_a_control_that_is_no_control(self):
+        self.refused(ArgumentError, "is MTV itself, no control", "pretrained=tiny,method=degraded", "shapes_color_en")
 
     def test_a_target_that_names_no_column(self, tmp_path):
         """The harness would answer every demonstration with the name itself."""

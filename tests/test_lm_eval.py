@@ -24,7 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmms_mtv import Edit, Episode, TaskVector, VectorCard, data, find_sites
+from lmms_mtv import Edit, Episode, TaskVector, VectorCard, data, find_sites, methods
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, GeometryError, HookError, LeakageError
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.checkpoint import name_of, revision_of
@@ -534,7 +534,7 @@ class TestFits:
         assert lm._record["own_arc"]["prompt"] != plain._record["own_arc"]["prompt"]
 
     def test_the_tasks_own_settings_are_used_and_arguments_win(self, text_model, tmp_path):
-        declared = {"version": 1, "mtv": {"demonstrations": "train", "iterations": 3, "steps": 4}}
+        declared = {"version": 1, "mtv": {"demonstrations": "train", "mtv": {"iterations": 3, "steps": 4}}}
         folder = task_file(tmp_path, "arc", metadata=declared, training_split=None, fewshot_split=None)
         lm, _ = run(text_model, folder, ["arc"], **(SHORT | {"steps": 5}))
         settings = lm._record["own_arc"]["settings"]
@@ -543,6 +543,16 @@ class TestFits:
             text_model, folder, ["arc"], **{key: SHORT[key] for key in SHORT if key not in ("steps", "iterations")}
         )
         assert lm._record["own_arc"]["settings"]["steps"] == 4
+        assert lm._record["own_arc"]["declared"] == {"iterations": 3, "steps": 4}
+
+    def test_settings_of_one_method_are_no_defaults_of_another(self, text_model, tmp_path):
+        declared = {"version": 1, "mtv": {"mtv": {"iterations": 3, "steps": 4}, "icv": {"strength": 0.2}}}
+        folder = task_file(tmp_path, "arc", metadata=declared)
+        quick = {"examples": 4, "candidate_examples": 2, "candidates": 2, "samples": 2, "fit_shots": 1, "reuse": False}
+        for name, expected in {"icv": {"iterations": 100, "strength": 0.2}, "random": {"iterations": 3}}.items():
+            settings = {k: v for k, v in quick.items() if k in (*methods.get(name).settings(), "reuse")}
+            lm, _ = run(text_model, folder, ["arc"], method=name, **settings)
+            assert expected.items() <= lm._record["own_arc"]["settings"].items(), name
 
     def test_caches_keep_working_and_never_mix_tasks(self, text_model, folder, tmp_path):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
@@ -569,7 +579,7 @@ class TestFits:
 class TestTextTasks:
     """The project's own text tasks, on small data in the official layout."""
 
-    NAMES = ("english_spanish", "english_spanish_colon", "antonyms", "antonyms_colon")
+    NAMES = ("english_spanish", "english_spanish_colon", "antonyms", "antonyms_colon", "words_capitalize")
 
     @pytest.fixture(autouse=True)
     def _small_data(self, prepared_data, monkeypatch):

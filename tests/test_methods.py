@@ -168,10 +168,11 @@ def test_none_edits_nothing():
     assert none.fit(session(zoo.build(zoo.llama)), none.Config()).edits == {}
 
 
-def test_defaults_are_those_of_the_authors_code():
+def test_defaults_are_those_of_the_authors_code_but_for_the_loss():
+    """Theirs is on the first token: an answer of several tokens then does not end."""
     config = mtv.Config()
     assert (config.iterations, config.fit_shots, config.steps, config.samples) == (100, 4, 600, 32)
-    assert (config.lr, config.initial_logit, config.examples, config.loss) == (0.1, -1.0, 100, "first")
+    assert (config.lr, config.initial_logit, config.examples, config.loss) == (0.1, -1.0, 100, "all")
     assert (config.candidates, config.candidate_examples) == (10, 50)
 
 

@@ -113,7 +113,7 @@ def test_shuffled_answers_are_those_of_the_same_demonstrations():
 @pytest.mark.parametrize("architecture", BOTH)
 def test_a_task_vector_is_the_recorded_state_of_a_few_shot_prompt(architecture):
     tiny = zoo.build(architecture)
-    found = fitted("task_vector", tiny)
+    found = fitted("task_vector", tiny, loss="first")
     used = session(tiny)
     (prompt,) = used.episodes(1, 3, "values")
     edit = found.edits[RESIDUAL]

@@ -15,16 +15,17 @@ import checkpoints
 import golden
 import official_files
 import pytest
+import yaml
 from evaluations import task_manager
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 
-from lmms_mtv import TaskVector, data
+from lmms_mtv import TaskVector, cli, data
 from lmms_mtv.errors import DataError
 from lmms_mtv.fitting import Episode
 from lmms_mtv.harness.hf import Hf, HfConfig
-from lmms_mtv.harness.paths import tasks_folder
+from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.harness.task import TaskPrompts
 
 FOLDERS = ("vqa", "episodes", "words")
@@ -216,6 +217,8 @@ class TestScores:
             assert episode({"answer": "B"}, [text]) == {"exact_match": expected}
         for text, expected in ((" Perra", 1.0), ("perra \n\nQ: cat\nA: gata", 1.0), ("la perra", 0.0), ("", 0.0)):
             assert word({"output": "perra"}, [text]) == {"exact_match": expected}
+        assert utils("words").score_cased({"output": "Perra"}, [" Perra\nQ:"]) == {"exact_match": 1.0}
+        assert utils("words").score_cased({"output": "Perra"}, ["perra"]) == {"exact_match": 0.0}
         assert utils("words").score_colon({"output": "perra"}, ["perra, cat:gata"]) == {"exact_match": 1.0}
         assert utils("words").score_colon({"output": "perra"}, ["gata, perra"]) == {"exact_match": 0.0}
 
@@ -280,7 +283,7 @@ def test_every_task_runs_with_a_chat_model_of_lmms_eval(tmp_path):
         answers = [str(json.loads(line)["filtered_resps"]) for line in path.read_text().splitlines()]
         assert all(answers), path.name
         # The tiny model knows none of the made-up words, but it does see.
-        text = path.name.endswith(("_english_spanish.jsonl", "_antonyms.jsonl"))
+        text = path.name.endswith(("_english_spanish.jsonl", "_antonyms.jsonl", "_words_capitalize.jsonl"))
         assert text or len(set(answers)) > 1, path.name
 
 
@@ -359,3 +362,33 @@ def test_an_evaluation_that_fails_keeps_the_fitted_vector(prepared_data, tmp_pat
     assert json.loads(stored.read_text())["tasks"]["vizwiz"]["evaluation"]["unreadable"] == 1
     (saved,) = (tmp_path / "out").rglob("vector.safetensors")
     assert TaskVector.load(saved).card.task == "vizwiz"
+
+
+class TestWords:
+    """The twenty files of word pairs: one data set and one task in each harness for each of them."""
+
+    NAMES = tuple(source.task for source in data.words.SOURCES)
+
+    def test_each_is_a_task_of_both_harnesses_and_of_the_group(self):
+        files = {path.stem for path in (tasks_folder() / "words").glob("*.yaml")} - {"words"}
+        of_lm_eval = {path.stem for path in (tasks_folder() / LM_EVAL).glob("*.yaml")}
+        colon = {"english_spanish_colon", "antonyms_colon"}
+        assert files == of_lm_eval == {*self.NAMES, *colon}
+        group = yaml.safe_load((tasks_folder() / "words" / "words.yaml").read_text())
+        assert sorted(group["task"]) == sorted(self.NAMES)
+
+    def test_each_is_prepared_and_loaded_by_its_name(self, tmp_path, monkeypatch, capsys):
+        """A row that two tasks share would be the data of one of them under the name of the other."""
+        source = tmp_path / "official"
+        source.mkdir()
+        for name, file in data.words._FILES.items():
+            pairs = [{"input": f"{name} {number}", "output": f"answer {number}"} for number in range(20)]
+            (source / file.name).write_text(json.dumps(pairs))
+        cli.main(["prepare", "words", "--source", str(source), "--output", str(tmp_path / "data"), "--partial"])
+        assert capsys.readouterr().out.count("14 train, 1 validation, 5 test") == len(self.NAMES) == 20
+        monkeypatch.setenv(data.FOLDER, str(tmp_path / "data"))
+        tasks = get_task_dict(list(self.NAMES), task_manager(), "chat")
+        for name, task in tasks.items():
+            assert all(doc["input"].startswith(f"{name} ") for doc in task.test_docs())
+            assert task.config.process_results.__name__ == ("score_cased" if "capitalize" in name else "score")
+            assert task.config.metadata["mtv"] == {"demonstrations": "train"}

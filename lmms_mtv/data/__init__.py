@@ -18,9 +18,21 @@ from lmms_mtv.data.prepared import prepare
 from lmms_mtv.data.source import FOLDER, Source, mended_by
 from lmms_mtv.errors import DataError, DocumentError, MtvError, unknown
 
-__all__ = ["FOLDER", "SOURCES", "Official", "documents", "image", "prepare", "source"]
+__all__ = ["FOLDER", "SOURCES", "Official", "documents", "image", "prepare", "source", "sources"]
 
 SOURCES: dict[str, Source] = {source.task: source for source in (*vqa.SOURCES, *episodes.SOURCES, *words.SOURCES)}
+
+
+GROUPS: dict[str, list[Source]] = {"words": list(words.SOURCES)}
+"""Tasks that are prepared together."""
+
+
+def sources(name: str) -> list[Source]:
+    """Return where the data of a task come from, or of all tasks of a group.
+
+    Raises :class:`ArgumentError` if there is no such task or group.
+    """
+    return GROUPS[name] if name in GROUPS else [source(name)]
 
 
 def source(task: str) -> Source:

@@ -6,9 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from loguru import logger
+from transformers.utils import cached_file
+
+from lmms_mtv.harness import gguf
 
 LOCAL: Final = "local/"
 """Beginning of the name of a model that is a folder. Its digest follows."""
@@ -28,21 +31,45 @@ _NO_MATTER: Final = ("transformers_version", "name_or_path", "_name_or_path")
 _LONG, _PART = 10**9, 1 << 23
 
 
-def revision_of(source: str, commit: str | None, gguf_file: str | None = None) -> str | None:
+class Identity(NamedTuple):
+    """The name of a model, its revision, and the digest of its text files (see :func:`text_files_of`)."""
+
+    name: str
+    revision: str | None
+    text_files: str | None
+
+
+def identity(source: str, commit: str | None, gguf_file: str | None = None) -> Identity:
+    """Return which model was loaded.
+
+    Args:
+        source: a folder, or a name on the hub.
+        commit: the commit of the hub that was loaded, if one was.
+        gguf_file: the GGUF file in ``source`` that was loaded. The file has weights and tokenizer, and counts alone.
+    """
+    if gguf_file is None:
+        revision = revision_of(source, commit)
+        return Identity(name_of(source, revision), revision, text_files_of(source))
+    local = Path(source).is_dir()
+    path = Path(source, gguf_file) if local else cached_file(source, gguf_file, revision=commit)
+    digest = gguf.digest(Path(str(path)))
+    named = gguf.packaged_name(digest) or (LOCAL + digest[:16] if local else source)
+    return Identity(named, f"sha256:{digest[:16]}", None)
+
+
+def revision_of(source: str, commit: str | None) -> str | None:
     """Return the commit on the hub; of a folder, a digest of its configuration and of its weights.
 
     Args:
         source: a folder, or a name on the hub.
         commit: the commit of the hub that was loaded, if one was.
-        gguf_file: the file in ``source`` that holds the weights, instead of all others.
 
     All weights are read. None if ``source`` is no folder and there is no commit.
     """
     folder = Path(source)
     if commit is not None or not folder.is_dir():
         return commit
-    patterns = _WEIGHTS if gguf_file is None else (gguf_file,)
-    weights = (path for pattern in patterns for path in folder.glob(pattern))
+    weights = (path for pattern in _WEIGHTS for path in folder.glob(pattern))
     return _digest(sorted(path for path in [folder / "config.json", *weights] if path.is_file()), folder)
 
 

@@ -13,6 +13,8 @@ from lmms_mtv.harness.failure import reported
 def documents(named: Dataset) -> Dataset:
     """The rows that ``named`` stands for: one row with the name of the data, in a split of the wanted name.
 
+    Where a task has a ``dataset_name``, that is the name of the data: tasks with one name each share a stand-in.
+
     A task names such a stand-in as its data set and this function as its ``process_docs``, which the harness calls
     for the splits that it needs: a split that nothing needs is not loaded. The rows keep the name, in ``data``.
 
@@ -24,5 +26,6 @@ def documents(named: Dataset) -> Dataset:
             "data was expected: this task takes its demonstrations from its own data, leave out PATH of demonstrations="
         )
     (row,) = named
-    found = data.documents(row["data"], str(named.split))
-    return found.add_column("data", [row["data"]] * len(found))
+    name = str(row["data"] if named.info.config_name in (None, "default") else named.info.config_name)
+    found = data.documents(name, str(named.split))
+    return found.add_column("data", [name] * len(found))

@@ -26,8 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from lmms_mtv.batches import AUTO, BatchSize
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, MtvError, unknown
+from lmms_mtv.harness import gguf
 from lmms_mtv.harness import prompts as writing
-from lmms_mtv.harness.checkpoint import adapter_of, name_of, revision_of, text_files_of
+from lmms_mtv.harness.checkpoint import adapter_of, identity
 from lmms_mtv.harness.prompts import Message, Prompt, Reply
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.shapes import CHECKPOINT
@@ -52,7 +53,9 @@ _OF_TASKS: Final = ("until", "max_new_tokens", "max_gen_toks", "do_sample", "ima
 class HfConfig:
     """Arguments of the base.
 
-    ``pretrained``: name on the hub, folder, or ``tiny``; ``revision``: of the hub. ``peft``: an adapter of PEFT that is
+    ``pretrained``: name on the hub, folder, GGUF file, ``tiny``, or the name of a small model that an extra of this
+    package installs (``smollm2``, ``gemma3-270m``); ``gguf_file``: the name of a GGUF file in the folder or on the hub,
+    whose weights are made whole again; ``revision``: of the hub. ``peft``: an adapter of PEFT that is
     put on the model, a folder or a name on the hub. ``device``: default is the GPU if there is one, with several
     processes each its own; ``device_map``: passed to transformers, to spread a model over
     devices. ``dtype``: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. ``prompt_style``:
@@ -70,6 +73,7 @@ class HfConfig:
     """
 
     pretrained: str = "HuggingFaceM4/idefics2-8b"
+    gguf_file: str | None = None
     peft: str | None = None
     revision: str | None = None
     device: str | None = None
@@ -118,8 +122,12 @@ class Hf:
         self.config = config
         automatic = config.batch_size == "auto"
         self.batch_size = BatchSize(AUTO if automatic else int(config.batch_size), automatic)
-        source = str(CHECKPOINT) if config.pretrained == TINY else config.pretrained
+        source, file = gguf.located(
+            str(CHECKPOINT) if config.pretrained == TINY else config.pretrained, config.gguf_file
+        )
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        if file is not None:
+            options["gguf_file"] = file
         try:
             settings = AutoConfig.from_pretrained(source, **options)
             multimodal = type(settings) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -133,6 +141,8 @@ class Hf:
                 dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
                 attn_implementation=config.attn_implementation,
                 device_map=config.device_map,
+                # A GGUF file is read once less.
+                **({} if file is None else {"config": settings}),
                 **options,
             )
         except MtvError:
@@ -161,9 +171,10 @@ class Hf:
         self._multimodal = multimodal
         self._warned: set[str] = set()
         # A branch or a tag moves, the commit it stood for does not.
-        self.revision = revision_of(source, getattr(settings, "_commit_hash", None)) or config.revision
-        self.name = "lmms-mtv/tiny" if config.pretrained == TINY else name_of(source, self.revision)
-        self._text_files = None if config.pretrained == TINY else text_files_of(source)
+        self.name, self.revision, self._text_files = identity(source, getattr(settings, "_commit_hash", None), file)
+        self.revision = self.revision or config.revision
+        if config.pretrained == TINY:
+            self.name, self._text_files = "lmms-mtv/tiny", None
         self._adapter = None if config.peft is None else adapter_of(config.peft)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
@@ -348,8 +359,8 @@ class Hf:
         return ids
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+def one_line(error: Exception, limit: int = 400) -> str:
+    return " ".join(str(error).split())[:limit]
 
 
 def _device(name: str | None) -> torch.device:

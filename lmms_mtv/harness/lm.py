@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lmms_mtv.batches import BatchSize
 from lmms_mtv.errors import ArgumentError, ContextLengthError, HookError
-from lmms_mtv.harness import record
+from lmms_mtv.harness import gguf, record
 from lmms_mtv.harness.arguments import Arguments, as_written, checked, divide, names
-from lmms_mtv.harness.checkpoint import adapter_of, name_of, revision_of, text_files_of
+from lmms_mtv.harness.checkpoint import adapter_of, identity, text_files_of
 from lmms_mtv.harness.hf import GREEDY, attention_of, one_line
 from lmms_mtv.harness.lm_evaluation import Evaluation, current
 from lmms_mtv.harness.lm_task import LmPrompt, LmPrompts, Turns
@@ -64,7 +64,7 @@ _LOADING: Final = (
 # Arguments of hf that change neither tokens nor what is computed of them, or that a card has elsewhere: the weights,
 # the precision, the adapter, and what shapes the text of a prompt. All others are part of a recipe.
 _NOT_COMPUTING: Final = (
-    *("pretrained", "revision", "dtype", "peft", "delta", "tokenizer", "attn_implementation"),
+    *("pretrained", "gguf_file", "revision", "dtype", "peft", "delta", "tokenizer", "attn_implementation"),
     *("device", "device_map", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan"),
     *("batch_size", "max_batch_size", "logits_cache", "softmax_dtype", "truncation", "trust_remote_code", "backend"),
     *("think_end_token", "enable_thinking", "chat_template_args"),
@@ -111,6 +111,9 @@ class Mtv(HFLM):  # type: ignore[misc]
         self._arguments, method, settings, for_base = divided(given)
         checked(self._arguments)
         self._plain = self._arguments.vector is None and method.name == "none"
+        source, file = gguf.located(str(for_base["pretrained"]), for_base.get("gguf_file"))
+        if file is not None:
+            for_base |= {"pretrained": source, "gguf_file": file}
         self.given = for_base
         self._evaluation = evaluation
         try:
@@ -314,12 +317,13 @@ class _Runner:
         self._lm = lm
         self.model: torch.nn.Module = unwrapped(lm.model)
         source = lm.pretrained if isinstance(lm.pretrained, str) else lm.model.name_or_path
-        self.revision = revision_of(source, getattr(lm.config, "_commit_hash", None), lm.given.get("gguf_file"))
+        commit = getattr(lm.config, "_commit_hash", None)
+        name, self.revision, text_files = identity(source, commit, lm.given.get("gguf_file"))
         adapter = adapter_of(lm.peft) if lm.peft else None
-        self.name = "+".join(filter(None, (name_of(source, self.revision), lm.delta, adapter)))
+        self.name = "+".join(filter(None, (name, lm.delta, adapter)))
         self.dtype = str(lm.model.dtype).removeprefix("torch.")
         self.device: torch.device = lm.device
-        self.recipe = _recipe(lm, source)
+        self.recipe = _recipe(lm, text_files)
         # An automatic batch size is one of evaluation; activations do not depend on it.
         self.batch_size = BatchSize(lm.batch_size if isinstance(lm.batch_size, int) else 1)
 
@@ -403,14 +407,15 @@ class _Runner:
         return before, lm.tok_encode(answer, add_special_tokens=False)
 
 
-def _recipe(lm: Mtv, source: str) -> dict[str, Any]:
+def _recipe(lm: Mtv, files: str | None) -> dict[str, Any]:
     """What changes tokens or what is computed of them, where it is not the default of lm-eval's ``hf``."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(HFLM).parameters.items()}
     given = {name: value for name, value in lm.given.items() if name not in _NOT_COMPUTING}
     found = {name: value for name, value in given.items() if value is not None and value != defaults.get(name)}
     found |= attention_of(lm.model)
     tokenizer = lm.given.get("tokenizer")
-    files = text_files_of(source if tokenizer is None else str(tokenizer))
+    if tokenizer is not None:
+        files = text_files_of(str(tokenizer))
     if tokenizer is not None or files is not None:
         found["files"] = files or str(tokenizer)
     return found

@@ -35,6 +35,9 @@ from lmms_mtv.memory import peak
 from lmms_mtv.methods import Method
 from lmms_mtv.vector import TaskVector
 
+_LONG_ENOUGH: Final = 4
+"""Tokens that an answer may have at least, where one that is cut off is a sign."""
+
 _NAMED: Final = 5
 """Documents that could not be shown, named one by one in the log."""
 
@@ -283,14 +286,22 @@ class Mtv(lmms):  # type: ignore[misc]
                     answers[indices[position]] = answer
         counted = [answer.token_counts.output_tokens for answer in answers.values() if answer.token_counts is not None]
         made = [count for count in counted if count is not None]
-        sums = [len(answers), input_tokens, len(made), sum(made), len(unreadable)]
-        count, taken, told, written, lost = together.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+        limit = int(_settings(requests[0]).get("max_new_tokens") or _settings(requests[0]).get("max_gen_toks") or 0)
+        cut = sum(count >= limit for count in made) if limit else 0
+        sums = [len(answers), input_tokens, len(made), sum(made), len(unreadable), cut]
+        count, taken, told, written, lost, endless = together.total(torch.tensor(sums, dtype=torch.float64)).tolist()
         if lost == count:
             raise next(iter(unreadable.values()), DocumentError(f"no document of task {prompts.name} could be shown"))
         self._tell_of(unreadable, prompts.name, len(requests))
+        if vector.edits and limit >= _LONG_ENOUGH and endless > told / 2 and self.rank == 0:
+            logger.warning(
+                f"{int(endless)} of {int(told)} answers to task {prompts.name} reach max_new_tokens={limit}: a vector "
+                "that did not learn where an answer ends runs on (fit it with loss=all, or with another method=)"
+            )
         self._vectors.record[prompts.name]["evaluation"] = {
             "requests": int(count),
             "unreadable": int(lost),
+            "cut_off": int(endless),
             "seconds": time.perf_counter() - began,
             "input_tokens": taken / count,
             "image_tokens": watch.images / watch.prompts if watch.images is not None and watch.prompts else None,
@@ -305,7 +316,7 @@ class Mtv(lmms):  # type: ignore[misc]
         if not unreadable:
             return
         for number, reason in list(unreadable.items())[:_NAMED]:
-            logger.warning(f"document {number} of task {task} is answered with nothing: {one_line(reason)}")
+            logger.warning(f"document {number} of task {task} is answered with nothing: {one_line(reason, 2000)}")
         logger.warning(
             f"{len(unreadable)} of {total} documents of task {task} could not be shown to the model and count as wrong "
             "in its score"

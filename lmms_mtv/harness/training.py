@@ -50,14 +50,25 @@ class Training:
         found = metadata.get("mtv", {}) if isinstance(metadata, Mapping) else {}
         return dict(found)
 
-    def settings(self, known: Sequence[str]) -> dict[str, Any]:
-        """The method settings the task declares. Raises :class:`ArgumentError` if one is unknown to every method."""
+    def settings(self, known: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the settings that the task declares, by the name of the method that they are for.
+
+        Raises :class:`ArgumentError` if a name is none of the methods in ``known``.
+        """
         declared = {name: value for name, value in self.declared.items() if name != "demonstrations"}
-        if other := sorted(declared.keys() - set(known)):
-            raise ArgumentError(
-                f"task {self.name} declares {', '.join(other)} under metadata: mtv: which no method knows"
-            )
-        return declared
+        for name, value in declared.items():
+            if name not in known or not isinstance(value, Mapping):
+                raise ArgumentError(
+                    f"task {self.name} declares {name}: {value} under metadata: mtv:, expected a method and its "
+                    f"settings, such as mtv: {{fit_shots: 16}} (methods: {', '.join(known)})"
+                )
+        return {name: dict(value) for name, value in declared.items()}
+
+    @property
+    def stops(self) -> list[str]:
+        """Where the task says that an answer ends (``until``)."""
+        until = (getattr(self._task.config, "generation_kwargs", None) or {}).get("until") or ()
+        return [until] if isinstance(until, str) else [str(stop) for stop in until]
 
     @property
     def split(self) -> str:

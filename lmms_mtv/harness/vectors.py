@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import time
@@ -15,7 +14,7 @@ import torch
 
 from lmms_mtv import methods
 from lmms_mtv.batches import BatchSize
-from lmms_mtv.errors import ArgumentError, MethodError
+from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
@@ -173,19 +172,24 @@ class Vectors(Generic[P]):
                 )
             source = str(self._arguments.vector)
             self.record[name] = record.of_task(self._loaded, source, self._arguments.seed, shots, reused=True)
+            self.record[name] |= {"declared": {}, "remarks": []}
             self.made[name] = self._loaded
             return self._loaded
         config = self._config(prompts.training)
+        declared = {k: v for k, v in self._declared(prompts.training).items() if k not in self._settings}
+        if declared and self._leads:
+            named = ", ".join(f"{key}={value}" for key, value in declared.items())
+            self._logger.info(f"task {name} declares {named} for method {self._method.name}: arguments win")
         recipe = self._recipe(prompts, shots, config)
         vector = self._kept(recipe)
-        reused = vector is not None
+        reused, remarks = vector is not None, list[str]()
         if vector is None:
             with self._ranks().together():
                 if self._method.settings() and self._leads:
                     self._library.check_writable()
                     if folder is not None and (reason := record.unwritable(folder)) is not None:
                         self._logger.warning(f"{reason}; the fitted vector will be in the library alone")
-            vector = self._fit(prompts, config, recipe)
+            vector, remarks = self._fit(prompts, config, recipe)
         source = "nothing to fit"
         if vector.edits:
             source = str(self._library.folder(vector.card))
@@ -195,6 +199,7 @@ class Vectors(Generic[P]):
             if folder is not None and self._leads and record.unwritable(folder) is None:
                 source = str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
         self.record[name] = record.of_task(vector, source, self._arguments.seed, shots, reused)
+        self.record[name] |= {"declared": declared, "remarks": remarks}
         self.made[name] = vector
         return vector
 
@@ -204,22 +209,27 @@ class Vectors(Generic[P]):
 
     def _config(self, training: Training) -> Any:
         """The method's settings: given ones, then those that the task declares, then its own."""
-        declared = training.settings(self._declarable)
-        settings = {name: declared[name] for name in self._method.settings() if name in declared}
-        settings |= self._settings
+        declared = self._declared(training)
+        settings = {**declared, **self._settings}
         if self._heads is not None:
             settings[HEADS] = self._heads.heads
         return self._method.configure(settings)
 
-    @functools.cached_property
-    def _declarable(self) -> list[str]:
-        """The settings of all methods: what a task may declare, whichever method is used."""
+    def _declared(self, training: Training) -> dict[str, Any]:
+        """Return the settings that the task declares for this method, or for the method that this one is a control of.
 
-        def report(error: MethodError) -> None:
-            # The method that is used is loaded already: one that nobody asked for stops nothing.
-            self._logger.warning(f"{error}; settings of it that a task declares are unknown")
+        A control has the settings class of its method, or one derived from it.
+        """
+        found: dict[str, Any] = {}
+        for name, settings in training.settings(methods.names()).items():
+            if name == self._method.name or self._is_control_of(name):
+                # A wrong name or value is an error, whichever method is used.
+                methods.get(name).configure(settings)
+                found |= settings
+        return found
 
-        return methods.settings(report)
+    def _is_control_of(self, name: str) -> bool:
+        return issubclass(self._method.config, methods.get(name).config)
 
     def _recipe(self, prompts: Prompts[P], shots: int, config: Any) -> VectorCard:
         """The card of a vector before it is fitted."""
@@ -257,7 +267,8 @@ class Vectors(Generic[P]):
                 self._logger.warning(f"vector {found.id} was fitted with {listed}: pass reuse=False to fit it again")
         return found
 
-    def _fit(self, prompts: Prompts[P], config: Any, recipe: VectorCard) -> TaskVector:
+    def _fit(self, prompts: Prompts[P], config: Any, recipe: VectorCard) -> tuple[TaskVector, list[str]]:
+        """Return the fitted vector, and what the session remarks of the training split."""
         began = time.perf_counter()
         session = FitSession[P](
             self._model,
@@ -284,9 +295,11 @@ class Vectors(Generic[P]):
             accuracy=self._tried(session, prompts, config, fitted.edits),
         )
         vector = TaskVector(dict(fitted.edits), card)
+        for line in session.remarks if self._leads else ():
+            self._logger.warning(f"{prompts.training.name}: {line}")
         if self._method.settings() and self._leads:
             self._logger.info(_summary(vector, session))
-        return vector
+        return vector, session.remarks
 
     def _tried(
         self, session: FitSession[P], prompts: Prompts[P], config: Any, edits: Mapping[str, Edit]
@@ -305,11 +318,18 @@ class Vectors(Generic[P]):
         targets = [str(getattr(prompt, "target", "")).strip() for prompt in made]
         limit = max(map(len, tokens)) + max(map(len, leads)) + _MORE
 
+        stops = prompts.training.stops
+
+        def cut(reply: Reply) -> Reply:
+            """Cut an answer where the task does."""
+            ends = [place for stop in stops if (place := reply.text.find(stop)) >= 0]
+            return Reply(reply.text[: min(ends)], True) if ends else reply
+
         def right(edited: bool) -> tuple[float, float] | None:
             """The share of right answers, and of those that did not end."""
             size = self._model.batch_size.copy()
             parts = size.over(made, lambda batch: self._model.answered(batch, limit, edited))
-            replies = [reply for _, found in parts for reply in found]
+            replies = [cut(reply) for _, found in parts for reply in found]
             if len(replies) < len(targets):
                 return None
             count = len(replies)

@@ -22,15 +22,19 @@ _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{16}", re.DOTALL)
 
 def default_root() -> Path:
     """The folder that ``LMMS_MTV_LIBRARY`` names, else ``lmms-mtv/library`` in the user's cache."""
-    if given := os.environ.get(VARIABLE):
-        return Path(given)
+    given = os.environ.get(VARIABLE)
+    return Path(given) if given else user_cache() / "library"
+
+
+def user_cache() -> Path:
+    """Return the folder of this package in the user's cache, where ``~`` is not yet expanded."""
     if sys.platform == "darwin":
         cache = Path("~/Library/Caches")
     elif sys.platform == "win32":
         cache = Path(os.environ.get("LOCALAPPDATA") or "~/AppData/Local")
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return cache / "lmms-mtv" / "library"
+    return cache / "lmms-mtv"
 
 
 def folder_name(name: str) -> str:

@@ -80,20 +80,6 @@ def get(name: str) -> Method:
     return _get(name, _points())
 
 
-def settings(report: Callable[[MethodError], None]) -> list[str]:
-    """The names of the settings of all methods; of those that cannot be used ``report`` gets the error."""
-    points = _points()
-
-    def of(name: str) -> tuple[str, ...]:
-        try:
-            return _get(name, points).settings()
-        except MethodError as error:
-            report(error)
-            return ()
-
-    return sorted({setting for name in _names(points) for setting in of(name)})
-
-
 def _names(points: _Points) -> list[str]:
     return [*_FIRST, *sorted((_own() | points.keys()) - set(_FIRST))]
 

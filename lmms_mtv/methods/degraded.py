@@ -28,6 +28,8 @@ class Config(mtv.Config):
         super().__post_init__()
         if not 0 <= self.drop <= 1 or self.add < 0:
             raise ArgumentError(f"drop={self.drop}, add={self.add}: expected drop in [0, 1] and add of at least 0")
+        if not (self.drop or self.add):
+            raise ArgumentError("method=degraded with drop=0 and add=0 is MTV itself, no control: pass drop= or add=")
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:

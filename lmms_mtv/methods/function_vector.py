@@ -47,7 +47,7 @@ class Config:
     corrupted: Literal["shuffled", "bare"] = "shuffled"
     top: int = 10
     examples: int = 32
-    loss: Tokens = "first"
+    loss: Tokens = "all"
 
     def __post_init__(self) -> None:
         for name in ("iterations", "effect_examples", "top", "examples"):

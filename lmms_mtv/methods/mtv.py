@@ -55,7 +55,7 @@ class Config:
     lr: float = 0.1
     initial_logit: float = -1.0
     examples: int = 100
-    loss: Tokens = "first"
+    loss: Tokens = "all"
     candidates: int = 10
     candidate_examples: int = 50
     floor: float = 0.0

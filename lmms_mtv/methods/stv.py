@@ -51,7 +51,7 @@ class Config:
     lr: float = 0.1
     examples: int = 100
     candidate_examples: int = 50
-    loss: Tokens = "first"
+    loss: Tokens = "all"
 
     def __post_init__(self) -> None:
         for name in ("iterations", "fit_shots", "top", "clusters", "examples", "candidate_examples"):

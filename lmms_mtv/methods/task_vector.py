@@ -32,7 +32,7 @@ class Config:
     iterations: int = 1
     fit_shots: int = 4
     examples: int = 32
-    loss: Tokens = "first"
+    loss: Tokens = "all"
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.examples < 1 or self.fit_shots < 0:

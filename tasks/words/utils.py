@@ -17,6 +17,11 @@ def score(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     return {"exact_match": float(results[0].strip().split("\n")[0].strip().lower() == doc["output"].strip().lower())}
 
 
+def score_cased(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """Return whether the first line of the answer is the other word, in the same case."""
+    return {"exact_match": float(results[0].strip().split("\n")[0].strip() == doc["output"].strip())}
+
+
 def score_colon(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     """The same for an answer that a comma ends."""
     return score(doc, [results[0].split(",")[0]])
