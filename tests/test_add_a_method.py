@@ -164,7 +164,8 @@ def test_a_broken_package_is_one_line_that_names_it_and_what_is_missing(kind, be
 
 def test_a_broken_package_stops_no_other_method(beside, tmp_path):
     beside(package(tmp_path / "site", "aimless", "others_aimless", CONFIG))
-    include = str(task_file(tmp_path / "task", "custom"))
+    declared = {"demonstrations": "train", "mtv": {"iterations": 3}, "aimless": {"strength": 0.5}}
+    include = str(task_file(tmp_path / "task", "custom", metadata={"version": 1.0, "mtv": declared}))
     manager = TaskManager("ERROR", include_path=include, include_defaults=False, model_name="mtv")
     task = manager.load_task_or_group(["custom"], task_type="chat")["custom"]
     said: list[str] = []

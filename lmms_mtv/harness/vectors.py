@@ -14,7 +14,7 @@ import torch
 
 from lmms_mtv import methods
 from lmms_mtv.batches import BatchSize
-from lmms_mtv.errors import ArgumentError
+from lmms_mtv.errors import ArgumentError, MethodError
 from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
@@ -175,8 +175,8 @@ class Vectors(Generic[P]):
             self.record[name] |= {"declared": {}, "remarks": []}
             self.made[name] = self._loaded
             return self._loaded
-        config = self._config(prompts.training)
         declared = {k: v for k, v in self._declared(prompts.training).items() if k not in self._settings}
+        config = self._config(declared)
         if declared and self._leads:
             named = ", ".join(f"{key}={value}" for key, value in declared.items())
             self._logger.info(f"task {name} declares {named} for method {self._method.name}: arguments win")
@@ -207,9 +207,8 @@ class Vectors(Generic[P]):
     def _leads(self) -> bool:
         return not self._quiet and self._ranks().rank == 0
 
-    def _config(self, training: Training) -> Any:
+    def _config(self, declared: Mapping[str, Any]) -> Any:
         """The method's settings: given ones, then those that the task declares, then its own."""
-        declared = self._declared(training)
         settings = {**declared, **self._settings}
         if self._heads is not None:
             settings[HEADS] = self._heads.heads
@@ -229,7 +228,12 @@ class Vectors(Generic[P]):
         return found
 
     def _is_control_of(self, name: str) -> bool:
-        return issubclass(self._method.config, methods.get(name).config)
+        try:
+            return issubclass(self._method.config, methods.get(name).config)
+        except MethodError as error:
+            # The method that is used is loaded already: one that nobody asked for stops nothing.
+            self._logger.warning(f"{error}; the task declares settings for it")
+            return False
 
     def _recipe(self, prompts: Prompts[P], shots: int, config: Any) -> VectorCard:
         """The card of a vector before it is fitted."""
