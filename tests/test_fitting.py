@@ -544,6 +544,22 @@ def test_gradients_leave_the_model_as_it_was():
     assert [parameter.requires_grad for parameter in tiny.model.parameters()] == learning
 
 
+def test_a_training_split_that_is_too_small_is_told():
+    """Queries that come twice, and those that judge but were not kept apart."""
+    enough = session(zoo.build(zoo.llama))
+    enough.episodes(10, 0, "judges", unlike=enough.episodes(5, 3, "values"))
+    assert enough.remarks == []
+    few = session(zoo.build(zoo.llama), examples=TokenExamples(6))
+    first = few.episodes(4, 3, "values")
+    assert few.remarks == []
+    few.episodes(9, 0, "judges", unlike=first)
+    assert few.remarks == [
+        "the training split has 6 examples: the 9 prompts for judges ask 6 different queries",
+        "the training split has 6 examples: the 9 queries for judges are not kept apart from the examples of earlier "
+        "stages",
+    ]
+
+
 def test_embeddings_are_the_middle_layer_of_zero_shot_queries():
     tiny = zoo.build(zoo.idefics3)
     fit = session(tiny, examples=TokenExamples(5), batch_size=2)

@@ -21,7 +21,7 @@ from loguru import logger
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lmms_mtv import TaskVector
+from lmms_mtv import Edit, TaskVector
 from lmms_mtv.errors import (
     ArgumentError,
     ContextLengthError,
@@ -289,6 +289,28 @@ def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):
     assert loaded["shapes_color_en"]["vector"] == fitted["shapes_color_en"]["vector"]
     assert loaded["shapes_color_en"]["source"] == str(path)
     assert answers(loaded["results"]) == answers(fitted["results"])
+
+
+def test_answers_that_do_not_end_are_told_with_what_mends_it(recorded, tmp_path):
+    """A vector that was selected on the first token alone does not learn where an answer ends."""
+    recorded(f"pretrained=tiny,{SHORT}", ["shapes_color_en"], limit=6)
+    (path,) = tmp_path.rglob("vector.safetensors")
+    fitted = TaskVector.load(path)
+    shape = fitted.edits["heads"].value.shape
+    value = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    TaskVector({"heads": Edit.replace(value, torch.ones(shape[:2]))}, fitted.card).save(path)
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    told = {
+        name: recorded(given, ["shapes_color_en"], limit=6)
+        for name, given in {"without": "pretrained=tiny,method=none", "with": f"pretrained=tiny,vector={path}"}.items()
+    }
+    logger.remove(sink)
+    assert told["without"]["shapes_color_en"]["evaluation"]["cut_off"] == 0
+    assert told["with"]["shapes_color_en"]["evaluation"]["cut_off"] == 6
+    (line,) = (line for line in said if "reach max_new_tokens" in line)
+    assert line.startswith("6 of 6 answers to task shapes_color_en")
+    assert "loss=all" in line
 
 
 def test_a_vector_of_the_same_recipe_is_reused_from_the_library(recorded, tmp_path):
