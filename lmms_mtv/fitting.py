@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lmms_mtv.batches import BatchSize, alone
 from lmms_mtv.errors import DataError, HookError, NumericsError
-from lmms_mtv.hooks import Prefill, Sites, applied, capture, checkpointed, record, shape, verify
+from lmms_mtv.hooks import Prefill, Sites, applied, capture, checkpointed, receivers, record, shape, verify, written
 from lmms_mtv.kept import Kept
 from lmms_mtv.ranks import Ranks
 from lmms_mtv.vector import HEADS, Edit, Edits, by_stream, rows_of, taken
@@ -358,6 +358,22 @@ class FitSession(Generic[P]):
         if rows.shape[0] != len(batch):
             raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
         return rows
+
+    def written(self, means: Tensor, chosen: Tensor) -> Tensor:
+        """Return what the ``chosen`` heads add to the hidden state of each layer where all heads have their ``means``.
+
+        Args:
+            means: the values of all heads, float32 [L, H, D].
+            chosen: 1 for the heads that count, else 0, float32 [L, H].
+
+        Returns:
+            float32 [L, 1, width], on the CPU.
+        """
+        with receivers(self.sites) as norms:
+            # One prompt, to see where the output of attention goes.
+            self._activations([Episode(0, ())])
+        self.forwards += 1
+        return written(self.sites, means * chosen.unsqueeze(-1), means, norms)
 
     @torch.no_grad()
     def answered_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from vectors import card, vector
 
 from lmms_mtv import Edit, Episode, TaskVector, applied, combined, find_sites, record, verify
 from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, VectorFileError
-from lmms_mtv.hooks import ReplayError, capture, places, shape, written
+from lmms_mtv.hooks import ReplayError, capture, places, receivers, shape, written
 from lmms_mtv.library import page
 from lmms_mtv.vector import ATTENTION, HEADS, MLP, RESIDUAL, STREAMS, checksum
 
@@ -312,6 +312,40 @@ def test_what_heads_write_is_their_projection_without_the_bias(tiny):
         weight = site.module.weight.T if hasattr(site.module, "nf") else site.module.weight
         expected.append(weight @ value.flatten())
     torch.testing.assert_close(written(sites, heads), torch.stack(expected).unsqueeze(1), rtol=1e-4, atol=1e-5)
+
+
+def test_what_heads_write_goes_through_the_norm_that_receives_attention():
+    """Gemma 3 normalises what attention adds: without the norm a function vector has no scale of the hidden state."""
+    tiny = zoo.build(zoo.gemma3)
+    sites, inputs, added = find_sites(tiny.model), tiny.inputs(TEXTS[:1]), []
+    norms = [site.block[1].post_attention_layernorm for site in sites]
+    handles = [norm.register_forward_hook(lambda _, __, output: added.append(output[0, -1].float())) for norm in norms]
+    with record(sites) as recording, receivers(sites) as found, torch.no_grad():
+        tiny.model(**inputs)
+    for handle in handles:
+        handle.remove()
+    assert [list(modules) for modules in found] == [[norm] for norm in norms]
+    heads = recording.last()[0].float().cpu()
+    whole = written(sites, heads, heads, found)
+    torch.testing.assert_close(whole, torch.stack(added).unsqueeze(1), rtol=1e-4, atol=1e-5)
+    chosen = torch.zeros(sites.shape[:2])
+    chosen[:, 0] = 1
+    with torch.no_grad():
+        rest = [
+            norm(site.module((value * (1 - mask).unsqueeze(-1)).flatten()))
+            for norm, site, value, mask in zip(norms, sites, heads, chosen, strict=True)
+        ]
+    part = written(sites, heads * chosen.unsqueeze(-1), heads, found)
+    torch.testing.assert_close(part, whole - torch.stack(rest).unsqueeze(1), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_receives_attention_in_most_models():
+    tiny = zoo.build(zoo.llama)
+    sites = find_sites(tiny.model)
+    with receivers(sites) as found, torch.no_grad():
+        tiny.model(**tiny.inputs(TEXTS[:1]))
+    assert found == [[] for _ in sites]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
 
 
 @pytest.mark.parametrize("tokens", ["first", "all"])

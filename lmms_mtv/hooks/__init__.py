@@ -4,7 +4,7 @@ from lmms_mtv.hooks.checkpointing import checkpointed
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
 from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
-from lmms_mtv.hooks.streams import Place, places, shape, written
+from lmms_mtv.hooks.streams import Place, places, receivers, shape, written
 from lmms_mtv.hooks.watch import Watch, watched
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "checkpointed",
     "find_sites",
     "places",
+    "receivers",
     "record",
     "shape",
     "verify",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -105,20 +105,74 @@ def changing(place: Place, change: Change) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def written(sites: Sites, heads: Tensor) -> Tensor:
-    """What heads of the values ``heads`` [L, H, D] add to the hidden state: their projection without its bias.
+@contextmanager
+def receivers(sites: Sites) -> Iterator[list[list[nn.Module]]]:
+    """Learn which modules of each block receive what its attention gives, before that is added to the hidden state.
 
-    Returns float32 [L, 1, width] on the CPU. Computed by the modules themselves, whatever their layout and weights.
+    Gemma 2 and 3 have a norm there; most models have nothing. The list has the modules of each site, in the order in
+    which they run, once the model ran inside the block.
+    """
+    found: list[list[nn.Module]] = [[] for _ in sites]
+    with ExitStack() as stack:
+        for modules, site in zip(found, sites, strict=True):
+            given: list[Tensor] = []
+
+            def leaving(_: nn.Module, __: Any, output: Any, given: list[Tensor] = given) -> None:
+                given[:] = [output[0] if isinstance(output, tuple) else output]
+
+            def entering(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                given: list[Tensor] = given,
+                modules: list[nn.Module] = modules,
+            ) -> None:
+                same = bool(args and given) and isinstance(args[0], Tensor) and _is_same(args[0], given[0])
+                if same and all(module is not other for other in modules):
+                    modules.append(module)
+
+            stack.enter_context(after(site.attention[1], leaving))
+            inside = set(site.attention[1].modules())
+            for child in site.block[1].children():
+                if child not in inside and site.attention[1] not in child.modules():
+                    stack.enter_context(before(child, entering, with_kwargs=False))
+        yield found
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+@torch.no_grad()
+def written(
+    sites: Sites, heads: Tensor, among: Tensor | None = None, norms: Sequence[Sequence[nn.Module]] = ()
+) -> Tensor:
+    """Return what heads of the values ``heads`` [L, H, D] add to the hidden state, float32 [L, 1, width] on the CPU.
+
+    Args:
+        sites: the heads of the model.
+        heads: the values, 0 for heads that do not count.
+        among: the values [L, H, D] of all heads, where a norm stands between attention and the hidden state: the heads
+            add the difference between the norm of all heads and the norm of all heads but them.
+        norms: the modules of each site that :func:`receivers` found.
+
+    Without ``norms`` it is the projection of the heads without its bias. Computed by the modules themselves, whatever
+    their layout and weights.
     """
     parameter = next(tensor for tensor in sites.model.parameters() if tensor.is_floating_point())
     rows = []
-    for site, value in zip(sites, heads, strict=True):
+    among = heads if among is None else among
+    for site, own, every, modules in zip(sites, heads, among, norms or [()] * len(sites), strict=True):
         device = next((tensor.device for tensor in site.module.parameters()), parameter.device)
         if device.type == "meta":
             # The weights are elsewhere until the module runs; then they, and what it is given, go where it runs.
             device = torch.device("cpu")
-        given = value.flatten().to(device, parameter.dtype)
-        both = site.module(torch.stack([given, torch.zeros_like(given)]).unsqueeze(1)).float()
-        rows.append((both[0] - both[1]).cpu())
+        given = (
+            torch.stack([every.flatten(), (every - own).flatten()])
+            if modules
+            else torch.stack([own.flatten(), torch.zeros_like(own).flatten()])
+        )
+        both = site.module(given.to(device, parameter.dtype).unsqueeze(1))
+        for module in modules:
+            both = module(both)
+        rows.append((both[0] - both[1]).float().cpu())
     return torch.stack(rows)

@@ -10,8 +10,8 @@ queries one of a row for each layer.
 
 The choices that are ours: the layer is the one of the lowest loss among all, on training queries that the vector does
 not come from (about a third of the depth in the paper); the same prompts' demonstrations may be left out instead of
-shuffled, for tasks whose answers alone tell the task. Where a block normalises what attention adds (Gemma 2 and 3), the
-sum is of what comes before that norm.
+shuffled, for tasks whose answers alone tell the task. Where a norm stands between attention and the hidden state (Gemma
+2 and 3), a layer's heads add the difference that they make to the norm of the mean output of all its heads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fitting import Episode, FitSession, Tokens
-from lmms_mtv.hooks import written
 from lmms_mtv.layers import best_layer
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vector import RESIDUAL, Edit
@@ -71,7 +70,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     # Heads of one model may be fewer than asked for.
     chosen = torch.zeros(effects.numel())
     chosen[effects.flatten().topk(min(config.top, effects.numel())).indices] = 1
-    vector = written(session.sites, means * chosen.view_as(effects).unsqueeze(-1)).sum(0)
+    vector = session.written(means, chosen.view_as(effects)).sum(0)
     queries = session.episodes(config.examples, session.shots, "selection", unlike=(*prompts, *corrupted))
     with session.stage("layer"):
         edit, losses = best_layer(
