@@ -14,7 +14,7 @@ from lmms_mtv import applied, methods, record
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fitting import Episode
 from lmms_mtv.methods import function_vector, icv, task_vector
-from lmms_mtv.vector import RESIDUAL
+from lmms_mtv.vector import MLP, RESIDUAL
 
 SHORT = {
     "function_vector": {"iterations": 4, "fit_shots": 3, "effect_examples": 2, "top": 3, "examples": 3},
@@ -140,13 +140,17 @@ def test_a_task_vector_is_the_recorded_state_of_a_few_shot_prompt(architecture):
 
 
 def test_in_context_vectors_are_first_principal_components():
+    """Of hidden states; they are added behind each MLP, as the authors' code does."""
     tiny = zoo.build(zoo.llama)
-    found = fitted("icv", tiny, strength=0.3).edits[RESIDUAL]
+    found = fitted("icv", tiny, strength=0.3).edits[MLP]
     used = session(tiny)
     prompts = used.episodes(4, 0, "values")
-    before, after = [], []
+    before, after, outputs = [], [], []
     for episode in prompts:
         prompt = used._examples.prompt(episode)
+        with torch.no_grad(), record(used.sites, MLP) as recording:
+            tiny.model(**tiny.inputs([list(prompt.text)]))
+        outputs.append(recording.last()[0, :, 0])
         for states, text in ((before, prompt.text), (after, (*prompt.text, *prompt.target))):
             with torch.no_grad(), record(used.sites, RESIDUAL) as recording:
                 tiny.model(**tiny.inputs([list(text)]))
@@ -160,7 +164,8 @@ def test_in_context_vectors_are_first_principal_components():
         direction = found.value[layer, 0] / found.value[layer, 0].norm()
         assert abs(direction @ vectors[:, values.argmax()]).item() == pytest.approx(1, abs=1e-4)
         assert direction @ differences.mean(0) > 0
-        torch.testing.assert_close(found.value[layer, 0].norm(), first[:, layer].norm(dim=-1).mean())
+        norms = torch.stack(outputs)[:, layer].norm(dim=-1)
+        torch.testing.assert_close(found.value[layer, 0].norm(), norms.mean())
     assert torch.equal(found.gain, torch.full((zoo.LAYERS, 1), 0.3))
 
 

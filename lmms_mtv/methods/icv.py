@@ -1,13 +1,18 @@
 """In-context vectors (Liu, Ye, Xing and Zou 2024, arXiv 2311.06668).
 
 Stored: for each layer one direction, the first principal component of the differences that an answer makes to the
-hidden state of the last token, over training examples each on its own. Injected: added to the hidden state after every
-block, at all positions of all forwards, and the state scaled to the norm it had. Trained: nothing. Cost:
-``iterations`` prompts run three times. An evaluated forward is edited at every token of the prompt.
+hidden state of the last token, over training examples each on its own. Injected: added to the output of every MLP, at
+all positions of all forwards, and the output scaled to the norm it had. Trained: nothing. Cost: ``iterations`` prompts
+run four times. An evaluated forward is edited at every token of the prompt.
 
-The choices that are ours: the component is that of the differences themselves, which are not centred, and points the
-way of their mean; it is as long as the layer's hidden states are on average, so that ``strength`` is a share of them;
-and the last token with the answer is the last of what ends an answer in the prompt.
+The paper writes that hidden states are shifted. The authors' code puts the shift behind each MLP, where it is a share
+of what the layer adds; on the hidden states themselves the same strength adds up over the layers and leaves no answer.
+
+The choices that are ours: the component is that of the differences themselves, layer by layer, which are not centred,
+and points the way of their mean (the authors add the mean to the component of all layers together); it is as long as
+the outputs of the layer's MLP are on average, so that ``strength`` is a share of them, the same for all tokens (the
+authors make it up to twice as strong where an output points the other way); and the last token with the answer is the
+last of what ends an answer in the prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from torch import Tensor
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fitting import FitSession
 from lmms_mtv.methods import Fitted
-from lmms_mtv.vector import RESIDUAL, Edit
+from lmms_mtv.vector import MLP, RESIDUAL, Edit
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Config:
     """Settings of in-context vectors.
 
     ``iterations`` prompts of ``fit_shots`` demonstrations (the paper: 0) are run with and without their answers.
-    ``strength`` is how long the added vector is, as a share of the hidden states' mean norm.
+    ``strength`` is how long the added vector is, as a share of the mean norm of what the MLP of the layer gives.
     """
 
     iterations: int = 100
@@ -46,10 +51,10 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
     with session.stage("values"):
         before, after = session.answered_activations(prompts, RESIDUAL)
-    norms = before.norm(dim=-1, keepdim=True).mean(0)
+        norms = session.activations(prompts, MLP).norm(dim=-1, keepdim=True).mean(0)
     value = norms * torch.stack([_direction(layer) for layer in (after - before).squeeze(2).unbind(1)]).unsqueeze(1)
     ones = torch.ones(value.shape[:2])
-    return Fitted({RESIDUAL: Edit(value, ones, config.strength * ones, everywhere=True, renormed=True)})
+    return Fitted({MLP: Edit(value, ones, config.strength * ones, everywhere=True, renormed=True)})
 
 
 def _direction(differences: Tensor) -> Tensor:
