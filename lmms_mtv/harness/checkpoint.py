@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from loguru import logger
 from transformers.utils import cached_file
 
+from lmms_mtv.data.official import checksum
 from lmms_mtv.harness import gguf
 
 LOCAL: Final = "local/"
@@ -52,7 +53,7 @@ def identity(source: str, commit: str | None, gguf_file: str | None = None) -> I
         return Identity(name_of(source, revision), revision, text_files_of(source))
     local = Path(source).is_dir()
     path = Path(source, gguf_file) if local else cached_file(source, gguf_file, revision=commit)
-    digest = gguf.digest(Path(str(path)))
+    digest = checksum(Path(str(path)), "sha256")
     named = gguf.packaged_name(digest) or (LOCAL + digest[:16] if local else source)
     return Identity(named, f"sha256:{digest[:16]}", None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -11,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from lmms_mtv.data.official import checksum
 from lmms_mtv.errors import ArgumentError, InstallationError
 from lmms_mtv.library.place import user_cache
-
-_PART: Final = 1 << 23
 
 
 class Located(NamedTuple):
@@ -58,7 +56,7 @@ def located(pretrained: str, gguf_file: str | None) -> Located:
             )
         _check_reader(pretrained)
         path = packaged.located(packaged)
-        if (found := digest(path)) != packaged.sha256:
+        if (found := checksum(path, "sha256")) != packaged.sha256:
             raise ArgumentError(
                 f"{path} has the checksum {found}, expected {packaged.sha256}: delete the file and install the "
                 f"extra {pretrained} again"
@@ -80,15 +78,6 @@ def located(pretrained: str, gguf_file: str | None) -> Located:
 def packaged_name(sha256: str) -> str | None:
     """Return the name of the packaged model with this checksum, or None: a copy of its file is the same model."""
     return next((each.name for each in PACKAGED.values() if each.sha256 == sha256), None)
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    made = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(_PART):
-            made.update(part)
-    return made.hexdigest()
 
 
 def _check_reader(name: str) -> None:

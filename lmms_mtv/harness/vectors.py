@@ -221,13 +221,14 @@ class Vectors(Generic[P]):
         """
         found: dict[str, Any] = {}
         for name, settings in training.settings(methods.names()).items():
-            if name == self._method.name or self._is_control_of(name):
+            if self._is_control_of(name):
                 # A wrong name or value is an error, whichever method is used.
                 methods.get(name).configure(settings)
                 found |= settings
         return found
 
     def _is_control_of(self, name: str) -> bool:
+        """Return whether this method is the one called ``name``, or a control of that one."""
         try:
             return issubclass(self._method.config, methods.get(name).config)
         except MethodError as error:

@@ -131,9 +131,8 @@ def receivers(sites: Sites) -> Iterator[list[list[nn.Module]]]:
                     modules.append(module)
 
             stack.enter_context(after(site.attention[1], leaving))
-            inside = set(site.attention[1].modules())
             for child in site.block[1].children():
-                if child not in inside and site.attention[1] not in child.modules():
+                if site.attention[1] not in child.modules():
                     stack.enter_context(before(child, entering, with_kwargs=False))
         yield found
 
@@ -166,12 +165,8 @@ def written(
         if device.type == "meta":
             # The weights are elsewhere until the module runs; then they, and what it is given, go where it runs.
             device = torch.device("cpu")
-        given = (
-            torch.stack([every.flatten(), (every - own).flatten()])
-            if modules
-            else torch.stack([own.flatten(), torch.zeros_like(own).flatten()])
-        )
-        both = site.module(given.to(device, parameter.dtype).unsqueeze(1))
+        whole, rest = (every, every - own) if modules else (own, torch.zeros_like(own))
+        both = site.module(torch.stack([whole, rest]).flatten(1).to(device, parameter.dtype).unsqueeze(1))
         for module in modules:
             both = module(both)
         rows.append((both[0] - both[1]).float().cpu())
