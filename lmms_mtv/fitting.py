@@ -20,7 +20,7 @@ from lmms_mtv.errors import DataError, HookError, NumericsError
 from lmms_mtv.hooks import Prefill, Sites, applied, capture, checkpointed, receivers, record, shape, verify, written
 from lmms_mtv.kept import Kept
 from lmms_mtv.ranks import Ranks
-from lmms_mtv.vector import HEADS, Edit, Edits, by_stream, rows_of, taken
+from lmms_mtv.vector import HEADS, Edit, Edits, by_stream, distinct, rows_of, taken
 
 logger = logging.getLogger(__name__)
 
@@ -404,9 +404,11 @@ class FitSession(Generic[P]):
         blanks before it, if the model writes any), or ``all`` for the mean over all of them. The first call compares
         replays of a few of the edits with full forwards; if they differ, this session uses full forwards and says so.
         In the same way it finds out whether all edits can be replayed in one row. Edits of all positions always take
-        full forwards, one for each of them.
+        full forwards, one for each of them. Equal edits run once.
         """
-        edits = by_stream(edit)
+        edits, alike = by_stream(edit), None
+        if rows_of(edits) is not None:
+            edits, alike = distinct(edits)
         whole = any(each.everywhere for each in edits.values())
         prefill, target = self._ready(episode, edits, tokens, whole)
         # Of all edits, so that how they run does not depend on how many ranks there are.
@@ -418,7 +420,7 @@ class FitSession(Generic[P]):
             if rows > self._ranks.rank:
                 own = taken(edits, self._ranks.mine)
                 found[self._ranks.mine] = self._losses(prefill, own, target, *way).cpu()
-        return self._ranks.total(found)
+        return self._ranks.total(found)[alike]
 
     def loss_gradient(
         self, episode: Episode, value: Tensor, mask: Tensor, tokens: Tokens = "first"

@@ -116,10 +116,15 @@ class Edit:
         return next(iter(self._leading), None)
 
     @property
+    def of_rows(self) -> list[Tensor]:
+        """The tensors with a leading dimension K: what tells the edits of a batch apart."""
+        plain = ((self.value, 3), (self.keep, 2), (self.gain, 2), (self.gate, 3))
+        return [t for t, dimensions in plain if t is not None and t.dim() > dimensions]
+
+    @property
     def _leading(self) -> list[int]:
         """The K of each tensor that has one."""
-        plain = ((self.value, 3), (self.keep, 2), (self.gain, 2), (self.gate, 3))
-        return [t.shape[0] for t, dimensions in plain if t is not None and t.dim() > dimensions]
+        return [len(tensor) for tensor in self.of_rows]
 
     def taken(self, index: int | slice | Sequence[int]) -> Edit:
         """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
@@ -170,6 +175,23 @@ def rows_of(edits: Edits) -> int | None:
 def taken(edits: Edits, index: int | slice | Sequence[int]) -> Edits:
     """Some of a batch of K edits, or one of them, in every stream."""
     return {name: edit.taken(index) for name, edit in edits.items()}
+
+
+def distinct(edits: Edits) -> tuple[Edits, list[int]]:
+    """Return the different edits among a batch of K, and which of them each row is.
+
+    Args:
+        edits: edits by stream, a batch of K of them.
+
+    Returns:
+        The M different edits in the order in which they first appear, and K indices below M.
+    """
+    rows = torch.cat([tensor.flatten(1) for edit in edits.values() for tensor in edit.of_rows], 1)
+    _, alike = rows.unique(dim=0, return_inverse=True)
+    order: dict[int, int] = {}
+    which = [order.setdefault(row, len(order)) for row in alike.tolist()]
+    first = [which.index(index) for index in range(len(order))]
+    return (edits, which) if len(first) == len(which) else (taken(edits, first), which)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 import zoo
 from sessions import TokenExamples, session
 from torch import nn
 
-from lmms_mtv import FitSession, methods
+from lmms_mtv import Edit, Episode, FitSession, methods
 
 LAYERS_CHECKED = 3
 """Forwards that make sure of the sites: plain, with the heads' own activations in their places, with zeros."""
@@ -54,6 +55,22 @@ def drawn(used: FitSession, count: int, steps: int) -> int:
     return len({order.randrange(count) for _ in range(steps)})
 
 
+@contextmanager
+def masks_of_calls(used: FitSession) -> Iterator[list[int]]:
+    """How many different masks each call for losses is about."""
+    counts, losses = [], used.losses
+
+    def counting(episode, edit, tokens="first"):
+        counts.append(len({tuple(mask.flatten().tolist()) for mask in edit.gain}))
+        return losses(episode, edit, tokens)
+
+    used.losses = counting
+    try:
+        yield counts
+    finally:
+        del used.losses
+
+
 @pytest.mark.parametrize("samples", [4, 32])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_mtv_runs_each_prompt_once_and_then_last_tokens_alone(samples, batch):
@@ -64,17 +81,36 @@ def test_mtv_runs_each_prompt_once_and_then_last_tokens_alone(samples, batch):
         {"iterations": 8, "fit_shots": 3, "steps": 20, "samples": samples, "examples": 6}
         | {"candidates": 5, "candidate_examples": 4}
     )
-    with counted(tiny.model) as work:
+    with counted(tiny.model) as work, masks_of_calls(used) as masks:
         methods.get("mtv").fit(used, config)
     queries = drawn(used, 6, 20)
     few, zero = 3 * 2 + 1, 1
-    rows = min(samples, COMPARED)
+    steps, judged = masks[:20], masks[20:]
+    assert len(steps) == 20 and len(judged) == 4 and max(steps) <= samples
+    rows = min(steps[0], COMPARED)
     forwards = 8 // batch + LAYERS_CHECKED + (rows + 1 + 1 + 3) + (queries + 20) + (4 + 4)
     compared = 3 * rows * zero + 3 * SIDE_BY_SIDE
-    tokens = 8 * few + LAYERS_CHECKED * zero + compared + (queries * zero + 20 * samples) + (4 * zero + 4 * 6)
+    tokens = 8 * few + LAYERS_CHECKED * zero + compared + (queries * zero + sum(steps)) + (4 * zero + sum(judged))
     assert len(work.forwards) == forwards
     assert work.tokens == tokens
-    assert work.forwards.count((1, samples)) >= 20, "all masks of a step in one row"
+    ran = [length for _, length in work.forwards if length in steps]
+    assert all(ran.count(count) >= steps.count(count) for count in steps), "all masks of a step in one row"
+
+
+def test_equal_masks_of_a_step_run_once():
+    tiny = zoo.build(zoo.llama)
+    used = session(tiny, examples=TokenExamples(answer=2))
+    rng = torch.Generator().manual_seed(0)
+    value = torch.randn(used.shape, generator=rng)
+    first, second = torch.rand(2, *used.shape[:2], generator=rng) < 0.5
+    three = torch.stack([first, second, first])
+    with torch.no_grad():
+        expected = used.losses(Episode(3, ()), Edit.replace(value, three), "all")
+        with counted(tiny.model) as work:
+            many = used.losses(Episode(3, ()), Edit.replace(value, three[[0, 1, 0, 0, 1] * 6]), "all")
+    assert work.forwards == [(1, 2 * 2)]
+    assert expected[0] == expected[2] != expected[1]
+    assert torch.equal(many, expected[[0, 1, 0, 0, 1] * 6])
 
 
 def test_the_cache_of_a_fit_is_that_of_its_queries():
