@@ -104,11 +104,18 @@ def _agree(known: Plan, asked: Plan, output: Path) -> None:
 
 def _joined(known: Plan, asked: Plan) -> Plan:
     """What is in the results and what is added to them."""
+    seeds = tuple(dict.fromkeys([*known.seeds, *asked.seeds]))
+
+    def of_both(arm: str) -> list[int]:
+        plans = [plan for plan in (known, asked) if arm in plan.arms]
+        return [seed for seed in seeds if any(seed in plan.seeds_of.get(arm, plan.seeds) for plan in plans)]
+
     return dataclasses.replace(
         asked,
         tasks=tuple(dict.fromkeys([*known.tasks, *asked.tasks])),
-        seeds=tuple(dict.fromkeys([*known.seeds, *asked.seeds])),
+        seeds=seeds,
         arms={**known.arms, **asked.arms},
+        seeds_of={arm: of_both(arm) for arm in {**known.seeds_of, **asked.seeds_of}},
         groups={**known.groups, **asked.groups},
     )
 

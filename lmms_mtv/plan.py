@@ -44,8 +44,9 @@ class Axis:
 class Plan:
     """A comparison: every arm on every task with every seed.
 
-    ``model`` are the model arguments of all arms, ``arms`` those of each by its name. ``tasks`` may name groups of the
-    harness; ``groups`` has the tasks of each once they are known. ``limit`` is the number of documents of a task.
+    ``model`` are the model arguments of all arms, ``arms`` those of each by its name. ``seeds_of`` has the arms that
+    run with some of the seeds only, as costly ones. ``tasks`` may name groups of the harness; ``groups`` has the tasks
+    of each once they are known. ``limit`` is the number of documents of a task.
     ``baseline`` is the arm that the others are compared with, ``paper`` the model in results/paper whose numbers stand
     beside. ``tolerance`` is how far a number may move: ``score`` of a cell, absolute; ``values`` of a vector,
     relative to their largest. ``x`` is what a curve over the arms is drawn against.
@@ -66,6 +67,7 @@ class Plan:
     tolerance: Mapping[str, float] = field(default_factory=lambda: {"score": 0.02, "values": 1e-3})
     x: Axis | None = None
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("tasks", "arms", "seeds"):
@@ -88,6 +90,12 @@ class Plan:
             raise ArgumentError(f"baseline {self.baseline!r} of plan {self.name!r} is none of its arms")
         if len(set(self.seeds)) < len(self.seeds) or not all(isinstance(seed, int) for seed in self.seeds):
             raise ArgumentError(f"seeds of plan {self.name!r} are {list(self.seeds)}, expected different integers")
+        for arm, seeds in self.seeds_of.items():
+            if arm not in self.arms or not set(seeds) <= set(self.seeds):
+                raise ArgumentError(
+                    f"seeds_of of plan {self.name!r} has {arm!r}: {list(seeds)}, expected an arm of the plan and some "
+                    f"of its seeds {list(self.seeds)}"
+                )
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -101,13 +109,18 @@ class Plan:
             return self.baseline
         return next((arm for arm, arguments in self.arms.items() if not seeded(arguments)), None)
 
+    def seeds_for(self, arm: str) -> list[int]:
+        """Return the seeds that an arm runs with: the first one alone where no seed changes anything."""
+        seeds = [seed for seed in self.seeds if seed in self.seeds_of.get(arm, self.seeds)]
+        return seeds if seeded({**self.model, **self.arms[arm]}) else seeds[:1]
+
     def places(self) -> list[Place]:
         """All cells, in the order in which they run: what an arm needs of another arm with its seed comes before."""
         return [
             Place(task, arm, seed)
-            for position, seed in enumerate(self.seeds)
-            for arm, arguments in self.arms.items()
-            if position == 0 or seeded({**self.model, **arguments})
+            for seed in self.seeds
+            for arm in self.arms
+            if seed in self.seeds_for(arm)
             for task in self.leaves
         ]
 

@@ -187,7 +187,7 @@ def distinct(edits: Edits) -> tuple[Edits, list[int]]:
         The M different edits in the order in which they first appear, and K indices below M.
     """
     rows = torch.cat([tensor.flatten(1) for edit in edits.values() for tensor in edit.of_rows], 1)
-    _, alike = rows.unique(dim=0, return_inverse=True)
+    _, alike = torch.unique(rows, dim=0, return_inverse=True)
     order: dict[int, int] = {}
     which = [order.setdefault(row, len(order)) for row in alike.tolist()]
     first = [which.index(index) for index in range(len(order))]

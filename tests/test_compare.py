@@ -18,7 +18,7 @@ from evaluations import task_manager
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import get_task_dict
 
-from lmms_mtv import cells, check, cli, compare
+from lmms_mtv import cells, check, cli, compare, plan
 from lmms_mtv.cells import Cell
 from lmms_mtv.errors import ArgumentError, DataError, LibraryError
 from lmms_mtv.fitting import Episode, FitSession
@@ -27,6 +27,8 @@ from lmms_mtv.harness.plugin import register_tasks
 from lmms_mtv.harness.task import TaskPrompts
 from lmms_mtv.library import Library
 from lmms_mtv.plan import Place, Plan
+from lmms_mtv.report import results as results_of
+from lmms_mtv.report import tables
 from lmms_mtv.vector import HEADS, Edit, TaskVector
 
 SHORT = {"iterations": 4, "fit_shots": 2, "steps": 12, "samples": 5, "examples": 6, "candidate_examples": 4}
@@ -265,6 +267,33 @@ class TestResuming:
         assert ran == [Place(ENGLISH, "2-shot", 7), Place(SPANISH, "2-shot", 7)]
         assert set(check.plan.read(copy).arms) == set(ARMS)
         assert tuple(check.plan.read(copy).seeds) == (0, 1, 7)
+
+    def test_an_arm_runs_with_some_of_the_seeds(self, tmp_path):
+        path = tmp_path / "plan.yaml"
+        path.write_text(
+            "name: few\nmodel: {pretrained: tiny}\ntasks: [shapes_color_en]\nseeds: [0, 1]\nlimit: 2\n"
+            "arms: {2-shot: {method: none, shots: 2}, 1-shot: {method: none, shots: 1}, zero: {method: none}}\n"
+            "seeds_of: {1-shot: [1]}\n"
+        )
+        found = plan.read(path)
+        assert [(place.arm, place.seed) for place in found.places()] == [
+            *(("2-shot", 0), ("zero", 0)),
+            *(("2-shot", 1), ("1-shot", 1)),
+        ]
+        folder = tmp_path / "out"
+        cli.main(["compare", str(path), "--output", str(folder), "--seeds", "0"])
+        cli.main(["compare", str(path), "--output", str(folder), "--arm", "1-shot"])
+        kept = plan.read(folder)
+        assert kept.seeds_of == {"1-shot": [1]}
+        cli.main(["compare", str(folder), "--output", str(folder)])
+        assert {cell.place for cell in cells.read_all(folder)} == set(found.places())
+        table = tables.overview(results_of.read(folder)).notes
+        assert "1-shot: seed 1 alone." in table
+
+    @pytest.mark.parametrize("seeds_of", [{"2-shot": [3]}, {"other": [0]}])
+    def test_seeds_of_an_arm_are_some_of_the_plan(self, seeds_of):
+        with pytest.raises(ArgumentError, match="expected an arm of the plan and some of its seeds"):
+            plan.Plan("few", {}, ["shapes"], {"2-shot": {"method": "none"}}, seeds=(0, 1), seeds_of=seeds_of)
 
     def test_a_plan_that_contradicts_is_refused(self, copy):
         changed = {**ARMS, "MTV": {"method": "mtv", **SHORT, "steps": 13}}

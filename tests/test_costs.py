@@ -86,7 +86,8 @@ def test_mtv_runs_each_prompt_once_and_then_last_tokens_alone(samples, batch):
     queries = drawn(used, 6, 20)
     few, zero = 3 * 2 + 1, 1
     steps, judged = masks[:20], masks[20:]
-    assert len(steps) == 20 and len(judged) == 4 and max(steps) <= samples
+    assert (len(steps), len(judged)) == (20, 4)
+    assert max(steps) <= samples
     rows = min(steps[0], COMPARED)
     forwards = 8 // batch + LAYERS_CHECKED + (rows + 1 + 1 + 3) + (queries + 20) + (4 + 4)
     compared = 3 * rows * zero + 3 * SIDE_BY_SIDE

@@ -84,6 +84,8 @@ def planned(given: argparse.Namespace, name: str) -> Plan:
             changes["arms"] = _arms(given.arms, {**ARMS, **found.arms})
             if found.baseline not in changes["arms"]:
                 changes["baseline"] = None
+        arms, seeds = changes.get("arms", found.arms), changes.get("seeds", found.seeds)
+        changes["seeds_of"] = {a: [s for s in own if s in seeds] for a, own in found.seeds_of.items() if a in arms}
         return dataclasses.replace(found, **changes)
     if not given.tasks:
         raise ArgumentError("there is nothing to run: give a plan, or --tasks")

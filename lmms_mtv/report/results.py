@@ -47,7 +47,7 @@ class Results:
 
     def expected(self, arm: str) -> list[int]:
         """The seeds that this arm should have cells of."""
-        return list(self.plan.seeds)[:1] if self.seedless(arm) else list(self.plan.seeds)
+        return self.plan.seeds_for(arm)
 
     def of(self, arm: str, task: str | None = None) -> list[Cell]:
         """Cells of an arm (and a task), by task and seed."""
