@@ -138,11 +138,12 @@ def flags(model: str, model_args: str, **more: Any) -> dict[str, Any]:
 
 
 def ways() -> list:
-    """Each base with the harness's command, and those that are quick also within this process."""
-    quick = [pytest.param((base, here), id=f"{base.label}-here") for base in BASES if not base.slow]
-    slow = pytest.mark.slow
-    return quick + [
-        pytest.param((base, evaluations.evaluate), id=f"{base.label}-command", marks=slow) for base in BASES
+    """Each base within this process, and one of either kind with the harness's command."""
+    marks = {True: [pytest.mark.slow], False: []}
+    within = [pytest.param((base, here), id=f"{base.label}-here", marks=marks[base.slow]) for base in BASES]
+    return within + [
+        pytest.param((base, evaluations.evaluate), id=f"{base.label}-command", marks=pytest.mark.slow)
+        for base in (IDEFICS2, QWEN2_5_VL)
     ]
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import ModuleType
 
 import gguf_files
+import official_files
 import pytest
 import torch
+from lmms_eval.api.task import ConfigurableTask
 from test_lm_eval import run, task_file
 from transformers import LlamaForCausalLM
 
+from lmms_mtv import cli, data
 from lmms_mtv.errors import ArgumentError, InstallationError
 from lmms_mtv.harness import gguf
 from lmms_mtv.harness.checkpoint import LOCAL
@@ -144,3 +147,26 @@ class TestPackages:
         monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(InstallationError, match=r"pip install 'lmms-mtv\[gguf\]'"):
             LmMtv(pretrained=str(file), method="none")
+
+
+def test_a_table_of_word_pairs_is_checked_again(file, tmp_path, monkeypatch, capsys):
+    """The way of results/words, whose model and data a checkout does not have."""
+    monkeypatch.setenv(data.FOLDER, str(tmp_path / "data"))
+    official = official_files.build("words_capitalize", tmp_path / "official")
+    data.prepare(
+        data.source("words_capitalize"),
+        data.Official("words_capitalize", official, tmp_path / "data" / "words_capitalize", partial=True),
+    )
+    short = "{method: mtv, iterations: 2, fit_shots: 1, steps: 2, samples: 2, examples: 2, candidate_examples: 1}"
+    (tmp_path / "plan.yaml").write_text(
+        f"name: words\nmodel: {{pretrained: {file}, dtype: float32}}\ntasks: [words_capitalize]\n"
+        f"arms: {{1-shot: {{method: none, shots: 1}}, MTV: {short}}}\nlimit: 3\n"
+    )
+    folder = tmp_path / "words"
+    cli.main(["compare", str(tmp_path / "plan.yaml"), "--output", str(folder)])
+    cli.main(["check", str(folder), "--cells", "2"])
+    assert "2 run again and the same" in capsys.readouterr().out
+    monkeypatch.setenv(data.FOLDER, str(tmp_path / "nothing"))
+    monkeypatch.setattr(ConfigurableTask.download.retry, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="lmms-mtv prepare words_capitalize"):
+        cli.main(["check", str(folder), "--cells", "1"])

@@ -16,10 +16,11 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
+from tenacity import RetryError
 
 from lmms_mtv import ranks
 from lmms_mtv.cells import Cell
-from lmms_mtv.errors import DataError, unknown
+from lmms_mtv.errors import DataError, MtvError, unknown
 from lmms_mtv.harness import record
 from lmms_mtv.harness.model import Mtv
 from lmms_mtv.harness.plugin import register_tasks
@@ -54,7 +55,7 @@ class Bench:
         for arguments in plan.arms.values():
             self._model.check(arguments)
         kind = "simple" if self._model.is_simple else "chat"
-        loaded = {name: _single(get_task_dict([name], self._manager, kind)) for name in plan.tasks}
+        loaded = {name: _loaded(name, self._manager, kind) for name in plan.tasks}
         self._tasks = {name: task for tasks in loaded.values() for name, task in tasks.items()}
         self.groups = {name: list(tasks) for name, tasks in loaded.items() if list(tasks) != [name]}
 
@@ -141,6 +142,20 @@ class Bench:
             hardware=_hardware(base.device),
         )
         return cell, {name: {place.task: found[name][place.task]} for name in _OF_HARNESS}
+
+
+def _loaded(name: str, manager: TaskManager, kind: str) -> dict[str, Any]:
+    """Return the single tasks behind the name of a task or group, by their names.
+
+    Raises :class:`DataError` if a data set of ours cannot be had.
+    """
+    try:
+        return _single(get_task_dict([name], manager, kind))
+    except RetryError as error:
+        # The harness asks for a data set several times, and tells how often instead of what was wrong.
+        if isinstance(reason := error.last_attempt.exception(), MtvError):
+            raise reason from error
+        raise
 
 
 def _single(loaded: Mapping[Any, Any]) -> dict[str, Any]:
