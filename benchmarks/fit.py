@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks import measure, prompts
 from lmms_mtv import FitSession, methods
-from lmms_mtv.memory import peak
+from lmms_mtv.runtime.memory import peak
 
 SCALED: Final = ("iterations", "steps", "examples", "candidate_examples")
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks import measure, prompts
 from lmms_mtv import Edit, Episode, applied, find_sites
-from lmms_mtv.memory import peak
+from lmms_mtv.runtime.memory import peak
 
 OF_RATIO: Final = 8
 

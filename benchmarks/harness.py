@@ -27,8 +27,8 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 
 from benchmarks import measure
 from lmms_mtv import Edit, TaskVector, VectorCard, find_sites
-from lmms_mtv.harness.model import Mtv
-from lmms_mtv.harness.plugin import register_tasks
+from lmms_mtv.harness.lmms.model import Mtv
+from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.shapes import CHECKPOINT
 
 TINY: Final = "tiny"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import images, models
 from lmms_mtv import Episode, FitSession, find_sites
-from lmms_mtv.ranks import Ranks
+from lmms_mtv.runtime.distributed import Ranks
 
 _FIRST = 3
 """Tokens below stand for padding, beginning and end in most models."""

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks import measure, prompts
 from lmms_mtv import Edit, Episode
-from lmms_mtv.ranks import Ranks, current
+from lmms_mtv.runtime.distributed import Ranks, current
 
 AXES: Final = ("tokens", "masks", "layers", "examples")
 STEPS_OF_AN_EXAMPLE: Final = 6

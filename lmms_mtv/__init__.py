@@ -1,11 +1,11 @@
 """Multimodal Task Vectors as a plugin for lmms-eval: many demonstrations at the price of a zero-shot prompt."""
 
-from lmms_mtv.combination import combined
 from lmms_mtv.errors import MtvError
-from lmms_mtv.fitting import Episode, FitSession
+from lmms_mtv.fit.session import Episode, FitSession
 from lmms_mtv.hooks import Prefill, Site, Sites, applied, capture, find_sites, record, verify
-from lmms_mtv.library import Library
-from lmms_mtv.vector import Edit, TaskVector, VectorCard
+from lmms_mtv.vectors import Edit, TaskVector, VectorCard
+from lmms_mtv.vectors.combine import combined
+from lmms_mtv.vectors.library import Library
 
 __version__ = "0.1.0"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lmms_mtv import cells
-from lmms_mtv.cells import Cell
 from lmms_mtv.commands.compare import ARMS
-from lmms_mtv.plan import Place, Plan
+from lmms_mtv.experiments import cells
+from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.plan import Place, Plan
 
 CHANCE = {"zero-shot": 0.12, "random heads": 0.09, "1-shot": 0.80, "2-shot": 0.88, "4-shot": 0.94, "8-shot": 0.96}
 TASKS = [*(f"shapes_{what}_{of}" for what in ("background", "color", "position", "shape") for of in ("en", "es"))]

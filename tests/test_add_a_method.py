@@ -21,7 +21,7 @@ from test_lm_eval import task_file as text_task
 
 from lmms_mtv import methods
 from lmms_mtv.errors import MethodError, MtvError
-from lmms_mtv.harness.model import Mtv
+from lmms_mtv.harness.lmms.model import Mtv
 from lmms_mtv.methods import mtv
 
 TESTS = Path(__file__).resolve().parent

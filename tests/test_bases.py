@@ -22,12 +22,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_mtv import applied
 from lmms_mtv.errors import ArgumentError, HookError
-from lmms_mtv.fitting import Episode, FitSession
-from lmms_mtv.harness import bases, plugin
-from lmms_mtv.harness.task import TaskPrompts
-from lmms_mtv.harness.wrapped import Wrapped
+from lmms_mtv.fit.session import Episode, FitSession
+from lmms_mtv.harness.lmms import bases, plugin
+from lmms_mtv.harness.lmms.bases.wrapped import Wrapped
+from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.shapes import questions, scenes
-from lmms_mtv.vector import Edit
+from lmms_mtv.vectors import Edit
 
 pytest.importorskip("decord", reason="pip install -e '.[bases]'")
 pytest.importorskip("qwen_vl_utils", reason="pip install -e '.[bases]'")

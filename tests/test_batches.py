@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmms_mtv import Edit, methods
-from lmms_mtv.batches import BatchSize, out_of_memory
 from lmms_mtv.errors import MemoryLimitError
-from lmms_mtv.vector import HEADS
+from lmms_mtv.runtime.batches import BatchSize, out_of_memory
+from lmms_mtv.vectors import HEADS
 
 
 @given(st.integers(0, 40), st.integers(1, 20), st.integers(1, 20), st.one_of(st.none(), st.integers(0, 9)))

@@ -18,18 +18,19 @@ from evaluations import task_manager
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import get_task_dict
 
-from lmms_mtv import cells, check, cli, compare, plan
-from lmms_mtv.cells import Cell
+from lmms_mtv import cli
 from lmms_mtv.errors import ArgumentError, DataError, LibraryError
-from lmms_mtv.fitting import Episode, FitSession
-from lmms_mtv.harness.bench import Bench
-from lmms_mtv.harness.plugin import register_tasks
-from lmms_mtv.harness.task import TaskPrompts
-from lmms_mtv.library import Library
-from lmms_mtv.plan import Place, Plan
-from lmms_mtv.report import results as results_of
-from lmms_mtv.report import tables
-from lmms_mtv.vector import HEADS, Edit, TaskVector
+from lmms_mtv.experiments import cells, check, compare, plan
+from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.plan import Place, Plan
+from lmms_mtv.experiments.report import results as results_of
+from lmms_mtv.experiments.report import tables
+from lmms_mtv.fit.session import Episode, FitSession
+from lmms_mtv.harness.lmms.evaluation import Bench
+from lmms_mtv.harness.lmms.plugin import register_tasks
+from lmms_mtv.harness.lmms.task import TaskPrompts
+from lmms_mtv.vectors import HEADS, Edit, TaskVector
+from lmms_mtv.vectors.library import Library
 
 SHORT = {"iterations": 4, "fit_shots": 2, "steps": 12, "samples": 5, "examples": 6, "candidate_examples": 4}
 ENGLISH, SPANISH = "shapes_color_en", "shapes_color_es"

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from lmms_mtv.errors import InstallationError
-from lmms_mtv.harness.plugin import names_model
+from lmms_mtv.harness.lmms.plugin import names_model
 from lmms_mtv.runtime import environment
 from lmms_mtv.runtime.environment import Library, newer, problem
 

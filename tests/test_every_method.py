@@ -26,8 +26,8 @@ from vectors import card
 
 from lmms_mtv import TaskVector, applied, methods
 from lmms_mtv.errors import GeometryError
-from lmms_mtv.harness import lm as of_lm_eval
-from lmms_mtv.harness import model as of_lmms_eval
+from lmms_mtv.harness.lm import model as of_lm_eval
+from lmms_mtv.harness.lmms import model as of_lmms_eval
 
 QUICK = {
     "iterations": 4,

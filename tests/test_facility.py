@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from lmms_mtv import facility
+from lmms_mtv.fit import facility_location
 
 
 def similarities(points: torch.Tensor) -> list[list[float]]:
@@ -33,21 +33,21 @@ def naive(similar: list[list[float]], count: int) -> list[int]:
 def test_greedy_equals_the_definition_and_is_near_the_best_set(seed):
     points = torch.randn(11, 3, generator=torch.Generator().manual_seed(seed)) + 5
     similar = similarities(points)
-    chosen = facility.greedy(points, 4)
+    chosen = facility_location.greedy(points, 4)
     assert chosen == naive(similar, 4)
     assert chosen[0] == max(range(11), key=lambda index: value(similar, (index,)))
     best = max(value(similar, some) for some in itertools.combinations(range(11), 4))
     assert value(similar, tuple(chosen)) >= (1 - 1 / math.e) * best
-    assert facility.greedy(points, 4) == chosen
+    assert facility_location.greedy(points, 4) == chosen
 
 
 def test_one_of_each_cluster_comes_first():
     centres = torch.tensor([[9.0, 0, 0], [0, 9.0, 0], [0, 0, 9.0], [-9.0, -9, -9]])
     noise = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * 0.1
     points = centres.repeat(10, 1) + noise
-    assert {index % 4 for index in facility.greedy(points, 4)} == {0, 1, 2, 3}
+    assert {index % 4 for index in facility_location.greedy(points, 4)} == {0, 1, 2, 3}
 
 
 def test_small_and_equal_sets():
-    assert sorted(facility.greedy(torch.randn(3, 2), 7)) == [0, 1, 2]
-    assert facility.greedy(torch.ones(4, 2), 2) == [0, 1]
+    assert sorted(facility_location.greedy(torch.randn(3, 2), 7)) == [0, 1, 2]
+    assert facility_location.greedy(torch.ones(4, 2), 2) == [0, 1]

@@ -16,7 +16,7 @@ import zoo
 
 from lmms_mtv import TaskVector, VectorCard, find_sites, methods
 from lmms_mtv.errors import VectorFileError
-from lmms_mtv.vector import HEADS
+from lmms_mtv.vectors import HEADS
 
 FORK = get_context("fork")
 SETTINGS = {"iterations": 4, "fit_shots": 1, "steps": 6, "samples": 4, "examples": 3, "candidate_examples": 2}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lmms_mtv import Edit, applied, find_sites, record, verify
 from lmms_mtv.errors import DiscoveryError, HookError
-from lmms_mtv.vector import MLP, STREAMS
+from lmms_mtv.vectors import MLP, STREAMS
 
 TEXT = {
     "vocab_size": zoo.VOCABULARY,

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM, MiniMaxConfig, MiniMaxForCausalLM, Mi
 
 from lmms_mtv import Edit, Episode, applied, capture, find_sites
 from lmms_mtv.errors import DataError, HookError, NumericsError
-from lmms_mtv.fitting import Run
+from lmms_mtv.fit.session import Run
 from lmms_mtv.hooks import Prefill, shape
-from lmms_mtv.vector import HEADS, RESIDUAL
+from lmms_mtv.vectors import HEADS, RESIDUAL
 
 MASKS = 32
 WINDOWED = ("gemma2", "gemma3")

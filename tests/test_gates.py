@@ -21,8 +21,8 @@ from vectors import card, vector
 from lmms_mtv import Edit, TaskVector, applied, capture, combined, find_sites, record
 from lmms_mtv.errors import GeometryError, HookError, NumericsError, VectorFileError
 from lmms_mtv.hooks import Sites, gates
-from lmms_mtv.library import page
-from lmms_mtv.vector import HEADS, MLP, RESIDUAL
+from lmms_mtv.vectors import HEADS, MLP, RESIDUAL
+from lmms_mtv.vectors.library import page
 
 TEXTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 

@@ -20,9 +20,9 @@ from lmms_mtv import cli, data
 from lmms_mtv.errors import ArgumentError, InstallationError
 from lmms_mtv.harness import gguf
 from lmms_mtv.harness.checkpoint import LOCAL
-from lmms_mtv.harness.hf import Hf, HfConfig
-from lmms_mtv.harness.lm import Mtv as LmMtv
-from lmms_mtv.harness.lm import _Runner
+from lmms_mtv.harness.lm.model import Mtv as LmMtv
+from lmms_mtv.harness.lm.model import _Runner
+from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
 from lmms_mtv.harness.prompts import Prompt
 
 

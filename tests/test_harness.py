@@ -33,9 +33,9 @@ from lmms_mtv.errors import (
     VectorFileError,
 )
 from lmms_mtv.harness.checkpoint import revision_of
-from lmms_mtv.harness.model import Mtv
-from lmms_mtv.library import Library
+from lmms_mtv.harness.lmms.model import Mtv
 from lmms_mtv.shapes import CHECKPOINT
+from lmms_mtv.vectors.library import Library
 
 SHORT = "iterations=8,fit_shots=2,steps=10,samples=4,examples=6,candidate_examples=4,candidates=3,reuse=False"
 
@@ -63,7 +63,7 @@ def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **o
 
 def task_file(folder: Path, name: str = "custom", **changes) -> Path:
     """A task of our own making over the scenes of shapes; a change to None takes a key away."""
-    from lmms_mtv.harness.plugin import tasks_folder
+    from lmms_mtv.harness.lmms.plugin import tasks_folder
 
     shapes = tasks_folder() / "shapes"
     folder.mkdir(exist_ok=True)

@@ -12,10 +12,11 @@ import yaml
 import zoo
 from vectors import card, vector
 
-from lmms_mtv import Edit, Library, TaskVector, applied, files, find_sites
+from lmms_mtv import Edit, Library, TaskVector, applied, find_sites
 from lmms_mtv.errors import ArgumentError, HubError, LibraryError, MtvError, VectorFileError
-from lmms_mtv.library import hub as hub_of_vectors
-from lmms_mtv.library.place import FILE, PAGE
+from lmms_mtv.runtime import files
+from lmms_mtv.vectors.library import hub as hub_of_vectors
+from lmms_mtv.vectors.library.place import FILE, PAGE
 
 
 @pytest.fixture

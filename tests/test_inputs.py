@@ -21,15 +21,16 @@ from loguru import logger
 from PIL import Image
 from test_harness import SHORT, Arguments, records, task_file
 
-from lmms_mtv import TaskVector, cells, check, compare
+from lmms_mtv import TaskVector
 from lmms_mtv.commands.compare import ARMS
 from lmms_mtv.data.pictures import opened, rgb
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, ResultsError
+from lmms_mtv.experiments import cells, check, compare
+from lmms_mtv.experiments.report import results
 from lmms_mtv.harness import record
-from lmms_mtv.harness.hf import Hf, HfConfig
+from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
 from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
 from lmms_mtv.harness.vectors import _doubts
-from lmms_mtv.report import results
 from lmms_mtv.shapes import CHECKPOINT
 
 import grids  # isort: skip

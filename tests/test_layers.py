@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmms_mtv.layers import best_layer
-from lmms_mtv.vector import Edit
+from lmms_mtv.fit.layers import best_layer
+from lmms_mtv.vectors import Edit
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])

@@ -11,13 +11,14 @@ import zoo
 from sessions import TokenExamples, session
 from torch.nn import functional
 
-from lmms_mtv import applied, learning, methods, record
+from lmms_mtv import applied, methods, record
 from lmms_mtv.errors import ArgumentError, DataError, HookError
-from lmms_mtv.fitting import Episode
+from lmms_mtv.fit import learning
+from lmms_mtv.fit.learning import Distillation, Moment
+from lmms_mtv.fit.session import Episode
 from lmms_mtv.hooks import checkpointed, find_sites, shape
-from lmms_mtv.learning import Distillation, Moment
 from lmms_mtv.methods import i2cl, live, m2iv, mimic
-from lmms_mtv.vector import ATTENTION, HEADS, MLP, RESIDUAL, Edit
+from lmms_mtv.vectors import ATTENTION, HEADS, MLP, RESIDUAL, Edit
 
 BOTH = [zoo.llama, zoo.idefics3]
 SHORT = {"examples": 4, "epochs": 2, "accumulation": 2, "judges": 2}

@@ -26,10 +26,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vectors import card, rewritten, vector
 
-from lmms_mtv import Library, TaskVector, VectorCard, files
+from lmms_mtv import Library, TaskVector, VectorCard
 from lmms_mtv.errors import ArgumentError, GeometryError, LibraryError, MtvError, VectorFileError
-from lmms_mtv.library import page
-from lmms_mtv.library.place import FILE, PAGE, folder_name
+from lmms_mtv.runtime import files
+from lmms_mtv.vectors.library import page
+from lmms_mtv.vectors.library.place import FILE, PAGE, folder_name
 
 FORK = get_context("fork")
 

@@ -14,7 +14,7 @@ from vectors import card, vector
 
 from lmms_mtv import Library, TaskVector
 from lmms_mtv.cli import main
-from lmms_mtv.library import page
+from lmms_mtv.vectors.library import page
 
 
 @pytest.fixture

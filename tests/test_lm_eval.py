@@ -28,11 +28,11 @@ from lmms_mtv import Edit, Episode, TaskVector, VectorCard, data, find_sites, me
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, GeometryError, HookError, LeakageError
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.checkpoint import name_of, revision_of
-from lmms_mtv.harness.lm import Mtv, _Runner
-from lmms_mtv.harness.lm_evaluation import Evaluation, Tasks
-from lmms_mtv.harness.lm_task import LmPrompts
+from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
+from lmms_mtv.harness.lm.model import Mtv, _Runner
+from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
-from lmms_mtv.vector import HEADS
+from lmms_mtv.vectors import HEADS
 
 SHORT = {
     "iterations": 8,
@@ -454,8 +454,8 @@ class TestFits:
         from lmms_eval.evaluator import simple_evaluate as lmms_evaluate
         from lmms_eval.tasks import TaskManager as LmmsTasks
 
-        from lmms_mtv.harness.model import Mtv as LmmsMtv
-        from lmms_mtv.harness.task import TaskPrompts
+        from lmms_mtv.harness.lmms.model import Mtv as LmmsMtv
+        from lmms_mtv.harness.lmms.task import TaskPrompts
 
         settings = SHORT | {"loss": "all", "seed": 5}
         # Without a line break at its end, which lmms-eval's templates drop and lm-eval's keep.

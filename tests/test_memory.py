@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lmms_mtv import memory
+from lmms_mtv.runtime import memory
 
 CPU = torch.device("cpu")
 

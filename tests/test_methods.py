@@ -7,12 +7,13 @@ import torch
 import zoo
 from sessions import TokenExamples, session
 
-from lmms_mtv import facility, methods
+from lmms_mtv import methods
 from lmms_mtv.errors import ArgumentError, NumericsError
+from lmms_mtv.fit import facility_location
+from lmms_mtv.fit.policy import EDGE, TEMPERATURE, Policy, concrete, reinforce
 from lmms_mtv.methods import mtv, none
 from lmms_mtv.methods import random as control
-from lmms_mtv.policy import EDGE, TEMPERATURE, Policy, concrete, reinforce
-from lmms_mtv.vector import HEADS
+from lmms_mtv.vectors import HEADS
 
 SHORT = {"iterations": 6, "steps": 12, "samples": 4, "examples": 5, "candidates": 3, "candidate_examples": 4}
 
@@ -336,7 +337,7 @@ def test_diverse_demonstrations_are_drawn_from_what_stands_for_all():
     tiny = zoo.build(zoo.llama)
     config = mtv.Config(**SHORT, diverse=7)
     pool = mtv.pool(session(tiny), config)
-    assert pool == sorted(facility.greedy(session(tiny, batch_size=4).embeddings(), 7))
+    assert pool == sorted(facility_location.greedy(session(tiny, batch_size=4).embeddings(), 7))
     expected = session(tiny).mean_activations(session(tiny).episodes(6, 4, "values", pool))
     assert torch.equal(mtv.fit(session(tiny), config).edits[HEADS].value, expected)
     assert mtv.pool(session(tiny), mtv.Config()) is None

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from lmms_mtv import applied, methods, record
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fitting import Episode
+from lmms_mtv.fit.session import Episode
 from lmms_mtv.methods import function_vector, icv, task_vector
-from lmms_mtv.vector import MLP, RESIDUAL
+from lmms_mtv.vectors import MLP, RESIDUAL
 
 SHORT = {
     "function_vector": {"iterations": 4, "fit_shots": 3, "effect_examples": 2, "top": 3, "examples": 3},

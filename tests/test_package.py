@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lmms_mtv import cells, check
+from lmms_mtv.experiments import cells, check
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

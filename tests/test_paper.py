@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lmms_mtv import paper
+from lmms_mtv.experiments import published
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
@@ -35,19 +35,19 @@ def test_each_file_has_the_schema(path):
 
 
 def test_a_score_is_reported_once_in_a_paper():
-    scores = [(e.title, e.task, e.arm, e.model) for e in paper.entries() if e.quantity == "score"]
+    scores = [(e.title, e.task, e.arm, e.model) for e in published.entries() if e.quantity == "score"]
     assert len(scores) == len(set(scores)) > 150
 
 
 def test_reported_finds_the_number_and_its_source():
-    found = paper.reported("vizwiz", "MTV", "Idefics2-8B")
+    found = published.reported("vizwiz", "MTV", "Idefics2-8B")
     assert found is not None
     assert (found.value, found.unit, found.read) == (52.5, "percent", "paper")
     assert "2406.15334" in found.source
-    assert paper.reported("okvqa", "MTV", "Qwen-VL-7B").value == 62.0
-    assert paper.reported("okvqa", "MTV", "Qwen-VL-7B", arxiv="2511.08246").value == 60.51
-    assert paper.reported("vizwiz", "MTV", "Blip3") is None
-    assert paper.reported("shapes_color_en", "MTV", "Idefics2-8B") is None
+    assert published.reported("okvqa", "MTV", "Qwen-VL-7B").value == 62.0
+    assert published.reported("okvqa", "MTV", "Qwen-VL-7B", arxiv="2511.08246").value == 60.51
+    assert published.reported("vizwiz", "MTV", "Blip3") is None
+    assert published.reported("shapes_color_en", "MTV", "Idefics2-8B") is None
 
 
 def rows(heading: str, header: str) -> list[list[str]]:
@@ -60,7 +60,7 @@ def rows(heading: str, header: str) -> list[list[str]]:
 
 
 def check(text: str, task: str, arm: str, model: str) -> None:
-    found = paper.reported(task, arm, model)
+    found = published.reported(task, arm, model)
     if text == "-":
         assert found is None, (task, arm, model)
     else:
@@ -90,7 +90,7 @@ def test_the_docs_print_the_classification_and_text_results():
 
 
 def test_the_docs_print_the_ablation_and_the_efficiency():
-    seeds = {(e.arm, e.value, e.std) for e in paper.entries() if e.task == "vizwiz" and e.model == "Qwen-VL-7B"}
+    seeds = {(e.arm, e.value, e.std) for e in published.entries() if e.task == "vizwiz" and e.model == "Qwen-VL-7B"}
     section = DOCS.split("## Shots and iterations")[1].split("\n## ")[0]
     printed = re.findall(r"(\d+\.\d) \((\d\.\d)\)", section)
     assert len(printed) == 6
@@ -101,7 +101,7 @@ def test_the_docs_print_the_ablation_and_the_efficiency():
         check(cell, "vizwiz", f"{shots}-shot" if shots else "zero-shot", "Qwen-VL-7B")
     for name, *cells in rows("Efficiency, VILA on VizWiz", "| |"):
         quantity = {"memory": "peak memory", "time": "time"}[name]
-        values = [e.value for e in paper.entries() if e.quantity == quantity]
+        values = [e.value for e in published.entries() if e.quantity == quantity]
         assert values == [float(cell) for cell in cells]
 
 

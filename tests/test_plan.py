@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmms_mtv import cells, plan
-from lmms_mtv.cells import Cell
 from lmms_mtv.errors import ArgumentError, DataError
-from lmms_mtv.plan import Axis, Place, Plan
+from lmms_mtv.experiments import cells, plan
+from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.plan import Axis, Place, Plan
 
 ARMS = {
     "zero-shot": {"method": "none"},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lmms_mtv import Edit, applied, find_sites, methods, verify
-from lmms_mtv.vector import HEADS
+from lmms_mtv.vectors import HEADS
 
 
 class Packed(nn.Module):

@@ -14,7 +14,7 @@ from torch import distributed, multiprocessing
 
 from lmms_mtv import Edit, Episode, find_sites, methods
 from lmms_mtv.errors import MtvError
-from lmms_mtv.ranks import Ranks, current
+from lmms_mtv.runtime.distributed import Ranks, current
 
 PARTS = ("value", "keep", "gain")
 SHORT = "iterations=7,fit_shots=2,steps=12,samples=5,examples=6,candidate_examples=4,candidates=3,reuse=False"

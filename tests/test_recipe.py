@@ -23,13 +23,13 @@ from test_lm_eval import task_file as lm_task_file
 
 from lmms_mtv import TaskVector
 from lmms_mtv.errors import ArgumentError, DataError
-from lmms_mtv.harness import lm
 from lmms_mtv.harness.checkpoint import LOCAL, name_of, revision_of, text_files_of
-from lmms_mtv.harness.lm_evaluation import Evaluation, Tasks
-from lmms_mtv.harness.lm_task import LmPrompts
-from lmms_mtv.harness.model import Mtv
+from lmms_mtv.harness.lm import model as lm
+from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
+from lmms_mtv.harness.lm.task import LmPrompts
+from lmms_mtv.harness.lmms.model import Mtv
 from lmms_mtv.harness.training import Training
-from lmms_mtv.library import Library
+from lmms_mtv.vectors.library import Library
 
 QUICK = dict(pair.split("=") for pair in SHORT.split(","))
 QUICK = {name: int(value) for name, value in QUICK.items() if name != "reuse"}

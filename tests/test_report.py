@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmms_mtv import cells, cli
+from lmms_mtv import cli
 from lmms_mtv.errors import ArgumentError, DataError, ResultsError
-from lmms_mtv.report import bootstrap, marks, results, summary, tables
-from lmms_mtv.report.page import page
-from lmms_mtv.report.plots import plots
+from lmms_mtv.experiments import cells
+from lmms_mtv.experiments.report import bootstrap, marks, results, summary, tables
+from lmms_mtv.experiments.report.page import page
+from lmms_mtv.experiments.report.plots import plots
 
 SMALL = {"tasks": ["a_en", "b_en"], "arms": {name: grids.ARMS[name] for name in ("zero-shot", "2-shot", "MTV")}}
 

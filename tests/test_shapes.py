@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Idefics3ForConditionalGeneration
 
 from lmms_mtv import find_sites
-from lmms_mtv.harness.plugin import tasks_folder
+from lmms_mtv.harness.lmms.plugin import tasks_folder
 from lmms_mtv.shapes import CHECKPOINT, questions, scenes, tiny, train, words
 
 DATA = tasks_folder() / "shapes" / "data"
@@ -99,7 +99,7 @@ def test_training_sees_what_the_harness_will_show(chat):
     items = [(index, questions.QUESTION, answer(scene)) for index, scene in enumerate(shown)]
     batch = train.encode(processor, bank, [items], [chat])
 
-    from lmms_mtv.harness.hf import Hf, HfConfig
+    from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
     from lmms_mtv.harness.prompts import Demonstration, Prompt
 
     def asked(scene: scenes.Scene) -> list[dict]:

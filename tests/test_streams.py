@@ -14,8 +14,8 @@ from vectors import card, vector
 from lmms_mtv import Edit, Episode, TaskVector, applied, combined, find_sites, record, verify
 from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, VectorFileError
 from lmms_mtv.hooks import ReplayError, capture, places, receivers, shape, written
-from lmms_mtv.library import page
-from lmms_mtv.vector import ATTENTION, HEADS, MLP, RESIDUAL, STREAMS, checksum
+from lmms_mtv.vectors import ATTENTION, HEADS, MLP, RESIDUAL, STREAMS, checksum
+from lmms_mtv.vectors.library import page
 
 TEXTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 OTHERS = (ATTENTION, MLP, RESIDUAL)

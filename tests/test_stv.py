@@ -11,9 +11,9 @@ from sessions import TokenExamples, session
 
 from lmms_mtv import applied, record
 from lmms_mtv.errors import ArgumentError, NumericsError
+from lmms_mtv.fit.policy import Categorical, improved
 from lmms_mtv.methods import stv
-from lmms_mtv.policy import Categorical, improved
-from lmms_mtv.vector import HEADS
+from lmms_mtv.vectors import HEADS
 
 SHORT = {
     "iterations": 8,

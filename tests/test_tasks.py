@@ -23,10 +23,10 @@ from loguru import logger
 
 from lmms_mtv import TaskVector, cli, data
 from lmms_mtv.errors import DataError
-from lmms_mtv.fitting import Episode
-from lmms_mtv.harness.hf import Hf, HfConfig
+from lmms_mtv.fit.session import Episode
+from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
+from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
-from lmms_mtv.harness.task import TaskPrompts
 
 FOLDERS = ("vqa", "episodes", "words")
 TASKS = (*official_files.TASKS, "english_spanish_colon", "antonyms_colon")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmms_mtv import Edit, TaskVector, VectorCard
-from lmms_mtv.vector import checksum
+from lmms_mtv.vectors import checksum
 
 GEOMETRY = ((0, "model.layers.0.self_attn.o_proj", 2, 4), (2, "model.layers.2.self_attn.o_proj", 2, 4))
 

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from lmms_mtv import check, compare, plan
+    from lmms_mtv.experiments import check, compare, plan
 
     asked = plan.read(given.results)
     differences = check.stored(given.results)
@@ -38,7 +38,7 @@ def run(given: argparse.Namespace) -> None:
     places = [] if given.stored or differences else check.chosen(asked, given.cells, given.seed)
 
     def load(asked: plan.Plan, library: Path) -> compare.Bench:
-        from lmms_mtv.harness.bench import Bench
+        from lmms_mtv.harness.lmms.evaluation import Bench
 
         return Bench(asked, library, reuse=False)
 

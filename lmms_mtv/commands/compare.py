@@ -11,7 +11,7 @@ from typing import Any, Final
 import yaml
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.plan import Plan, read
+from lmms_mtv.experiments.plan import Plan, read
 
 ARMS: Final = {
     "zero-shot": {"method": "none"},
@@ -51,12 +51,12 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from lmms_mtv import compare
+    from lmms_mtv.experiments import compare
 
     asked = planned(given, given.output.resolve().name)
 
     def load(plan: Plan, library: Path) -> compare.Bench:
-        from lmms_mtv.harness.bench import Bench
+        from lmms_mtv.harness.lmms.evaluation import Bench
 
         return Bench(plan, library)
 

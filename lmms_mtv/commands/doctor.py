@@ -82,8 +82,8 @@ def _gib(size: int) -> str:
 
 def _folders() -> Iterator[str]:
     from lmms_mtv.data.source import FOLDER
-    from lmms_mtv.library import Library
-    from lmms_mtv.library.place import VARIABLE
+    from lmms_mtv.vectors.library import Library
+    from lmms_mtv.vectors.library.place import VARIABLE
 
     if data := os.environ.get(FOLDER):
         there = Path(data).expanduser()
@@ -101,7 +101,7 @@ def _folders() -> Iterator[str]:
 
 
 def _bases() -> Iterator[str]:
-    from lmms_mtv.harness import bases
+    from lmms_mtv.harness.lmms import bases
 
     logging.disable(logging.ERROR)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lmms_mtv.commands.compare import pairs
-from lmms_mtv.plan import Plan
+from lmms_mtv.experiments.plan import Plan
 
 
 def add(commands: Any) -> None:
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from lmms_mtv.harness.bench import Bench
+    from lmms_mtv.harness.lmms.evaluation import Bench
 
     plan = Plan("fit", given.model_args, given.tasks, {"fit": {}}, given.seeds, given.batch_size)
     bench = Bench(plan, given.library)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmms_mtv.library import Entry, Library
+    from lmms_mtv.vectors.library import Entry, Library
 
 REFERENCE = "a path, four or more digits of an id, task/method, or hub:owner/name"
 
@@ -103,8 +103,8 @@ def list_(given: argparse.Namespace) -> None:
 
 
 def show(given: argparse.Namespace) -> None:
-    from lmms_mtv.library import page
-    from lmms_mtv.vector import TaskVector
+    from lmms_mtv.vectors import TaskVector
+    from lmms_mtv.vectors.library import page
 
     entry = _resolved(given, given.reference)
     vector = TaskVector.load(entry.path)
@@ -152,7 +152,7 @@ def verify(given: argparse.Namespace) -> None:
 
 
 def push(given: argparse.Namespace) -> None:
-    from lmms_mtv.library import hub
+    from lmms_mtv.vectors.library import hub
 
     entry = _resolved(given, given.reference)
     address = hub.pushed(entry.path, given.repository, private=given.private)
@@ -165,8 +165,8 @@ def pull(given: argparse.Namespace) -> None:
 
 
 def combine(given: argparse.Namespace) -> None:
-    from lmms_mtv.combination import combined
-    from lmms_mtv.vector import TaskVector
+    from lmms_mtv.vectors import TaskVector
+    from lmms_mtv.vectors.combine import combined
 
     vectors = [TaskVector.load(_resolved(given, reference).path) for reference in given.references]
     made = combined(vectors, given.weights, task=given.task, any_sum=given.any_sum)
@@ -178,7 +178,7 @@ def combine(given: argparse.Namespace) -> None:
 
 
 def _library(given: argparse.Namespace) -> Library:
-    from lmms_mtv.library import Library
+    from lmms_mtv.vectors.library import Library
 
     return Library(given.library)
 

@@ -18,11 +18,11 @@ def add(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> None:
     try:
-        from lmms_mtv.harness import lm_command
+        from lmms_mtv.harness.lm import command
     except ImportError as error:
         # The command line of lm-eval is not part of its public interface.
         raise InstallationError(
             f"lm-eval {version('lm-eval')} is not built as lmms-mtv expects ({error}): python -m pip install "
             "'lm-eval>=0.4.12,<0.4.14'"
         ) from error
-    lm_command.run(given.rest)
+    command.run(given.rest)

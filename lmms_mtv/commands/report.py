@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> None:
     from lmms_mtv.errors import ArgumentError
-    from lmms_mtv.report import marks, results, tables
+    from lmms_mtv.experiments.report import marks, results, tables
 
     if (given.html or given.plots) and importlib.util.find_spec("matplotlib") is None:
         raise ArgumentError("--html and --plots need matplotlib: python -m pip install 'lmms-mtv[report]'")
@@ -47,11 +47,11 @@ def run(given: argparse.Namespace) -> None:
     if given.markdown:
         _write(given.markdown, tables.markdown(found))
     if given.html:
-        from lmms_mtv.report.page import page
+        from lmms_mtv.experiments.report.page import page
 
         _write(given.html, page(found))
     if given.plots:
-        from lmms_mtv.report.plots import plots
+        from lmms_mtv.experiments.report.plots import plots
 
         for one in found:
             folder = given.plots if len(found) == 1 else given.plots / one.plan.name

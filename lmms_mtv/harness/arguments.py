@@ -12,7 +12,7 @@ from typing import Any, Final
 from lmms_mtv import methods
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.methods import Method
-from lmms_mtv.vector import HEADS, TaskVector
+from lmms_mtv.vectors import HEADS, TaskVector
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Arguments:
 
     ``base``: the model that does the work. ``method``: how the task vector is fitted. ``shots``: demonstrations in
     every evaluated prompt; None takes ``--num_fewshot``. ``vector``: a vector to use instead of fitting, a file or
-    whatever else :meth:`~lmms_mtv.library.Library.resolve` knows. ``heads``: a vector whose heads are taken, while the
-    values are this task's. ``library``: folder of the vector library; ``reuse``: whether a vector of the same recipe
-    is taken from there instead of fitting it again. ``wrong``: share of the demonstrations that get a wrong answer.
-    ``demonstrations``: split of the task's dataset, or ``path:split``, to fit on and to draw shots from; None takes
-    what the task declares. ``seed``: of everything random. ``decoder``: dotted name of the module with the decoder's
-    blocks, where it is not found. ``cache_gb``: memory for prefilled prompts during a fit, in GB.
+    whatever else :meth:`~lmms_mtv.vectors.library.Library.resolve` knows. ``heads``: a vector whose heads are taken,
+    while the values are this task's. ``library``: folder of the vector library; ``reuse``: whether a vector of the same
+    recipe is taken from there instead of fitting it again. ``wrong``: share of the demonstrations that get a wrong
+    answer. ``demonstrations``: split of the task's dataset, or ``path:split``, to fit on and to draw shots from; None
+    takes what the task declares. ``seed``: of everything random. ``decoder``: dotted name of the module with the
+    decoder's blocks, where it is not found. ``cache_gb``: memory for prefilled prompts during a fit, in GB.
     """
 
     base: str = "hf"

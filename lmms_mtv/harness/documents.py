@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from lmms_mtv import data
 from lmms_mtv.errors import DataError
-from lmms_mtv.harness.failure import reported
+from lmms_mtv.harness.lmms.failure import reported
 
 
 @reported

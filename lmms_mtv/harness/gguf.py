@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from lmms_mtv.data.official import checksum
 from lmms_mtv.errors import ArgumentError, InstallationError
-from lmms_mtv.library.place import user_cache
+from lmms_mtv.vectors.library.place import user_cache
 
 
 class Located(NamedTuple):

@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lmms_mtv import files
-from lmms_mtv.library.place import FILE, folder_name
-from lmms_mtv.vector import TaskVector
+from lmms_mtv.runtime import files
+from lmms_mtv.vectors import TaskVector
+from lmms_mtv.vectors.library.place import FILE, folder_name
 
 PACKAGES = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
 

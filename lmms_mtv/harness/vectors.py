@@ -13,19 +13,19 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import torch
 
 from lmms_mtv import methods
-from lmms_mtv.batches import BatchSize
 from lmms_mtv.errors import ArgumentError, MethodError
-from lmms_mtv.fitting import Episode, Examples, FitSession, Runner
+from lmms_mtv.fit.session import Episode, Examples, FitSession, Runner
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.prompts import Reply
 from lmms_mtv.harness.training import Training
 from lmms_mtv.hooks import Sites, applied
-from lmms_mtv.library import Library
-from lmms_mtv.memory import peak
 from lmms_mtv.methods import Fitted, Method
-from lmms_mtv.ranks import Ranks
-from lmms_mtv.vector import HEADS, Edit, TaskVector, VectorCard
+from lmms_mtv.runtime.batches import BatchSize
+from lmms_mtv.runtime.distributed import Ranks
+from lmms_mtv.runtime.memory import peak
+from lmms_mtv.vectors import HEADS, Edit, TaskVector, VectorCard
+from lmms_mtv.vectors.library import Library
 
 _TRIED: Final = 16
 """Training queries that are answered after a fit."""

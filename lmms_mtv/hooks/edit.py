@@ -16,7 +16,7 @@ from lmms_mtv.hooks.positions import Positions
 from lmms_mtv.hooks.sites import Sites, find_sites
 from lmms_mtv.hooks.streams import Change, Place, changing, places, shape
 from lmms_mtv.runtime.compat import uncompiled
-from lmms_mtv.vector import HEADS, Edit, Edits, TaskVector, by_stream
+from lmms_mtv.vectors import HEADS, Edit, Edits, TaskVector, by_stream
 
 
 class Recording:

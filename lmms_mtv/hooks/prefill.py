@@ -24,7 +24,7 @@ from lmms_mtv.hooks.edit import applied
 from lmms_mtv.hooks.sites import Sites, text_config
 from lmms_mtv.hooks.temporary import after, before
 from lmms_mtv.runtime.compat import cache_name, naming, of_the_prompt, returned_cache, uncompiled
-from lmms_mtv.vector import Edit, Edits, by_stream, rows_of, taken
+from lmms_mtv.vectors import Edit, Edits, by_stream, rows_of, taken
 
 _MASKED = ("eager", "sdpa", None)
 """Attention to which a mask says what each token sees; None is that of models which do not say what they have."""

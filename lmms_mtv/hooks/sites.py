@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lmms_mtv.errors import DiscoveryError
-from lmms_mtv.vector import Geometry
+from lmms_mtv.vectors import Geometry
 
 logger = logging.getLogger(__name__)
 

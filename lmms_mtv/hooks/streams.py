@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmms_mtv.errors import DiscoveryError, HookError
 from lmms_mtv.hooks.sites import CROSS, Site, Sites
 from lmms_mtv.hooks.temporary import after, before
-from lmms_mtv.vector import ATTENTION, HEADS, MLP, RESIDUAL
+from lmms_mtv.vectors import ATTENTION, HEADS, MLP, RESIDUAL
 
 Change = Callable[[Tensor], Tensor | None]
 """Sees a stream, [rows, tokens, heads * size], and gives what goes on in its place, or None to leave it."""

@@ -18,8 +18,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from lmms_mtv.errors import ArgumentError, MethodError, unknown
-from lmms_mtv.fitting import FitSession
-from lmms_mtv.vector import Edit
+from lmms_mtv.fit.session import FitSession
+from lmms_mtv.vectors import Edit
 
 logger = logging.getLogger(__name__)
 

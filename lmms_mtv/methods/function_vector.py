@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fitting import Episode, FitSession, Tokens
-from lmms_mtv.layers import best_layer
+from lmms_mtv.fit.layers import best_layer
+from lmms_mtv.fit.session import Episode, FitSession, Tokens
 from lmms_mtv.methods import Fitted
-from lmms_mtv.vector import RESIDUAL, Edit
+from lmms_mtv.vectors import RESIDUAL, Edit
 
 
 @dataclass(frozen=True)

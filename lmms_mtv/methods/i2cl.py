@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fitting import FitSession
-from lmms_mtv.learning import Moment, Schedule, cross_entropy, learn
+from lmms_mtv.fit.learning import Moment, Schedule, cross_entropy, learn
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
-from lmms_mtv.vector import ATTENTION, MLP, Edit
+from lmms_mtv.vectors import ATTENTION, MLP, Edit
 
 
 @dataclass(frozen=True)

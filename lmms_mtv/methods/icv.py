@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fitting import FitSession
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
-from lmms_mtv.vector import MLP, RESIDUAL, Edit
+from lmms_mtv.vectors import MLP, RESIDUAL, Edit
 
 
 @dataclass(frozen=True)

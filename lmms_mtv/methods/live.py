@@ -8,8 +8,8 @@ without demonstrations.
 
 The initial values, the losses and the kind of schedule are those of the authors' code. The choices that are ours: the
 numbers of queries, of demonstrations and of queries in a step, and vectors learned in the unit of the hidden states
-(:func:`~lmms_mtv.learning.typical`), with learning rates chosen on training queries of shapes tasks (theirs are 0.001
-and 0.01, for many more steps).
+(:func:`~lmms_mtv.fit.learning.typical`), with learning rates chosen on training queries of shapes tasks (theirs are
+0.001 and 0.01, for many more steps).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmms_mtv.fitting import Answer, FitSession
+from lmms_mtv.fit.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
+from lmms_mtv.fit.session import Answer, FitSession
 from lmms_mtv.hooks import shape
-from lmms_mtv.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
 from lmms_mtv.methods import Fitted
-from lmms_mtv.vector import RESIDUAL, Edit
+from lmms_mtv.vectors import RESIDUAL, Edit
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ synergy, which draws the two vectors of a layer together and those of different 
 cross-entropy of the target. Demonstrations beyond the context window: each of several ``teachers`` shows others.
 
 The paper's text was not available to us; losses and injection are as later papers describe them. The choices that are
-ours: vectors are learned in the unit of what they are added to (:func:`~lmms_mtv.learning.typical`), with learning
+ours: vectors are learned in the unit of what they are added to (:func:`~lmms_mtv.fit.learning.typical`), with learning
 rates chosen on training queries of shapes tasks; the initial values and the kind of schedule are those of LIVE; queries
 are drawn at random instead of by clusters of their features, and no copy of a prompt with its demonstrations in another
 order is added; the synergy is of the cosines between layers, ``M = Z_a Z_m^T`` with rows of length 1, since divided by
@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lmms_mtv.fitting import Answer, FitSession
+from lmms_mtv.fit.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
+from lmms_mtv.fit.session import Answer, FitSession
 from lmms_mtv.hooks import shape
-from lmms_mtv.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
 from lmms_mtv.methods import Fitted
-from lmms_mtv.vector import ATTENTION, MLP, Edit
+from lmms_mtv.vectors import ATTENTION, MLP, Edit
 
 _FAR = 1e-3
 """How much the synergy counts the cosines between different layers."""

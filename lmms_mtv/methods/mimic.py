@@ -11,9 +11,9 @@ its attention by ``scaled_dot_product_attention``.
 
 The losses and initial vectors are those of the authors' code. The choices that are ours: states are compared at the
 positions that predict the target, as the distance's share of the state's length, mean over layers; vectors are learned
-in the unit of what the heads give (:func:`~lmms_mtv.learning.typical`), with a learning rate chosen on training queries
-of shapes tasks (theirs is 0.005); functions begin as torch's linear layers do; the numbers of queries (theirs: 1,000)
-and of demonstrations.
+in the unit of what the heads give (:func:`~lmms_mtv.fit.learning.typical`), with a learning rate chosen on training
+queries of shapes tasks (theirs is 0.005); functions begin as torch's linear layers do; the numbers of queries (theirs:
+1,000) and of demonstrations.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmms_mtv.fitting import Answer, FitSession
-from lmms_mtv.learning import Distillation, Moment, comparable, cross_entropy, learn, taught, typical
+from lmms_mtv.fit.learning import Distillation, Moment, comparable, cross_entropy, learn, taught, typical
+from lmms_mtv.fit.session import Answer, FitSession
 from lmms_mtv.methods import Fitted
-from lmms_mtv.vector import HEADS, RESIDUAL, Edit
+from lmms_mtv.vectors import HEADS, RESIDUAL, Edit
 
 _TINY = 1e-12
 

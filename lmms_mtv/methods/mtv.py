@@ -18,12 +18,12 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from lmms_mtv import facility
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fitting import Episode, FitSession, Tokens
+from lmms_mtv.fit import facility_location
+from lmms_mtv.fit.policy import EDGE, Policy, concrete, reinforce
+from lmms_mtv.fit.session import Episode, FitSession, Tokens
 from lmms_mtv.methods import Fitted
-from lmms_mtv.policy import EDGE, Policy, concrete, reinforce
-from lmms_mtv.vector import HEADS, Edit
+from lmms_mtv.vectors import HEADS, Edit
 
 _OF_GRADIENT: Final = {"steps": 30, "samples": 8, "lr": 1.0}
 """Defaults of ``gradient_steps`` and so on, chosen on training queries of shapes tasks."""
@@ -45,7 +45,7 @@ class Config:
     probabilities from gradients through masks between 0 and 1; then ``gradient_steps`` (30) of
     ``gradient_samples`` (8) masks each and with learning rate ``gradient_lr`` (1.0) stand for ``steps``,
     ``samples`` and ``lr``. ``diverse`` training examples, those that stand best for all (facility location on
-    :meth:`~lmms_mtv.fitting.FitSession.embeddings`), are the demonstrations of the prompts that are averaged.
+    :meth:`~lmms_mtv.fit.session.FitSession.embeddings`), are the demonstrations of the prompts that are averaged.
     """
 
     iterations: int = 100
@@ -139,7 +139,7 @@ def pool(session: FitSession[Any], config: Config) -> list[int] | None:
         return None
     if config.diverse > session.examples:
         raise ArgumentError(f"diverse={config.diverse}, but the training split has {session.examples} examples")
-    return sorted(facility.greedy(session.embeddings(), config.diverse))
+    return sorted(facility_location.greedy(session.embeddings(), config.diverse))
 
 
 def reselected(fitted: Fitted, mask: Tensor) -> Fitted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_mtv.fitting import FitSession
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
 
 

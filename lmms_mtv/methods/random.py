@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lmms_mtv.fitting import FitSession
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted, mtv
-from lmms_mtv.vector import HEADS
+from lmms_mtv.vectors import HEADS
 
 
 @dataclass(frozen=True)

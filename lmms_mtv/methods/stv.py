@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fitting import Episode, FitSession, Tokens
+from lmms_mtv.fit.policy import Categorical, improved
+from lmms_mtv.fit.session import Episode, FitSession, Tokens
 from lmms_mtv.methods import Fitted
-from lmms_mtv.policy import Categorical, improved
-from lmms_mtv.vector import HEADS, Edit
+from lmms_mtv.vectors import HEADS, Edit
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from lmms_mtv import data
 from lmms_mtv.data.answers import cut
 from lmms_mtv.harness.documents import documents
-from lmms_mtv.harness.failure import reported
+from lmms_mtv.harness.lmms.failure import reported
 
 __all__ = ["documents"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import DatasetDict
 
 from lmms_mtv.data import SOURCES, documents
-from lmms_mtv.harness.failure import reported
+from lmms_mtv.harness.lmms.failure import reported
 
 
 @reported

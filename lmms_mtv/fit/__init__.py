@@ -1,0 +1,1 @@
+"""From training examples to activations and losses, and from losses to a choice."""

@@ -1,0 +1,232 @@
+"""Learning edits from gradients through the frozen model: from how it answers after demonstrations, or from targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv.fit.session import Answer, Episode, FitSession, Tokens
+from lmms_mtv.vectors import Edits
+
+
+class Moment(NamedTuple):
+    """One query of one epoch, counted within it."""
+
+    epoch: int
+    number: int
+    asked: Episode
+
+
+T = TypeVar("T")
+
+Make = Callable[[Moment | None], Edits]
+"""Makes the edits of what is learned so far: for a moment, whose name noise may come from, or (None) to be kept."""
+
+Loss = Callable[[Moment], Callable[[Answer], Tensor]]
+"""For a moment, a number to make small, of what the edited model answers then."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What there is to learn from, and how often it is gone through: settings that several methods share.
+
+    ``examples`` training queries are learned from, ``epochs`` times in a new order. ``accumulation`` of them make one
+    step of AdamW (weight decay ``weight_decay``), whose learning rates rise over the share ``warmup`` of the steps and
+    fall with a cosine. A ``loss`` is of ``all`` tokens of the target, their mean, or of the ``first`` alone. ``judges``
+    further training queries tell the loss with and without the edit. ``autocast`` computes in bfloat16 what gradients
+    go through, ``checkpointing`` saves memory for more time.
+    """
+
+    examples: int = 100
+    epochs: int = 10
+    accumulation: int = 4
+    weight_decay: float = 1e-3
+    warmup: float = 0.1
+    loss: Tokens = "all"
+    judges: int = 32
+    autocast: bool = False
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "epochs", "accumulation", "judges"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.weight_decay < 0 or not 0 <= self.warmup < 1:
+            raise ArgumentError(
+                f"weight_decay={self.weight_decay}, warmup={self.warmup}: expected at least 0, and within [0, 1)"
+            )
+
+
+@dataclass(frozen=True)
+class Distillation(Schedule):
+    """A schedule whose queries are also shown to the model after demonstrations, to learn what it makes of them then.
+
+    Besides the settings of the schedule: prompts of ``fit_shots`` demonstrations teach. Each query has ``teachers`` of
+    them, with demonstrations of their own, which take turns from epoch to epoch: so more can be learned from than one
+    prompt holds.
+    """
+
+    fit_shots: int = 16
+    teachers: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit_shots < 0 or self.teachers < 1:
+            raise ArgumentError(f"fit_shots={self.fit_shots}, teachers={self.teachers}: expected at least 0 and 1")
+
+
+@dataclass(frozen=True)
+class Weighted(Distillation):
+    """A distillation into vectors that are added, each times a weight of its own.
+
+    Besides its settings: ``vector_lr`` and ``weight_lr`` are the learning rates of vectors and weights; vectors begin
+    as Gaussian noise of standard deviation ``spread``, weights at ``initial_weight``. ``supervision`` is the weight of
+    the target's cross-entropy beside what is learned from demonstrations.
+    """
+
+    vector_lr: float = 0.03
+    weight_lr: float = 0.03
+    spread: float = 0.01
+    initial_weight: float = 0.1
+    supervision: float = 0.5
+
+
+def learn(
+    session: FitSession[Any],
+    schedule: Schedule,
+    parameters: Sequence[tuple[float, Sequence[Tensor]]],
+    edits: Make,
+    loss: Loss,
+    *,
+    stream: str | None = None,
+) -> tuple[Edits, dict[str, list[float]]]:
+    """Learn ``parameters``, groups of float32 tensors on the CPU with their learning rates, in place.
+
+    Returns the edits to keep, without gradients, and losses by name: ``learning``, the mean of each step; ``unedited``
+    and ``chosen``, the cross-entropy of further training queries without and with the edits. ``stream`` is one whose
+    activations ``loss`` needs.
+
+    Raises :class:`ArgumentError` for a learning rate that is not positive.
+    """
+    if (lowest := min(rate for rate, _ in parameters)) <= 0:
+        raise ArgumentError(f"a learning rate of {lowest}, expected above 0")
+    asked = session.episodes(schedule.examples, session.shots, "learning")
+    judges = session.episodes(schedule.judges, session.shots, "judging", unlike=asked)
+    with session.stage("judging"):
+        # First, since it also settles whether answers can be replayed.
+        unedited = session.mean_losses(judges, {}, schedule.loss, "Without the edit")
+    with session.stage("learning"):
+        history = _learned(session, schedule, asked, parameters, edits, loss, stream)
+    made = edits(None)
+    with session.stage("judging"):
+        chosen = session.mean_losses(judges, made, schedule.loss, "With the edit")
+    return made, {"learning": history, "unedited": unedited.tolist(), "chosen": chosen.tolist()}
+
+
+def _learned(
+    session: FitSession[Any],
+    schedule: Schedule,
+    asked: Sequence[Episode],
+    parameters: Sequence[tuple[float, Sequence[Tensor]]],
+    edits: Make,
+    loss: Loss,
+    stream: str | None,
+) -> list[float]:
+    """The mean loss of each step that changes the parameters."""
+    learned = [tensor.requires_grad_() for _, tensors in parameters for tensor in tensors]
+    groups: list[dict[str, Any]] = [{"params": list(tensors), "lr": rate} for rate, tensors in parameters]
+    optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
+    steps = _steps(session, schedule, asked)
+    slower = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, len(steps), schedule.warmup))
+    history = []
+    for moments in session.bar(steps, "Learning"):
+        losses, gradients = session.gradients(
+            [moment.asked for moment in moments],
+            learned,
+            partial(_of, edits, moments),
+            partial(_of, loss, moments),
+            tokens=schedule.loss,
+            stream=stream,
+            autocast=schedule.autocast,
+            checkpointing=schedule.checkpointing,
+        )
+        for tensor, gradient in zip(learned, gradients, strict=True):
+            tensor.grad = gradient / len(moments)
+        optimizer.step()
+        slower.step()
+        history.append(losses.mean().item())
+    for tensor in learned:
+        tensor.requires_grad_(False)
+    return history
+
+
+def _of(make: Callable[[Moment], T], moments: Sequence[Moment], index: int) -> T:
+    """``make`` of the moment that an index means."""
+    return make(moments[index])
+
+
+def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode]) -> list[list[Moment]]:
+    """The queries of each step."""
+    order, steps = session.random("order"), []
+    for epoch in range(schedule.epochs):
+        moments = [Moment(epoch, number, episode) for number, episode in enumerate(order.sample(asked, len(asked)))]
+        size = schedule.accumulation
+        steps += [moments[begin : begin + size] for begin in range(0, len(moments), size)]
+    return steps
+
+
+def taught(session: FitSession[Any], settings: Distillation, moment: Moment, stream: str | None = None) -> Answer:
+    """What the unedited model makes of the query after demonstrations, with the activations of ``stream`` if asked."""
+    query, teacher = moment.asked.query, moment.epoch % settings.teachers
+    (shown,) = session.redrawn([moment.asked], settings.fit_shots, f"teacher {teacher} of {query}")
+    return session.answer(shown, settings.loss, stream)
+
+
+def typical(session: FitSession[Any], stream: str) -> Tensor:
+    """Root mean square of a stream's numbers at the last token of a few training queries, float32 [L, 1, 1].
+
+    What is learned in this unit can have the same learning rate in all models and layers.
+    """
+    queries = session.episodes(8, session.shots, "typical")
+    before, _ = session.answered_activations(queries, stream)
+    return before.square().mean((0, 2, 3)).sqrt().view(-1, 1, 1)
+
+
+def pace(step: int, steps: int, warmup: float) -> float:
+    """The share of the learning rate at a step: a line up over the share ``warmup`` of ``steps``, then a cosine."""
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+
+
+def divergence(answer: Answer, teacher: Answer) -> Tensor:
+    """KL(teacher || answer) of the next tokens, mean over those of the target.
+
+    Raises :class:`DataError` if the two are of different targets.
+    """
+    comparable(answer, teacher)
+    found, expected = (each.logits.log_softmax(-1) for each in (answer, teacher))
+    return functional.kl_div(found, expected, log_target=True, reduction="batchmean")
+
+
+def comparable(answer: Answer, teacher: Answer) -> None:
+    """Raise :class:`DataError` unless both answers are of the same tokens."""
+    if not torch.equal(answer.target, teacher.target):
+        raise DataError(
+            f"a target is of tokens {answer.target.tolist()}, and after demonstrations of {teacher.target.tolist()}: "
+            "what comes of one cannot be learned from the other"
+        )
+
+
+def cross_entropy(answer: Answer) -> Tensor:
+    """Of the target, mean over its tokens."""
+    return functional.cross_entropy(answer.logits, answer.target)

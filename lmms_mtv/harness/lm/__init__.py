@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: the model ``mtv``, its prompts and its command line."""

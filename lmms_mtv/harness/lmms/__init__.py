@@ -1,0 +1,1 @@
+"""lmms-eval: the model ``mtv``, its bases, its prompts and its tasks."""

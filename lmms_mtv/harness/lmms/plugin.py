@@ -1,0 +1,83 @@
+"""What lmms-eval loads through its entry point: the model ``mtv``, and this package's tasks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from lmms_eval.models.registry_v2 import ModelManifest
+from loguru import logger
+
+from lmms_mtv.harness.lmms.failure import end_failed_runs
+from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
+from lmms_mtv.runtime import environment
+
+__all__ = ["NAME", "manifest", "register_tasks", "tasks_folder"]
+
+NAME: Final = "mtv"
+"""The model's name in lmms-eval."""
+
+
+def manifest() -> ModelManifest:
+    """Return the model, for the entry-point group ``lmms_eval.models``, and make the tasks known.
+
+    lmms-eval calls this function while it starts. If the command line asks for the model and a library around it
+    cannot work, the run ends here, with one line and exit status 1. Other models of lmms-eval run on with a warning.
+    """
+    libraries, asked = environment.libraries(), names_model(sys.argv[1:])
+    if (line := environment.problem(libraries)) is not None:
+        if asked:
+            raise SystemExit(f"lmms-mtv: {line}")
+        logger.warning(line)
+    elif asked and (line := environment.newer(libraries)) is not None:
+        logger.warning(line)
+    register_tasks()
+    return ModelManifest(model_id=NAME, chat_class_path="lmms_mtv.harness.lmms.model.Mtv")
+
+
+def names_model(arguments: Sequence[str]) -> bool:
+    """Return whether a command line of lmms-eval asks for the model ``mtv``, itself or in its ``--config`` file."""
+    joined = dict(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
+    given = joined | dict(itertools.pairwise(arguments))
+    if given.get("--model") == NAME:
+        return True
+    path = Path(given.get("--config", ""))
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except (OSError, ValueError, yaml.YAMLError):
+        # The harness reads the file again, and tells what is wrong with it.
+        return False
+    entries = entries if isinstance(entries, list) else [entries]
+    return any(isinstance(entry, dict) and entry.get("model") == NAME for entry in entries)
+
+
+def register_tasks() -> None:
+    """Let every ``TaskManager`` index this package's tasks.
+
+    lmms-eval has entry points for models but none for tasks, so its index is extended here: the one place where this
+    package changes another. The harness's own tasks and those of ``--include_path`` keep precedence. A manager made
+    for the model ``mtv`` is the first sign of its evaluation: from there on an error of the harness ends the run.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    original = TaskManager.initialize_tasks
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def initialize_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
+        if getattr(self, "model_name", None) == NAME:
+            end_failed_runs()
+        index: dict[str, Any] = original(self, include_path=include_path, include_defaults=include_defaults)
+        if not include_defaults:
+            return index
+        ours = [self._get_task_and_group(str(path)) for path in tasks_folder().iterdir() if path.name != LM_EVAL]
+        return functools.reduce(operator.or_, ours, {}) | index
+
+    TaskManager.initialize_tasks = initialize_tasks

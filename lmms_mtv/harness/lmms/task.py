@@ -1,0 +1,208 @@
+"""A task of the harness as a source of prompts: its queries, and the training examples for demonstrations."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.task import ConfigurableMessagesTask
+from lmms_eval.utils import apply_template
+from PIL import Image
+
+from lmms_mtv.data.pictures import UNREADABLE, opened, rgb
+from lmms_mtv.errors import DataError, DocumentError
+from lmms_mtv.fit.session import Episode
+from lmms_mtv.harness.prompts import Demonstration, Message, Prompt
+from lmms_mtv.harness.training import Training
+
+Doc = Mapping[str, Any]
+
+
+class TaskPrompts:
+    """The prompts of one task of lmms-eval.
+
+    ``demonstrations``: see :class:`~lmms_mtv.harness.training.Training`. ``as_sent`` leaves the description where the
+    harness puts it for its own models; by default every prompt begins with it. Nothing is loaded before it is needed.
+    ``wrong`` is the share of training examples that show another example's answer when they are demonstrations, drawn
+    by ``seed``; a query keeps its own.
+    """
+
+    def __init__(
+        self, task: Any, demonstrations: str | None, as_sent: bool = False, wrong: float = 0.0, seed: int = 0
+    ) -> None:
+        self._task = task
+        self._as_sent = as_sent
+        self._wrong, self._seed = wrong, seed
+        self.training = Training(task, demonstrations, task.config.fewshot_split, self._processed)
+        self.name = self.training.name
+
+    def _processed(self, documents: Dataset) -> Dataset:
+        """What ``process_docs`` makes of documents; the harness has done so for the splits that the task names."""
+        config = self._task.config
+        done = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
+        if config.process_docs is None or any(documents is self._task.dataset.get(split) for split in done):
+            return documents
+        return config.process_docs(documents)
+
+    def __len__(self) -> int:
+        return len(self.training.documents)
+
+    def digest(self) -> str:
+        """SHA-256 of the training examples, and of which of them show a wrong answer."""
+        found = self.training.digest()
+        return hashlib.sha256(f"{found} {self._wrong} {self._seed}".encode()).hexdigest() if self._wrong else found
+
+    def prompt(self, episode: Episode) -> Prompt:
+        """The prompt of a training query, with its target."""
+        query = self._demonstration("training", self.training.documents, episode.query)
+        description = self._description(self.training.documents[episode.query])
+        prompt = self._made(query.messages, description, episode.demonstrations, query.target)
+        if episode.answers is None:
+            return prompt
+        targets = [self.training.target(self.training.documents[index]) for index in episode.answers]
+        shown = [Demonstration(d.messages, target) for d, target in zip(prompt.demonstrations, targets, strict=True)]
+        return dataclasses.replace(prompt, demonstrations=tuple(shown))
+
+    def evaluation(self, doc_id: int, split: str, shots: int, seed: int) -> Prompt:
+        """The prompt of an evaluated document after ``shots`` demonstrations.
+
+        They depend on the seed, the task and the document alone: not on batches, on other requests or on processes.
+        """
+        chosen: Sequence[int] = ()
+        if shots:
+            total = len(self.training.documents)
+            if total < shots:
+                raise DataError(
+                    f"task {self.name} has {total} training examples, fewer than shots={shots}: pass a smaller shots="
+                )
+            chosen = random.Random(f"{seed}/{self.name}/{doc_id}").sample(range(total), shots)
+        documents = self._task.dataset[split]
+        messages = self._messages(f"{split} document {doc_id}", documents, doc_id)
+        return self._made(messages, self._description(documents[doc_id]), chosen, "")
+
+    def _made(self, query: Sequence[Message], description: str, demonstrations: Sequence[int], target: str) -> Prompt:
+        config = self._task.config
+        shown = tuple(self._shown(index) for index in demonstrations)
+        return Prompt(
+            query,
+            shown,
+            target,
+            description,
+            config.target_delimiter or "",
+            config.fewshot_delimiter or "",
+        )
+
+    def _shown(self, index: int) -> Demonstration:
+        """A training example as a demonstration, with a wrong answer if it was drawn for one."""
+        own = self._demonstration("training", self.training.documents, index)
+        rng = random.Random(f"{self._seed}/{self.name}/wrong/{index}")
+        if rng.random() >= self._wrong:
+            return own
+        documents = self.training.documents
+        for other in rng.sample(range(len(documents)), len(documents)):
+            if (target := self.training.target(documents[other])) != own.target:
+                return Demonstration(own.messages, target)
+        raise DataError(f"wrong={self._wrong}: all training examples of task {self.name} have the same answer")
+
+    def _demonstration(self, kind: str, documents: Dataset, index: int) -> Demonstration:
+        messages = self._messages(f"{kind} example {index}", documents, index)
+        return Demonstration(messages, self.training.target(documents[index]))
+
+    def _messages(self, called: str, documents: Dataset, index: int) -> list[Message]:
+        """The question of a document as the task puts it, its images opened and converted to RGB."""
+        try:
+            doc = documents[index]
+            if self._writes_messages:
+                messages = self._task.doc_to_messages(doc)
+            else:
+                # Not the task's own doc_to_messages: for text it would add demonstrations of its own choice.
+                visuals = self._task.doc_to_visual(doc) if self._task.config.doc_to_visual is not None else ()
+                content = [{"type": "image", "url": visual} for visual in visuals or ()]
+                content.append({"type": "text", "text": self._task.doc_to_text(doc)})
+                messages = [{"role": "user", "content": content}]
+            # A prompt has the description once, at its beginning.
+            return _without(self._written(doc), [_opened(message) for message in messages])
+        except (*UNREADABLE, DocumentError, SystemExit) as error:
+            if isinstance(error, SystemExit) and not isinstance(error.__cause__, DocumentError):
+                raise
+            # A task of ours ends a command, whichever model runs it. This model can go on.
+            reason = error.__cause__ if isinstance(error, SystemExit) else error
+            raise DocumentError(f"an image of {called} of task {self.name} does not open: {reason}") from error
+
+    @property
+    def _writes_messages(self) -> bool:
+        """Whether the task makes messages with a function of its own, and is asked for messages."""
+        return isinstance(self._task, ConfigurableMessagesTask) and callable(self._task.config.doc_to_messages)
+
+    def _written(self, doc: Doc) -> str:
+        """What the task says before everything else, written as the harness writes it."""
+        return str(apply_template(self._task.config.description or "", doc))
+
+    def _description(self, doc: Doc) -> str:
+        """What the prompt begins with."""
+        written = self._written(doc)
+        if not self._as_sent or not isinstance(self._task, ConfigurableMessagesTask):
+            return written
+        if self._writes_messages:
+            # The harness's messages have it only if the task's own function puts it there.
+            content = self._task.doc_to_messages(doc)[0]["content"]
+            return written if content and content[0] == {"type": "text", "text": written} else ""
+        return written if self._task.config.doc_to_visual is None else ""
+
+
+def as_loaded_for(task: Any, model: str) -> Any:
+    """The task as the harness loads it for ``--model`` ``model``: with the prompts and settings kept for that name."""
+    prompts = task.config.lmms_eval_specific_kwargs or {}
+    settings = task.config.model_specific_generation_kwargs or {}
+    if model not in prompts and model not in settings:
+        return task
+    own = copy.copy(task)
+    if model in prompts:
+        own.lmms_eval_specific_kwargs = prompts[model]
+    if model in settings:
+        own._config = copy.copy(task.config)
+        own._config.generation_kwargs = {**task.config.generation_kwargs, **settings[model]}
+    return own
+
+
+def asked(task: Any, requests: Sequence[Instance]) -> list[Instance]:
+    """The requests that ``task`` makes, without demonstrations, of the documents of ``requests``."""
+    made = []
+    for request in requests:
+        number, split = request.args[3], request.args[5]
+        context = task.fewshot_context(task.dataset[split][number], 0)
+        made.append(task.construct_requests(doc_id=number, ctx=context, metadata=request.metadata))
+    return made
+
+
+def _opened(message: Message) -> Message:
+    def part_opened(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "text":
+            return part
+        image = part.get("url")
+        if part["type"] == "image" and isinstance(image, str):
+            return {**part, "url": opened(image)}
+        if part["type"] != "image" or not isinstance(image, Image.Image):
+            raise DataError(
+                f"found a part of type {part['type']!r} ({type(image).__name__}) in a message, expected images and "
+                "text: demonstrations, and every prompt of base=hf, are of images and text only"
+            )
+        return {**part, "url": rgb(image)}
+
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {"role": message["role"], "content": [part_opened(part) for part in parts]}
+
+
+def _without(description: str, messages: list[Message]) -> list[Message]:
+    """``messages`` without the text part ``description`` at their beginning, if it is there."""
+    first, *parts = messages[0]["content"]
+    if not parts or first != {"type": "text", "text": description}:
+        return messages
+    return [{**messages[0], "content": parts}, *messages[1:]]

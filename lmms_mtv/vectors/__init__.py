@@ -1,0 +1,35 @@
+"""What is stored: edits of a model, the card that says where they come from, and both as a file."""
+
+from lmms_mtv.vectors.card import Geometry, VectorCard
+from lmms_mtv.vectors.edit import (
+    ATTENTION,
+    HEADS,
+    MLP,
+    RESIDUAL,
+    STREAMS,
+    Edit,
+    Edits,
+    by_stream,
+    distinct,
+    rows_of,
+    taken,
+)
+from lmms_mtv.vectors.vector import TaskVector, checksum
+
+__all__ = [
+    "ATTENTION",
+    "HEADS",
+    "MLP",
+    "RESIDUAL",
+    "STREAMS",
+    "Edit",
+    "Edits",
+    "Geometry",
+    "TaskVector",
+    "VectorCard",
+    "by_stream",
+    "checksum",
+    "distinct",
+    "rows_of",
+    "taken",
+]

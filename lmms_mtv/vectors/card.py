@@ -1,0 +1,149 @@
+"""The record of where a task vector comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lmms_mtv.errors import VectorFileError
+from lmms_mtv.runtime import files
+
+logger = logging.getLogger(__name__)
+
+SCHEMA: Final = 1
+"""Version of the card's fields."""
+
+Geometry = tuple[tuple[int, str, int, int], ...]
+"""For each site: index of the block, name of the module, number of heads, size of a head."""
+
+
+@dataclass(frozen=True)
+class VectorCard:
+    """Where a task vector comes from.
+
+    The fields up to ``parents`` are the recipe: they determine the vector, and its :attr:`id`. ``examples`` and
+    ``prompt`` are SHA-256 digests of the ids of the training examples and of the way a prompt is written. ``shots``
+    is the number of demonstrations in the prompts that the vector is made for. ``parents`` are the ids of the vectors
+    that it was combined of, with their weights, or whose heads it has. ``losses`` are lists of floats by name,
+    ``seconds`` is the time of the fit, ``stages`` how much of it each part took, by name, ``memory`` its peak in bytes
+    if known. ``replay`` says how the losses of edits were computed (:attr:`FitSession.replay`), if any were and if it
+    is known. ``accuracy`` says how a fit was tried on some training queries: the number of ``queries``, the share that
+    was answered right without the vector (``unedited``) and with it (``edited``), and the share of answers with it that
+    did not end (``endless``).
+    """
+
+    model: str
+    revision: str | None
+    dtype: str
+    geometry: Geometry
+    task: str
+    split: str
+    examples: str
+    prompt: str
+    shots: int
+    seed: int
+    method: str
+    config: Mapping[str, Any]
+    parents: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    losses: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    memory: int | None = None
+    replay: str | None = None
+    accuracy: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    schema: int = SCHEMA
+
+    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy", "schema")
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the recipe: the same recipe, the same id, on any machine.
+
+        Settings that are None do not count, so that a method may get another one and its vectors keep their ids.
+        """
+        recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in self._OUTCOME}
+        recipe["config"] = {name: value for name, value in self.config.items() if value is not None}
+        if not recipe["parents"]:  # so that a fitted vector has the id that it had before there were parents
+            del recipe["parents"]
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self) | {"id": self.id}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> VectorCard:
+        """The card written by :meth:`to_json`. Unknown fields are left out with a warning.
+
+        Raises :class:`VectorFileError`, with ``source`` in the message, if a field is missing or has a wrong type.
+        """
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise VectorFileError(f"the card of {source} is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise VectorFileError(f"the card of {source} is no JSON object but {type(found).__name__}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+        if missing := sorted(required - found.keys()):
+            raise VectorFileError(f"the card of {source} lacks {', '.join(missing)}: fit the vector again")
+        if extra := sorted(found.keys() - fields.keys() - {"id"}):
+            logger.warning("the card of %s has fields that this version does not know: %s", source, ", ".join(extra))
+        try:
+            geometry = tuple(
+                (int(layer), str(name), int(heads), int(size)) for layer, name, heads, size in found["geometry"]
+            )
+            given = {name: found[name] for name in fields if name in found} | {"geometry": geometry}
+            card = cls(**given)
+            for name in ("model", "revision", "dtype", "task", "split", "examples", "prompt", "method"):
+                if not isinstance(given[name], str) and (name, given[name]) != ("revision", None):
+                    raise TypeError(f"{name} is {type(given[name]).__name__}, not text")
+            if not isinstance(card.replay, str | None):
+                raise TypeError(f"replay is {type(card.replay).__name__}, not text")
+            for name in ("shots", "seed", "schema"):
+                given[name] = int(getattr(card, name))
+            for name in ("config", "versions"):
+                given[name] = dict(getattr(card, name))
+            given["parents"] = {name: float(weight) for name, weight in dict(card.parents).items()}
+            given["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
+            given["seconds"] = float(card.seconds)
+            given["stages"] = {name: float(seconds) for name, seconds in dict(card.stages).items()}
+            given["accuracy"] = {name: float(share) for name, share in dict(card.accuracy).items()}
+            card = cls(**given)
+            if _deeper(found, 32):
+                raise ValueError("something is nested too deeply")
+        except (TypeError, ValueError, OverflowError) as error:
+            raise VectorFileError(f"the card of {source} has a field of a wrong type: {error}") from error
+        if card.schema > SCHEMA:
+            raise VectorFileError(
+                f"{source} was written by a newer version of lmms-mtv (card schema {card.schema}, this version reads "
+                f"up to {SCHEMA}): upgrade lmms-mtv"
+            )
+        return card
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VectorCard:
+        """The card in a file written by :meth:`TaskVector.save`, whose tensors are neither read nor checked.
+
+        Raises :class:`VectorFileError` if there is no such file or no card in it.
+        """
+        return cls._of(Path(path), files.metadata(Path(path)))
+
+    @classmethod
+    def _of(cls, path: Path, metadata: Mapping[str, str]) -> VectorCard:
+        if metadata.get("format") != "lmms-mtv" or "card" not in metadata:
+            raise VectorFileError(f"{path} is a safetensors file, but no task vector written by lmms-mtv")
+        return cls.from_json(metadata["card"], str(path))
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether what JSON gave has more levels than that, which no method's settings have and no recursion survives."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(one, levels - 1) for one in inner)

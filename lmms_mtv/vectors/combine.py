@@ -1,0 +1,108 @@
+"""Vectors of one model combined with weights into a new one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import ArgumentError, GeometryError
+from lmms_mtv.vectors import Edit, TaskVector, VectorCard
+
+METHOD = "combination"
+
+_ROUNDING = 1e-6
+
+
+def combined(
+    vectors: Sequence[TaskVector], weights: Sequence[float] | None = None, *, task: str, any_sum: bool = False
+) -> TaskVector:
+    """The vector whose edit gives the weighted sum of what the edits of ``vectors`` give; no weights: their mean.
+
+    With ``y_i = keep_i * x + gain_i * value_i`` that is ``(sum w_i keep_i) * x + sum w_i gain_i value_i``, for each
+    head. Heads that no vector edits stay as they are if the weights sum to 1, which they must unless ``any_sum``;
+    otherwise they are scaled by the sum. Sums are taken in float64.
+
+    The card names ``task``, the ids of ``vectors`` with their weights as ``parents``, and what all cards agree in;
+    where they do not, split, examples and prompt are empty and the seed is 0.
+
+    Raises :class:`GeometryError` unless all are of one model, revision, dtype, geometry and set of streams, and
+    without gates, :class:`ArgumentError` if the weights or the shots do not fit.
+    """
+    shares = _shares(vectors, weights, any_sum)
+    cards = [vector.card for vector in vectors]
+    for name in ("model", "revision", "dtype", "geometry"):
+        if len(found := {getattr(card, name) for card in cards}) > 1:
+            listed = "" if name == "geometry" else f" ({', '.join(sorted(map(repr, found)))})"
+            raise GeometryError(f"vectors that differ in {name}{listed} cannot be combined")
+    streams = {frozenset(vector.edits) for vector in vectors}
+    if len(streams) > 1 or not vectors[0].edits:
+        raise GeometryError(f"vectors with edits of {[sorted(names) for names in streams]} cannot be combined")
+    if len(shots := {card.shots for card in cards}) > 1:
+        raise ArgumentError(f"vectors for prompts of {sorted(shots)} shots cannot be combined")
+    edits = {name: _sum([vector.edits[name] for vector in vectors], shares) for name in sorted(vectors[0].edits)}
+    versions = [set(card.versions.items()) for card in cards]
+    card = VectorCard(
+        model=cards[0].model,
+        revision=cards[0].revision,
+        dtype=cards[0].dtype,
+        geometry=cards[0].geometry,
+        task=task,
+        split=_agreed(cards, "split", ""),
+        examples=_agreed(cards, "examples", ""),
+        prompt=_agreed(cards, "prompt", ""),
+        shots=cards[0].shots,
+        seed=_agreed(cards, "seed", 0),
+        method=METHOD,
+        config={},
+        parents=dict(zip([card.id for card in cards], shares, strict=True)),
+        versions=dict(sorted(set.intersection(*versions))),
+    )
+    return TaskVector(edits, card)
+
+
+def _shares(vectors: Sequence[TaskVector], weights: Sequence[float] | None, any_sum: bool) -> list[float]:
+    """The weights, rid of a rounding error in their sum."""
+    if not vectors:
+        raise ArgumentError("no vectors to combine")
+    if len({vector.id for vector in vectors}) < len(vectors):
+        raise ArgumentError("a vector is given twice: give it once, with the sum of its weights")
+    if weights is None:
+        return [1 / len(vectors)] * len(vectors)
+    if len(weights) != len(vectors) or not all(map(math.isfinite, weights)):
+        raise ArgumentError(f"weights {list(weights)} for {len(vectors)} vectors: give one number for each")
+    total = math.fsum(weights)
+    if any_sum:
+        return [float(weight) for weight in weights]
+    if abs(total - 1) > _ROUNDING:
+        raise ArgumentError(f"the weights {list(weights)} sum to {total:g}, not to 1; --any-sum (any_sum) allows that")
+    return [weight / total for weight in weights]
+
+
+def _sum(edits: Sequence[Edit], shares: Sequence[float]) -> Edit:
+    if len({edit.shape for edit in edits}) > 1 or any(edit.batch is not None for edit in edits):
+        raise GeometryError("edits of different shapes, or of batches, cannot be combined")
+    if len({(edit.everywhere, edit.once) for edit in edits}) > 1 or any(edit.renormed for edit in edits):
+        raise GeometryError("edits at different positions, or that keep norms, have no sum that is such an edit")
+    if any(edit.gate is not None for edit in edits):
+        raise GeometryError("edits with a gate cannot be combined: what they add depends on the query")
+    device = edits[0].value.device
+
+    def total(terms: Sequence[Tensor]) -> Tensor:
+        return torch.stack([share * term for share, term in zip(shares, terms, strict=True)]).sum(0)
+
+    doubles = [tuple(part.to(device, torch.float64) for part in (edit.value, edit.keep, edit.gain)) for edit in edits]
+    value = total([gain[..., None] * value for value, _, gain in doubles])
+    keep = total([keep for _, keep, _ in doubles])
+    # Where gains cancel, values need not: a head has a gain if it has one in any edit.
+    gain = torch.stack([share * gain for share, (_, _, gain) in zip(shares, doubles, strict=True)]).ne(0).any(0)
+    return dataclasses.replace(edits[0], value=value.float(), keep=keep.float(), gain=gain.float())
+
+
+def _agreed(cards: Sequence[VectorCard], name: str, otherwise: Any) -> Any:
+    found = {getattr(card, name) for card in cards}
+    return found.pop() if len(found) == 1 else otherwise

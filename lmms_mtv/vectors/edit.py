@@ -1,0 +1,176 @@
+"""The one change that is made to a model, for its attention heads and for the other streams of its blocks.
+
+The one primitive is ``x' = keep * x + gain * value``, for each attention head (MTV is ``keep`` 0 and ``gain`` 1 at the
+chosen heads; anything learned or scaled is another choice of the three tensors). The other streams of a block take the
+same form, as if each were one head of the model's width. A gate lets the query of a head say how much of its value is
+added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import GeometryError
+
+HEADS: Final = "heads"
+"""Stream of the attention heads: the input of each block's attention output projection."""
+
+ATTENTION: Final = "attention"
+"""Stream of what self-attention adds to a block: the output of its module."""
+
+MLP: Final = "mlp"
+"""Stream of what the MLP adds to a block: the output of its module."""
+
+RESIDUAL: Final = "residual"
+"""Stream of the hidden state after each block."""
+
+STREAMS: Final = (HEADS, ATTENTION, MLP, RESIDUAL)
+"""What can be edited; names of the edits in :attr:`TaskVector.edits`."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """``x' = keep * x + gain * value`` for the heads of all layers, or for another stream of them.
+
+    ``value`` is float32 [L, H, D], ``keep`` and ``gain`` are float32 [L, H]: L layers, H heads, D numbers a head. In a
+    stream other than the heads H is 1 and D the model's width. Each of the tensors may have a leading dimension K: then
+    row k of a batch of K rows gets edit k.
+
+    The edit is at the last real position of each row, or ``everywhere``, at all positions, or ``once``, at the last
+    token of the prompt and not at the tokens that follow it. ``renormed`` scales x' to the Euclidean norm of x, for
+    each head (ICV, arXiv 2311.06668; LIVE, arXiv 2406.13185).
+
+    A ``gate``, float32 [L, H, Q + 1] for queries of Q numbers, makes it ``x' = keep * x + mu * gain * value``, with
+    ``mu = Z1 / (Z1 + Z2)`` at each position and head: ``log Z1 = w . q + b`` of the head's query q, where w are the
+    first Q numbers and b is the last, and Z2 is the sum of the exponentials of the head's attention scores (MimIC, CVPR
+    2025). Heads alone have queries.
+
+    Raises :class:`GeometryError` if the shapes do not belong together, or if it is to be both everywhere and once.
+    """
+
+    value: Tensor
+    keep: Tensor
+    gain: Tensor
+    everywhere: bool = False
+    once: bool = False
+    renormed: bool = False
+    gate: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        wide = [self.value] if self.gate is None else [self.value, self.gate]
+        tensors = [self.value, self.keep, self.gain, *wide[1:]]
+        shapes = [tuple(t.shape) for t in tensors]
+        if any(t.dim() not in (3, 4) for t in wide) or any(t.dim() not in (2, 3) for t in (self.keep, self.gain)):
+            raise GeometryError(
+                f"an edit needs value [L, H, D], keep [L, H], gain [L, H], gate [L, H, Q + 1] or none, found {shapes}"
+            )
+        heads = {tuple(t.shape[-3:-1]) for t in wide} | {tuple(t.shape[-2:]) for t in (self.keep, self.gain)}
+        if len(heads) > 1 or len(set(self._leading)) > 1:
+            raise GeometryError(f"value, keep, gain and gate of an edit disagree in layers, heads or batch: {shapes}")
+        if self.gate is not None and self.gate.shape[-1] < 2:
+            raise GeometryError(f"a gate has a number for each of a query and one more, found {shapes[-1]}")
+        if not all(t.is_floating_point() for t in tensors):
+            raise GeometryError("value, keep, gain and gate of an edit must be floating point")
+        if self.everywhere and self.once:
+            raise GeometryError("an edit is everywhere, or once, not both")
+
+    @classmethod
+    def replace(cls, value: Tensor, mask: Tensor) -> Edit:
+        """Replace the heads where ``mask`` ([L, H] or [K, L, H], bool or 0 and 1) is set by ``value`` [L, H, D]."""
+        gain = mask.to(torch.float32)
+        return cls(value.to(torch.float32), 1 - gain, gain)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, heads, size of a head."""
+        layers, heads, size = self.value.shape[-3:]
+        return layers, heads, size
+
+    @property
+    def batch(self) -> int | None:
+        """K, or None for an edit that is the same for every row."""
+        return next(iter(self._leading), None)
+
+    @property
+    def of_rows(self) -> list[Tensor]:
+        """The tensors with a leading dimension K: what tells the edits of a batch apart."""
+        plain = ((self.value, 3), (self.keep, 2), (self.gain, 2), (self.gate, 3))
+        return [t for t, dimensions in plain if t is not None and t.dim() > dimensions]
+
+    @property
+    def _leading(self) -> list[int]:
+        """The K of each tensor that has one."""
+        return [len(tensor) for tensor in self.of_rows]
+
+    def taken(self, index: int | slice | Sequence[int]) -> Edit:
+        """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
+        return dataclasses.replace(
+            self,
+            value=self.value[index] if self.value.dim() > 3 else self.value,
+            keep=self.keep[index] if self.keep.dim() > 2 else self.keep,
+            gain=self.gain[index] if self.gain.dim() > 2 else self.gain,
+            gate=self.gate[index] if self.gate is not None and self.gate.dim() > 3 else self.gate,
+        )
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """The (layer, head) pairs that the edit changes."""
+        touched = (self.gain != 0) | (self.keep != 1)
+        while touched.dim() > 2:
+            touched = touched.any(0)
+        return tuple((layer, head) for layer, head in touched.nonzero().tolist())
+
+
+Edits = Mapping[str, Edit]
+"""Edits by the stream they belong to."""
+
+
+def by_stream(edits: Edit | Edits) -> Edits:
+    """``edits`` as a mapping; an edit alone is one of the heads.
+
+    Raises :class:`GeometryError` for a stream that there is not, for a gate in one that has no queries, and for edits
+    that are for batches of different sizes.
+    """
+    found = {HEADS: edits} if isinstance(edits, Edit) else edits
+    if unknown := sorted(found.keys() - set(STREAMS)):
+        raise GeometryError(f"edits of {', '.join(unknown)}, expected streams among {', '.join(STREAMS)}")
+    if gated := sorted(name for name, edit in found.items() if edit.gate is not None and name != HEADS):
+        raise GeometryError(
+            f"edits of {', '.join(gated)} have a gate, expected one in {HEADS} alone: these have queries"
+        )
+    if len(batches := {edit.batch for edit in found.values()} - {None}) > 1:
+        raise GeometryError(f"edits of several streams are for batches of {sorted(filter(None, batches))} rows")
+    return found
+
+
+def rows_of(edits: Edits) -> int | None:
+    """The K of a batch of K edits, or None for edits that are the same for every row."""
+    return next((edit.batch for edit in edits.values() if edit.batch is not None), None)
+
+
+def taken(edits: Edits, index: int | slice | Sequence[int]) -> Edits:
+    """Some of a batch of K edits, or one of them, in every stream."""
+    return {name: edit.taken(index) for name, edit in edits.items()}
+
+
+def distinct(edits: Edits) -> tuple[Edits, list[int]]:
+    """Return the different edits among a batch of K, and which of them each row is.
+
+    Args:
+        edits: edits by stream, a batch of K of them.
+
+    Returns:
+        The M different edits in the order in which they first appear, and K indices below M.
+    """
+    rows = torch.cat([tensor.flatten(1) for edit in edits.values() for tensor in edit.of_rows], 1)
+    _, alike = torch.unique(rows, dim=0, return_inverse=True)
+    order: dict[int, int] = {}
+    which = [order.setdefault(row, len(order)) for row in alike.tolist()]
+    first = [which.index(index) for index in range(len(order))]
+    return (edits, which) if len(first) == len(which) else (taken(edits, first), which)

@@ -1,0 +1,112 @@
+"""Vectors on the Hugging Face hub: a model repository with the vector's file and its page."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lmms_mtv.errors import ArgumentError, HubError, VectorFileError
+from lmms_mtv.runtime import files
+from lmms_mtv.vectors import TaskVector
+from lmms_mtv.vectors.library import page
+from lmms_mtv.vectors.library.place import FILE, PAGE
+
+PREFIX: Final = "hub:"
+"""A reference to a vector on the hub is ``hub:<owner>/<name>`` or ``hub:<owner>/<name>@<revision>``."""
+
+_NAME: Final = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?", re.ASCII)
+
+# What a client raises that cannot connect: httpx's error, or that of whatever the library has put in its place.
+_TRANSPORT: Final[type[BaseException]] = HfHubHTTPError.__bases__[0]
+
+
+def pushed(path: Path, repository: str, *, private: bool = False) -> str:
+    """Upload a vector's file, as it is, and its page to ``owner/name``, which is made if need be. Returns its address.
+
+    Both are one commit. Raises :class:`HubError` if the hub does not take it, :class:`ArgumentError` for another kind
+    of name, :class:`VectorFileError` if the file is not intact.
+    """
+    name, revision = parsed(repository)
+    if revision is not None:
+        raise ArgumentError(f"a vector is pushed to the newest revision: leave @{revision} out of {repository!r}")
+    vector = TaskVector.load(path)
+    described = page.of(vector, name).encode("utf-8", "replace")
+    operations = [CommitOperationAdd(FILE, path), CommitOperationAdd(PAGE, described)]
+    with _told(name, "pushed to", "the hub wants a token that may write there"):
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.create_commit(name, operations, commit_message=f"Task vector {vector.id}")
+        return str(commit.repo_url)
+
+
+def pulled(repository: str) -> TaskVector:
+    """The vector of ``owner/name`` or ``owner/name@revision``. Only its own file is downloaded, if it is not too large.
+
+    Raises :class:`HubError` if there is none or the hub does not give it, :class:`VectorFileError` if it is refused.
+    """
+    name, revision = parsed(repository)
+    with (
+        _told(repository, "pulled from", "there is none of this name, or it is private"),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        api = HfApi()
+        found = api.model_info(name, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size for file in found.siblings or ()}
+        if FILE not in sizes:
+            raise HubError(f"{repository} on the hub has no {FILE}: it is no vector of lmms-mtv")
+        size = sizes[FILE]
+        if size is None or size > files.LIMIT:
+            raise VectorFileError(
+                f"{FILE} of {repository} on the hub has {'an unknown number of' if size is None else f'{size:,}'} "
+                f"bytes, a vector has at most {files.LIMIT:,}: it is not downloaded"
+            )
+        path = api.hf_hub_download(name, FILE, revision=found.sha, local_dir=folder)
+        try:
+            return TaskVector.load(Path(path))
+        except VectorFileError as error:
+            raise VectorFileError(f"what {repository} on the hub has is refused: {error}") from error
+
+
+def parsed(repository: str) -> tuple[str, str | None]:
+    """``owner/name`` and the revision, if there is one. Raises :class:`ArgumentError`."""
+    match = _NAME.fullmatch(repository.removeprefix(PREFIX))
+    if match is None:
+        raise ArgumentError(f"{repository!r} is no repository of the hub: give owner/name or owner/name@revision")
+    return match[1], match[2]
+
+
+@contextmanager
+def _told(repository: str, done: str, refused: str) -> Iterator[None]:
+    """What the hub's client raises, as an error that says what mends it.
+
+    ``refused`` is what it may mean that the hub knows no such repository, or does not let in: it does not say which.
+    """
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise HubError(f"nothing can be {done} {repository}: HF_HUB_OFFLINE is set, unset it") from error
+    except GatedRepoError as error:
+        raise HubError(f"{repository} on the hub is gated: ask for access on its page, and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repository} on the hub has no such revision: check what follows the @") from error
+    except (OSError, ValueError, RuntimeError, _TRANSPORT) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+            raise HubError(
+                f"nothing can be {done} {repository}: {refused}; run `hf auth login`, or set HF_TOKEN"
+            ) from error
+        said = " ".join(str(error).split())[:300]
+        raise HubError(f"nothing can be {done} {repository} on the hub ({type(error).__name__}: {said})") from error

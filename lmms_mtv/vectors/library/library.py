@@ -1,0 +1,265 @@
+"""``<root>/<model>/<task>/<method>-<id>/``: a vector's file and a page that describes it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lmms_mtv.errors import LibraryError, VectorFileError
+from lmms_mtv.runtime import files
+from lmms_mtv.vectors import TaskVector, VectorCard
+from lmms_mtv.vectors.library import hub, page, reference
+from lmms_mtv.vectors.library.entry import Entry, Problem
+from lmms_mtv.vectors.library.place import FILE, PAGE, VARIABLE, default_root, folder_name, is_temporary
+
+logger = logging.getLogger(__name__)
+
+_ELSEWHERE = f"choose another place by --library, library= or {VARIABLE}"
+
+
+class Library:
+    """The vectors below ``root``; None: the folder in ``LMMS_MTV_LIBRARY``, else the user's cache.
+
+    Nothing outside the root is read or written: names in cards and references are made safe or compared as texts, and
+    a link below the root is an error. Writing is done beside the place and renamed, so that a vector is there whole
+    or not at all, whatever is killed and however many processes write.
+
+    Raises :class:`LibraryError` if the root cannot be read or written.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = Path(os.path.abspath(os.path.expanduser(default_root() if root is None else root)))
+
+    def folder(self, card: VectorCard) -> Path:
+        """Where the vector of this recipe belongs. Vectors of different recipes never share a folder."""
+        return self.root / folder_name(card.model) / folder_name(card.task) / f"{folder_name(card.method)}-{card.id}"
+
+    def add(self, vector: TaskVector) -> Path:
+        """Write the vector and its page, and return its file. If the same edits are there already, nothing is written.
+
+        A damaged file in its place is replaced, and so is another outcome of the same recipe.
+
+        Raises :class:`LibraryError` if there is no room or no permission; what was there before is then as it was.
+        Raises :class:`NumericsError` on NaN, :class:`GeometryError` if the edits are not of the card's geometry.
+        """
+        vector.check(vector.card.geometry)
+        folder = self._own(self.folder(vector.card))
+        held = self._intact(folder / FILE)
+        if held is not None and held.id == vector.id and same_edits(held, vector):
+            return folder / FILE
+        content, described = vector.content(), page.of(vector).encode("utf-8", "replace")
+        made = files.temporary(folder)
+        try:
+            made.mkdir(parents=True)
+            files.write(made / FILE, content)
+            files.write(made / PAGE, described)
+            _moved(made, folder)
+        except OSError as error:
+            raise LibraryError(
+                f"vector {vector.id} cannot be written to {folder} ({error.strerror or error}): make room, or "
+                f"{_ELSEWHERE}; what was there before is as it was"
+            ) from error
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return folder / FILE
+
+    def check_writable(self) -> None:
+        """Raise :class:`LibraryError` if nothing can be added: better known before a fit than after it."""
+        there = next(place for place in (self.root, *self.root.parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise LibraryError(f"the library {self.root} cannot be written to: {_ELSEWHERE}")
+
+    def get(self, card: VectorCard) -> TaskVector | None:
+        """The vector of exactly this recipe, or None. A damaged one is a warning, and none.
+
+        Raises :class:`LibraryError` if a link is in its place.
+        """
+        path = self._own(self.folder(card)) / FILE
+        vector = self._intact(path)
+        if vector is not None and vector.id != card.id:
+            logger.warning("%s holds vector %s: it is passed over, and replaced by what is fitted", path, vector.id)
+            return None
+        return vector
+
+    def entries(self) -> list[Entry]:
+        """What is in the library, by model, task, method, shots and seed. Unreadable files are left out with a warning.
+
+        Only cards are read; :meth:`verify` reads all.
+        """
+        found = (self._readable(folder / FILE) for folder in self._folders())
+        return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.order)
+
+    @staticmethod
+    def entry(path: Path) -> Entry:
+        """The entry of a vector's file, in the library or elsewhere. Raises :class:`VectorFileError`."""
+        card = VectorCard.load(path)
+        try:
+            return Entry(path, card, path.stat().st_size)
+        except OSError as error:
+            raise VectorFileError(f"{path} cannot be read ({error.strerror or error})") from error
+
+    def resolve(
+        self,
+        wanted: str,
+        *,
+        model: str | None = None,
+        task: str | None = None,
+        seed: int | None = None,
+        shots: int | None = None,
+    ) -> Entry:
+        """The vector that a reference names.
+
+        A reference is the path of a vector's file or of its folder, the first four or more digits of an id,
+        ``task/method``, or ``hub:owner/name`` with an optional ``@revision``, which is pulled first. If an id or a
+        ``task/method`` names several, they are narrowed by ``model``, ``task``, ``seed`` and ``shots``, in this order.
+
+        Raises :class:`ArgumentError` if no vector is named, or several.
+        """
+        if wanted.startswith(hub.PREFIX):
+            return self.pull(wanted.removeprefix(hub.PREFIX))
+        if (path := reference.file(wanted)) is not None:
+            inside = Path(os.path.abspath(path)).is_relative_to(self.root)
+            return self.entry(self._own(Path(os.path.abspath(path))) if inside else path)
+        criteria = {"model": model, "task": task, "seed": seed, "shots": shots}
+        return reference.chosen(wanted, self.entries(), criteria, self.root)
+
+    def pull(self, repository: str) -> Entry:
+        """Add the vector of ``owner/name`` or ``owner/name@revision`` of the hub.
+
+        Raises :class:`HubError` if it cannot be had, :class:`VectorFileError` if what is there is refused, and
+        :class:`LibraryError` if the library has other edits of the same recipe, which it keeps.
+        """
+        vector = hub.pulled(repository)
+        held = self.get(vector.card)
+        if held is not None and not same_edits(held, vector):
+            raise LibraryError(
+                f"{self.folder(vector.card)} has other edits of the same recipe than {repository} on the hub: remove "
+                f"them by `lmms-mtv library rm {vector.id}`, or pull into another library (--library)"
+            )
+        return self.entry(self.add(vector))
+
+    def remove(self, entry: Entry) -> None:
+        """Remove a vector, its page, and the folders that are empty then.
+
+        Raises :class:`LibraryError` if it is not in this library, or cannot be removed.
+        """
+        folder = self._own(entry.path.parent)
+        if len(folder.relative_to(self.root).parts) != 3 or entry.path.name != FILE:
+            raise LibraryError(f"{entry.path} is not a vector of the library {self.root}: it is not removed")
+        try:
+            entry.path.unlink()
+            (folder / PAGE).unlink(missing_ok=True)
+        except OSError as error:
+            raise LibraryError(f"{entry.path} cannot be removed ({error.strerror or error})") from error
+        with contextlib.suppress(OSError):  # a folder with something else in it stays
+            for emptied in (folder, folder.parent, folder.parent.parent):
+                emptied.rmdir()
+
+    def verify(self) -> list[Problem]:
+        """What is wrong in the library: every file is read, and compared with its checksum, card and place."""
+        problems = [*self._strays()]
+        for folder in self._folders():
+            try:
+                vector = TaskVector.load(folder / FILE)
+            except VectorFileError as error:
+                problems.append(Problem(folder / FILE, f"{error}, or remove {folder}"))
+                continue
+            place = self.folder(vector.card)
+            if not (place.exists() and place.samefile(folder)):
+                problems.append(Problem(folder / FILE, f"its card belongs to {place}: move it there, or remove it"))
+        return sorted(problems, key=lambda problem: str(problem.path))
+
+    def _readable(self, path: Path) -> Entry | None:
+        """The entry of a file, or None, with a warning, if it has no card."""
+        try:
+            return self.entry(path)
+        except VectorFileError as error:
+            logger.warning("%s; lmms-mtv library verify lists what is damaged", error)
+            return None
+
+    def _intact(self, path: Path) -> TaskVector | None:
+        """The vector in a file, or None, with a warning if there is a file."""
+        if not path.exists():
+            return None
+        try:
+            return TaskVector.load(path)
+        except VectorFileError as error:
+            logger.warning("%s; until then it is passed over, and what is fitted replaces it", error)
+            return None
+
+    def _own(self, path: Path) -> Path:
+        """``path``, if it is below the root and no link is on the way. Raises :class:`LibraryError`."""
+        path = Path(os.path.normpath(path))
+        if not path.is_relative_to(self.root):
+            raise LibraryError(f"{path} is not in the library {self.root}")
+        for place in (path, *path.parents):
+            if place == self.root:
+                break
+            if place.is_symlink():
+                raise LibraryError(f"{place} is a link, and links are not followed in a library: remove it")
+        return path
+
+    def _folders(self) -> Iterator[Path]:
+        """The folders of the library that have a vector's file in them."""
+        for model in self._inside(self.root):
+            for task in self._inside(model):
+                for folder in self._inside(task):
+                    if os.path.lexists(folder / FILE):
+                        yield folder
+
+    def _inside(self, folder: Path) -> Iterator[Path]:
+        """The folders in a folder that are neither links nor hidden."""
+        for path in self._listed(folder):
+            if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+                yield path
+
+    def _strays(self) -> Iterator[Problem]:
+        """Links, what interrupted writes left, and places of vectors without one. Other hidden things pass."""
+        waiting = [self.root]
+        while waiting:
+            folder = waiting.pop()
+            depth = len(folder.relative_to(self.root).parts)
+            if depth == 3 and not os.path.lexists(folder / FILE):
+                yield Problem(folder, f"has no {FILE}: remove it")
+            for path in self._listed(folder):
+                if path.is_symlink():
+                    yield Problem(path, "is a link, and links are not followed: remove it")
+                elif is_temporary(path.name):
+                    yield Problem(path, "was left by an interrupted write: remove it, unless a process is writing now")
+                elif depth < 3 and path.is_dir() and not path.name.startswith("."):
+                    waiting.append(path)
+
+    def _listed(self, folder: Path) -> list[Path]:
+        try:
+            return sorted(folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise LibraryError(
+                f"the library {folder} cannot be read ({error.strerror or error}): {_ELSEWHERE}"
+            ) from error
+
+
+def same_edits(one: TaskVector, other: TaskVector) -> bool:
+    """Whether two vectors hold the very same numbers, in float32 as a file has them."""
+    if one.edits.keys() != other.edits.keys():
+        return False
+    left, right = one.tensors(), other.tensors()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def _moved(made: Path, folder: Path) -> None:
+    """Rename a folder to its place, or its files if the place is taken."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir() or folder.is_symlink():
+            raise
+        for name in (PAGE, FILE):
+            os.replace(made / name, folder / name)

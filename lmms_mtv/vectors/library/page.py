@@ -1,0 +1,112 @@
+"""The page of a vector: what it is, how to use it, and what it was made of, for a folder and for the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Final
+
+from lmms_mtv.vectors import HEADS, Edit, TaskVector, VectorCard
+
+_REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def of(vector: TaskVector, repository: str | None = None) -> str:
+    """A Markdown page with the hub's metadata on top. ``repository``: where on the hub the vector is."""
+    card = vector.card
+    wanted = f"hub:{repository}" if repository else card.id
+    # Quoted, since a card may come from anyone and this line is there to be copied into a shell.
+    arguments, task = shlex.quote(_line(f"pretrained={card.model},vector={wanted}")), shlex.quote(_line(card.task))
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts(vector))
+    heads = set(vector.edits) <= {HEADS} and not any(edit.gate is not None for edit in vector.edits.values())
+    what = "Activations that stand at some attention heads" if heads else "Changes of the hidden states"
+    # Only a vector of heads, without a gate, is one of that paper.
+    paper = "\n([Multimodal Task Vectors](https://arxiv.org/abs/2406.15334))" if heads else ""
+    return f"""{_metadata(card)}
+# Task vector: {_cell(card.method)} for {_cell(card.task)}
+
+{what} of {_code(card.model)} in place of demonstrations in the prompt{paper}, made by lmms-mtv. No weight is changed.
+
+```bash
+lmms-eval --model mtv --model_args {arguments} --tasks {task}
+```
+
+| | |
+|---|---|
+{table}
+
+"training examples" and "prompt" are SHA-256 digests of the ids of the examples and of the way a prompt is written.
+`vector.safetensors` has all of this in its metadata, as JSON. The settings of the method:
+
+```json
+{json.dumps(dict(card.config), indent=2, sort_keys=True)}
+```
+"""
+
+
+def facts(vector: TaskVector) -> list[tuple[str, str]]:
+    """What is known of a vector, for a reader: names and values."""
+    card = vector.card
+    return [
+        ("id", card.id),
+        ("model", card.model),
+        ("revision", card.revision or "not known"),
+        ("dtype", card.dtype),
+        ("task", card.task),
+        ("split", card.split or "-"),
+        ("shots in the prompt", str(card.shots)),
+        ("seed", str(card.seed)),
+        ("method", card.method),
+        *([("edited heads", _heads(vector))] if HEADS in vector.edits or not vector.edits else []),
+        *((f"edited {name}", _layers(vector, edit)) for name, edit in vector.edits.items() if name != HEADS),
+        *((f"parent {name}", f"weight {weight:g}") for name, weight in card.parents.items()),
+        *((f"loss, {name}", _loss(losses)) for name, losses in card.losses.items() if losses),
+        *([("fitted in", f"{card.seconds:.1f} s")] if card.seconds else []),
+        ("versions", ", ".join(f"{name} {version}" for name, version in card.versions.items()) or "-"),
+        ("training examples", card.examples or "-"),
+        ("prompt", card.prompt or "-"),
+    ]
+
+
+def _metadata(card: VectorCard) -> str:
+    """YAML front matter; a JSON text is a YAML text."""
+    lines = ["library_name: lmms-mtv"]
+    if _REPOSITORY.fullmatch(card.model):
+        lines.append(f"base_model: {json.dumps(card.model)}")
+    lines += ["tags:", "- task-vector", "- multimodal-task-vectors", f"- {json.dumps(card.method)}"]
+    return "\n".join(("---", *lines, "---"))
+
+
+def _heads(vector: TaskVector) -> str:
+    layers: dict[int, list[int]] = {}
+    for layer, head in vector.heads:
+        layers.setdefault(vector.card.geometry[layer][0], []).append(head)
+    listed = "; ".join(f"layer {layer}: {', '.join(map(str, heads))}" for layer, heads in layers.items())
+    total = sum(heads for _, _, heads, _ in vector.card.geometry)
+    gated = HEADS in vector.edits and vector.edits[HEADS].gate is not None
+    return f"{len(vector.heads)} of {total}" + (f" ({listed})" if listed else "") + ", gated by the query" * gated
+
+
+def _layers(vector: TaskVector, edit: Edit) -> str:
+    layers = [vector.card.geometry[layer][0] for layer, _ in edit.heads]
+    listed = f" (layers {', '.join(map(str, layers))})" if layers else ""
+    ways = ", at all positions" * edit.everywhere + ", at the prompt alone" * edit.once + ", norm kept" * edit.renormed
+    return f"{len(layers)} of {len(vector.card.geometry)} layers{listed}{ways}"
+
+
+def _loss(losses: Sequence[float]) -> str:
+    return f"{losses[0]:.4f}" if len(losses) == 1 else f"{losses[0]:.4f} -> {losses[-1]:.4f} ({len(losses)} values)"
+
+
+def _line(text: str) -> str:
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"`{_line(text).replace('`', chr(39))}`"

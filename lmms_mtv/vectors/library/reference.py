@@ -1,0 +1,93 @@
+"""How a vector is named on a command line, and which vector of a library that is."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.vectors.library.entry import Entry
+from lmms_mtv.vectors.library.place import FILE
+
+_ID: Final = re.compile(r"[0-9a-f]{4,16}")
+_TELLING: Final = ("model", "task", "method", "shots", "seed")
+_LISTED: Final = 20
+
+FORMS: Final = "a path, four or more digits of an id, task/method, or hub:owner/name"
+
+
+def file(wanted: str) -> Path | None:
+    """The vector's file that a reference is the path of, itself or its folder; None if it is no path.
+
+    What ends in ``.safetensors`` or begins like a path is one, also where nothing is.
+    """
+    path = Path(os.path.expanduser(wanted) if wanted.startswith("~/") else wanted)
+    # os.path and not Path: a reference that no path can be (too long, a zero byte) is none of a file.
+    if os.path.isfile(path) or wanted.endswith(".safetensors"):
+        return path
+    if os.path.lexists(path / FILE) or wanted.startswith(("/", "./", "../", "~/")):
+        return path / FILE
+    return None
+
+
+def chosen(wanted: str, entries: Sequence[Entry], criteria: Mapping[str, str | int | None], root: Path) -> Entry:
+    """The one of ``entries`` that an id prefix or ``task/method`` names.
+
+    Several are narrowed by those ``criteria`` that are not None, one after the other, then to those without parents.
+    Raises :class:`ArgumentError` if none or several are left, or if a criterion leaves none.
+    """
+    found = [entry for entry in entries if _named(wanted, entry)]
+    if not found:
+        raise ArgumentError(
+            f"no vector {wanted!r} in the library {root}.{_near(wanted, entries)} A vector is named by {FORMS}; "
+            "`lmms-mtv library ls` lists them all."
+        )
+    for name, value in criteria.items():
+        if value is None or len(found) < 2:
+            continue
+        kept = [entry for entry in found if getattr(entry.card, name) == value]
+        if not kept:
+            raise ArgumentError(
+                f"{wanted!r} is {len(found)} vectors, none of them with {name} {value!r}: name one by its id.\n"
+                f"{_list(found)}"
+            )
+        found = kept
+    if len(found) > 1 and (own := [entry for entry in found if not entry.card.parents]):
+        # What was made of other vectors is named by its id.
+        found = own
+    if len(found) > 1:
+        telling = [name for name in _TELLING if len({getattr(entry.card, name) for entry in found}) > 1]
+        told = f"They differ in {', '.join(telling)}" if telling else "They differ in settings alone"
+        raise ArgumentError(
+            f"{wanted!r} is {len(found)} vectors. {told}: give {' or '.join((*telling, 'an id'))}.\n{_list(found)}"
+        )
+    return found[0]
+
+
+def _named(wanted: str, entry: Entry) -> bool:
+    by_id = _ID.fullmatch(wanted.lower()) is not None and entry.id.startswith(wanted.lower())
+    return by_id or wanted == f"{entry.card.task}/{entry.card.method}"
+
+
+def _near(wanted: str, entries: Sequence[Entry]) -> str:
+    known = {f"{entry.card.task}/{entry.card.method}" for entry in entries} | {entry.id for entry in entries}
+    tasks: dict[str, list[str]] = {}
+    for entry in entries:
+        tasks.setdefault(entry.card.task, []).append(f"{entry.card.task}/{entry.card.method}")
+    near = dict.fromkeys((*tasks.get(wanted, ()), *difflib.get_close_matches(wanted, sorted(known), n=3, cutoff=0.5)))
+    return f" Near it: {', '.join(near)}." if near else ""
+
+
+def _list(entries: Sequence[Entry]) -> str:
+    lines = [
+        f"  {entry.id}: model {entry.card.model}, task {entry.card.task}, method {entry.card.method}, shots "
+        f"{entry.card.shots}, seed {entry.card.seed}"
+        for entry in entries[:_LISTED]
+    ]
+    if len(entries) > _LISTED:
+        lines.append(f"  and {len(entries) - _LISTED} more")
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""A task vector and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import GeometryError, NumericsError, VectorFileError
+from lmms_mtv.runtime import files
+from lmms_mtv.vectors.card import Geometry, VectorCard
+from lmms_mtv.vectors.edit import HEADS, Edit, Edits, by_stream
+
+_PARTS: Final = ("value", "keep", "gain")
+_GATE: Final = "gate"
+_FLAGS: Final = ("everywhere", "once", "renormed")
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """Edits by the stream they belong to, and the card that says where they come from.
+
+    ``edits`` holds an :class:`Edit` under each of :data:`STREAMS` that is changed; it is empty for the method ``none``.
+    """
+
+    edits: Edits
+    card: VectorCard
+
+    @property
+    def id(self) -> str:
+        return self.card.id
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """The (layer, head) pairs that are edited. ``layer`` counts sites; :attr:`VectorCard.geometry` names them."""
+        return self.edits[HEADS].heads if HEADS in self.edits else ()
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the tensors, without the card."""
+        return checksum("", self.tensors())
+
+    def described(self) -> str:
+        """What is edited, in words: ``15 of 32 heads``, ``residual of 1 of 4 layers``."""
+        parts = []
+        for name, edit in self.edits.items():
+            layers, heads, _ = edit.shape
+            what = f"{layers * heads} heads" if name == HEADS else f"{layers} layers"
+            gated = "" if edit.gate is None else " (gated)"
+            parts.append(("" if name == HEADS else f"{name} of ") + f"{len(edit.heads)} of {what}{gated}")
+        return ", ".join(parts) or "nothing"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file of this vector holds: float32, on the CPU, by name."""
+        # Only what is set, so that a file without gate or flags is what it was before there were any; and copies, since
+        # a file takes no tensors that share memory, as keep and gain may.
+        parts = {
+            f"{name}.{part}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for name, edit in self.edits.items()
+            for part in (*_PARTS, _GATE)
+            if (tensor := getattr(edit, part)) is not None
+        }
+        flags = (f"{name}.{flag}" for name, edit in self.edits.items() for flag in _FLAGS if getattr(edit, flag))
+        return parts | {flag: torch.ones(1) for flag in flags}
+
+    def check(self, geometry: Geometry, model: str | None = None) -> None:
+        """Raise :class:`GeometryError` unless the vector was made for these sites and, if given, for ``model``."""
+        if model is not None and model != self.card.model:
+            raise GeometryError(
+                f"vector {self.id} was fitted for model {self.card.model!r}, not for {model!r}: pass "
+                "pretrained=" + self.card.model + ", or fit a vector for this model"
+            )
+        if self.card.geometry != geometry:
+            raise GeometryError(
+                f"vector {self.id} was fitted for {_described(self.card.geometry)}, this model has "
+                f"{_described(geometry)}: fit a vector for this model"
+            )
+        for name, edit in by_stream(self.edits).items():
+            heads = geometry[0][2:] if geometry else (0, 0)
+            # The card does not tell the model's width: whoever has the model compares it.
+            expected = (len(geometry), *(heads if name == HEADS else (1, edit.shape[-1])))
+            if edit.shape != expected:
+                raise GeometryError(
+                    f"edit {name!r} of vector {self.id} has shape {edit.shape}, its card says {expected}"
+                )
+
+    def content(self) -> bytes:
+        """What :meth:`save` writes: safetensors with the card in its metadata. Raises :class:`NumericsError` on NaN."""
+        tensors = self.tensors()
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
+        card = self.card.to_json()
+        return files.packed(tensors, {"format": "lmms-mtv", "card": card, "checksum": checksum(card, tensors)})
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file with the card in its metadata. The file appears whole or not at all.
+
+        Raises :class:`VectorFileError` if there is no room or no permission, :class:`NumericsError` on NaN.
+        """
+        path = Path(path)
+        content = self.content()
+        try:
+            files.write(path, content)
+        except OSError as error:
+            raise VectorFileError(
+                f"{path} cannot be written ({error.strerror or error}): make room or choose another place; what was "
+                "there before is as it was"
+            ) from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TaskVector:
+        """Read a file written by :meth:`save`: a regular one, no link, and no larger than :data:`files.LIMIT` bytes.
+
+        Raises :class:`VectorFileError` if there is no such file, if it is not a task vector or not an intact one.
+        """
+        path = Path(path)
+        metadata, tensors = files.read(path)
+        card = VectorCard._of(path, metadata)
+        if metadata.get("checksum") != checksum(metadata["card"], tensors):
+            raise VectorFileError(f"{path} is not as it was saved (its checksum differs): fit the vector again")
+        edits = {}
+        if extra := sorted(key for key in tensors if key.rpartition(".")[2] not in (*_PARTS, _GATE, *_FLAGS)):
+            raise VectorFileError(f"{path} has tensors that this version does not know ({', '.join(extra)}): upgrade")
+        for name in sorted({key.rpartition(".")[0] for key in tensors}):
+            flags = {flag: f"{name}.{flag}" in tensors for flag in _FLAGS}
+            try:
+                value, keep, gain = (tensors[f"{name}.{part}"] for part in _PARTS)
+                edits[name] = Edit(value, keep, gain, **flags, gate=tensors.get(f"{name}.{_GATE}"))
+            except (KeyError, GeometryError) as error:
+                raise VectorFileError(f"the tensors of {path} are incomplete or do not fit: {error}") from None
+            if not all(t.isfinite().all() for key, t in tensors.items() if key.startswith(f"{name}.")):
+                raise VectorFileError(f"{path} has NaN or infinity in {name!r}: fit the vector again")
+        vector = cls(edits, card)
+        try:
+            vector.check(card.geometry)
+        except GeometryError as error:
+            raise VectorFileError(f"{path} does not fit its own card ({error})") from None
+        return vector
+
+
+def _described(geometry: Geometry) -> str:
+    if not geometry:
+        return "no sites"
+    return f"{len(geometry)} layers of {geometry[0][2]} heads of size {geometry[0][3]} ({geometry[0][1]}, ...)"
+
+
+def checksum(card: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a card as it is written, and of the tensors."""
+    digest = hashlib.sha256(card.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
