@@ -1,7 +1,8 @@
 """Multimodal Task Vectors as a plugin for lmms-eval: many demonstrations at the price of a zero-shot prompt."""
 
 from lmms_mtv.errors import MtvError
-from lmms_mtv.fit.session import Episode, FitSession
+from lmms_mtv.fit.examples import Episode
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.hooks import Prefill, Site, Sites, applied, capture, find_sites, record, verify
 from lmms_mtv.vectors import Edit, TaskVector, VectorCard
 from lmms_mtv.vectors.combine import combined

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import zoo
 
-from lmms_mtv import Episode, FitSession, find_sites
+from lmms_mtv import Episode, FitSession, Sites, find_sites
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,14 @@ class TokenRunner:
         return list(prompt.target[self._lead :])
 
 
+class TokenSession(FitSession):
+    """A fit that also tells what it runs: ``runner`` and ``prompts``."""
+
+    def __init__(self, runner: TokenRunner, sites: Sites, prompts: TokenExamples, **options) -> None:
+        super().__init__(runner, sites, prompts, **options)
+        self.runner, self.prompts = runner, prompts
+
+
 def session(
     tiny: zoo.Tiny,
     *,
@@ -72,6 +80,6 @@ def session(
     padding: int = 0,
     lead: int = 0,
     **options,
-):
+) -> TokenSession:
     runner, options = TokenRunner(tiny, generating, padding, lead), {"seed": 0, "progress": False} | options
-    return FitSession(runner, find_sites(tiny.model), examples or TokenExamples(), **options)
+    return TokenSession(runner, find_sites(tiny.model), examples or TokenExamples(), **options)

@@ -22,7 +22,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_mtv import applied
 from lmms_mtv.errors import ArgumentError, HookError
-from lmms_mtv.fit.session import Episode, FitSession
+from lmms_mtv.fit.examples import Episode
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.harness.lmms import bases, plugin
 from lmms_mtv.harness.lmms.bases.wrapped import Wrapped
 from lmms_mtv.harness.lmms.task import TaskPrompts

@@ -25,7 +25,8 @@ from lmms_mtv.experiments.cells import Cell
 from lmms_mtv.experiments.plan import Place, Plan
 from lmms_mtv.experiments.report import results as results_of
 from lmms_mtv.experiments.report import tables
-from lmms_mtv.fit.session import Episode, FitSession
+from lmms_mtv.fit.examples import Episode
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.harness.lmms.evaluation import Bench
 from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.harness.lmms.task import TaskPrompts

@@ -17,8 +17,11 @@ from lmms_mtv import Edit, Episode, FitSession, methods
 LAYERS_CHECKED = 3
 """Forwards that make sure of the sites: plain, with the heads' own activations in their places, with zeros."""
 
+PROBED = 1
+"""Forwards that give a probe its activations."""
+
 COMPARED = 4
-"""Masks of the first loss that are also run in full."""
+"""Edits of a probe, which are also run in full."""
 
 SIDE_BY_SIDE = 32
 """Positions that these take in one row: as they are, with other neighbours, and at another position."""
@@ -88,9 +91,8 @@ def test_mtv_runs_each_prompt_once_and_then_last_tokens_alone(samples, batch):
     steps, judged = masks[:20], masks[20:]
     assert (len(steps), len(judged)) == (20, 4)
     assert max(steps) <= samples
-    rows = min(steps[0], COMPARED)
-    forwards = 8 // batch + LAYERS_CHECKED + (rows + 1 + 1 + 3) + (queries + 20) + (4 + 4)
-    compared = 3 * rows * zero + 3 * SIDE_BY_SIDE
+    forwards = 8 // batch + LAYERS_CHECKED + (PROBED + COMPARED + 1 + 1 + 3) + (queries + 20) + (4 + 4)
+    compared = PROBED * zero + 3 * COMPARED * zero + 3 * SIDE_BY_SIDE
     tokens = 8 * few + LAYERS_CHECKED * zero + compared + (queries * zero + sum(steps)) + (4 * zero + sum(judged))
     assert len(work.forwards) == forwards
     assert work.tokens == tokens
@@ -125,7 +127,7 @@ def test_the_cache_of_a_fit_is_that_of_its_queries():
     kept = drawn(used, 5, 12) + 3
     width = text.num_key_value_heads * text.head_dim
     # Three demonstrations of a question and two tokens of an answer, and the query's question without its last token.
-    assert sum(size for _, size in used._prefills._found.values()) == kept * 2 * text.num_hidden_layers * width * 4 * 9
+    assert used.prefilled_bytes == kept * 2 * text.num_hidden_layers * width * 4 * 9
 
 
 def test_learning_runs_a_query_once_an_epoch_and_its_teacher_once():
@@ -140,8 +142,10 @@ def test_learning_runs_a_query_once_an_epoch_and_its_teacher_once():
     typical = 2 * 8 * 2 + 8 + 2 * LAYERS_CHECKED
     # The first of the judges also tells that replays are exact; the others' prompts run again, as wholes.
     unedited, edited = 3 + 3 + 2, 3 + 2
+    # And the first of the teachers, whose prompts are longer.
+    unedited += 2
     assert len(work.forwards) == typical + unedited + 6 * (1 + 5) + 6 * 2 + edited
     assert max(length for _, length in work.forwards) == few
-    assert [length for _, length in work.forwards].count(few) == 6, "each teacher once; it is replayed"
+    assert [length for _, length in work.forwards].count(few) == 6 + 1, "each teacher once; it is replayed"
     assert all(rows == 1 for rows, _ in work.forwards)
     assert zero in {length for _, length in work.forwards}

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, MiniMaxConfig, MiniMaxForCausalLM, Mi
 
 from lmms_mtv import Edit, Episode, applied, capture, find_sites
 from lmms_mtv.errors import DataError, HookError, NumericsError
-from lmms_mtv.fit.session import Run
+from lmms_mtv.fit.replay import Run
 from lmms_mtv.hooks import Prefill, shape
 from lmms_mtv.vectors import HEADS, RESIDUAL
 
@@ -140,12 +140,11 @@ def test_session_losses_equal_full_forwards_with_and_without_replay(tiny, tokens
     replaying = session(tiny)
     assert (replaying.losses(episode, edit, tokens) - expected).abs().max() < 1e-4
     assert replaying.replays is True
-    assert replaying._packs is (None if tiny.name in WINDOWED and tokens == "all" else True)
-    in_rows = session(tiny)
-    in_rows._packs = False
+    assert replaying.replay == ("rows" if tiny.name in WINDOWED and tokens == "all" else "side by side")
+    in_rows = session(tiny, replay="rows")
     assert (in_rows.losses(episode, edit, tokens) - expected).abs().max() < 1e-4
-    fallback = session(tiny)
-    fallback._replays = False
+    assert in_rows.replay == "rows"
+    fallback = session(tiny, replay="full forwards")
     assert (fallback.losses(episode, edit, tokens) - expected).abs().max() < 1e-4
     assert fallback.replays is False
 
@@ -206,7 +205,7 @@ def test_a_fit_goes_on_where_one_prompt_of_many_cannot_be_replayed():
         for _ in range(2):
             assert (running.losses(episode, edit, "all") - expected).abs().max() < 1e-4
         assert running.replays is True
-        assert (running._prefills.get(episode)[0].cache is None) == (shots == 8)
+        assert (captured_from(TokenRunner(tiny), examples.prompt(episode)).cache is None) == (shots == 8)
 
 
 def test_blocks_that_attend_to_images_are_left_out_of_a_replay_without_one():
@@ -329,29 +328,50 @@ def test_a_model_on_which_edits_disturb_each_other_replays_them_in_rows(architec
     with caplog.at_level(logging.INFO):
         found = running.losses(episode, edit, "all")
     assert running.replays is True
-    assert running._packs is False
+    assert running.replay == "rows"
     assert "not side by side" in caplog.text
-    in_rows = session(tiny)
-    in_rows._packs = False
+    in_rows = session(tiny, replay="rows")
     assert torch.equal(found, in_rows.losses(episode, edit, "all"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packing_is_settled_again_for_longer_prompts(dtype):
-    """And a model that takes it is found to, whatever its precision and the length of the prompt."""
+def test_a_session_is_calibrated_again_for_longer_prompts(dtype):
+    """And a model that takes edits side by side is found to, whatever its precision and the length of the prompt."""
     tiny = zoo.build(zoo.llama)
     tiny.model.to(dtype)
     running, edit = session(tiny), edits(tiny, 4)
-    lengths = []
-    for shots in (0, 2, 4, 400):
-        running.losses(Episode(3, (1, 2) * (shots // 2)), edit)
-        assert running._packs is True
-        lengths.append(running._packed_to)
-    assert lengths == [2, 14, 14, 2402], "twice the prompt's length: 1, 7, 13 and 1,201 tokens"
+    forwards = []
+    for query, shots in ((3, 0), (4, 0), (3, 2), (3, 4), (5, 4), (3, 400)):
+        before = running.forwards
+        running.losses(Episode(query, (1, 2) * (shots // 2)), edit)
+        assert running.replay == "side by side"
+        forwards.append(running.forwards - before)
+    probe, prefill, replay = 1, 1, 1
+    again = prefill + probe + replay
+    assert forwards == [again, prefill + replay, again, again, prefill + replay, again], "1, 7, 13 and 1,201 tokens"
+
+
+def test_what_is_found_does_not_depend_on_what_is_asked_first():
+    """Edits that are the same would tell nothing: the probe is the session's own."""
+    tiny = zoo.build(zoo.llama)
+    edit = edits(tiny, 4)
     same = Edit.replace(edit.value, edit.keep[:1].repeat(4, 1, 1) < 1)
-    unsettled = session(tiny)
-    unsettled.losses(Episode(3, ()), same)
-    assert unsettled._packs is None, "edits that are the same tell nothing"
+    found = []
+    for order in ((same, edit), (edit, same)):
+        used = session(tiny)
+        losses = [used.losses(Episode(3, (1, 2)), each, "all") for each in order]
+        assert used.replay == "side by side"
+        found.append(losses if order[0] is same else losses[::-1])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_an_error_of_this_package_is_no_reason_for_a_slow_path(monkeypatch):
+    tiny = zoo.build(zoo.llama)
+    ours = {"__name__": "lmms_mtv.hooks.prefill"}
+    exec("def broken(self, rows, steps):\n    raise KeyError('a fault of ours')", ours)
+    monkeypatch.setattr(Prefill, "_side_by_side", ours["broken"])
+    with pytest.raises(KeyError, match="a fault of ours"):
+        session(tiny).losses(Episode(3, (1, 2)), edits(tiny, 4), "all")
 
 
 def test_attention_that_takes_no_mask_of_its_own_is_not_tried():
@@ -390,8 +410,8 @@ def test_prefilled_prompts_are_kept_within_the_memory_budget():
     tiny = zoo.build(zoo.llama)
     edit = edits(tiny, 4)
     episodes = [Episode(query, (20, 21)) for query in range(6)]
-    roomy, tight, packed = session(tiny), session(tiny, memory=1), session(tiny, memory=1)
-    tight._packs = False
+    roomy, tight, packed = session(tiny), session(tiny, memory=1, replay="rows"), session(tiny, memory=1)
+    packed.losses(Episode(9, (20, 21)), edit)
     first = [roomy.losses(episode, edit) for episode in episodes]
     forwards = roomy.forwards
     for episode, expected in zip(episodes, first, strict=True):
@@ -406,7 +426,7 @@ def test_prefilled_prompts_are_kept_within_the_memory_budget():
             assert (packed.losses(episode, edit) - expected).abs().max() < 1e-5
             assert packed.forwards - before <= 2
     assert roomy.forwards == forwards + len(episodes), "one replay each, no prefill"
-    assert len(tight._prefills) == 1
+    assert tight.prefilled_bytes == roomy.prefilled_bytes / 6
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -459,7 +479,7 @@ def test_an_infinite_activation_in_a_replay_is_named():
     tiny = zoo.build(zoo.idefics3)
     running, edit = session(tiny), edits(tiny, 4)
     running.losses(Episode(0, ()), edit)
-    assert running._packs is True
+    assert running.replay == "side by side"
     prompts = []
     with torch.no_grad():
         broken = dataclasses.replace(edit, value=edit.value.clone())
@@ -490,14 +510,14 @@ def test_a_batch_or_a_prompt_that_ends_in_padding_is_no_prefill():
         captured.prefill()
 
 
-@pytest.mark.parametrize("replays", ["packed", "rows", "full"])
+@pytest.mark.parametrize("replay", ["side by side", "rows", "full forwards"])
 @pytest.mark.parametrize("tokens", ["first", "all"])
-def test_the_gradient_of_a_mask_is_that_of_finite_differences(tokens, replays):
+def test_the_gradient_of_a_mask_is_that_of_finite_differences(tokens, replay, monkeypatch):
     tiny = zoo.build(zoo.idefics3)
     tiny.model.double()
-    fit, episode = session(tiny), Episode(3, (1, 2))
+    fit, episode = session(tiny, replay=replay), Episode(3, (1, 2))
     # Activations are recorded in float32, so that putting them back is not exact in a model of float64.
-    fit._replays, fit._packs, fit._verified = replays != "full", replays == "packed", {HEADS}
+    monkeypatch.setattr("lmms_mtv.fit.context.verify", lambda *_: None)
     rng = torch.Generator().manual_seed(0)
     value = torch.randn(fit.shape, generator=rng)
     mask = torch.rand(3, *fit.shape[:2], generator=rng)
@@ -533,8 +553,7 @@ def test_gradients_leave_the_model_as_it_was():
     assert all(parameter.grad is None for parameter in tiny.model.parameters())
     assert zoo.hooks(tiny.model) == hooks
 
-    few = session(tiny, memory=1)
-    few._packs = False  # one row at a time
+    few = session(tiny, memory=1, replay="rows")  # one row at a time
     assert (few.loss_gradient(Episode(0, ()), torch.ones(fit.shape), mask)[1] - gradient).abs().max() < 1e-5
 
     forward = tiny.model.forward

@@ -14,8 +14,8 @@ from torch.nn import functional
 from lmms_mtv import applied, methods, record
 from lmms_mtv.errors import ArgumentError, DataError, HookError
 from lmms_mtv.fit import learning
+from lmms_mtv.fit.examples import Episode
 from lmms_mtv.fit.learning import Distillation, Moment
-from lmms_mtv.fit.session import Episode
 from lmms_mtv.hooks import checkpointed, find_sites, shape
 from lmms_mtv.methods import i2cl, live, m2iv, mimic
 from lmms_mtv.vectors import ATTENTION, HEADS, MLP, RESIDUAL, Edit
@@ -87,21 +87,21 @@ def test_checkpointing_runs_blocks_again_and_changes_no_number():
     runs: list[int] = []
     layer = used.sites[0].block[1]
     handle = layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients(checkpointing: bool):
+        return used.gradients(
+            [Episode(3, ())],
+            [value],
+            lambda _: {ATTENTION: everywhere(value)},
+            lambda _: lambda answer: answer.logits.square().sum(),
+            checkpointing=checkpointing,
+        )
+
+    gradients(False)
     found = []
     for checkpointing in (False, True):
         runs.clear()
-        with torch.no_grad():
-            used._verify(used._learner(Episode(3, ()))[0], {ATTENTION})
-        runs.clear()
-        found.append(
-            used.gradients(
-                [Episode(3, ())],
-                [value],
-                lambda _: {ATTENTION: everywhere(value)},
-                lambda _: lambda answer: answer.logits.square().sum(),
-                checkpointing=checkpointing,
-            )
-        )
+        found.append(gradients(checkpointing))
         assert len(runs) == 1 + checkpointing
     handle.remove()
     assert torch.equal(found[0][0], found[1][0])

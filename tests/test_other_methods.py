@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lmms_mtv import applied, methods, record
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fit.session import Episode
+from lmms_mtv.fit.examples import Episode
 from lmms_mtv.methods import function_vector, icv, task_vector
 from lmms_mtv.vectors import MLP, RESIDUAL
 
@@ -52,15 +52,15 @@ def test_a_fit_tells_how_long_its_parts_took(name):
 
 def activations(used, episode, stream="heads"):
     """At the last token of a prompt, by a forward of its own, [L, H, D]."""
-    prompt = used._examples.prompt(episode)
+    prompt = used.prompts.prompt(episode)
     with torch.no_grad(), record(used.sites, stream) as recording:
-        used._runner.run([prompt])
+        used.runner.run([prompt])
     return recording.last()[0]
 
 
 def likelihood(used, tiny, episode, edit=None) -> float:
     """Of the first answer token, from a full forward."""
-    prompt = used._examples.prompt(episode)
+    prompt = used.prompts.prompt(episode)
     with torch.no_grad(), applied(used.sites, {"heads": edit} if edit else {}):
         logits = tiny.model(**tiny.inputs([list(prompt.text)])).logits[0, -1]
     return functional.softmax(logits, -1)[prompt.target[0]].item()
@@ -103,7 +103,7 @@ def test_shuffled_answers_are_those_of_the_same_demonstrations():
     prompts = function_vector._corrupted(used, config)
     assert all(sorted(episode.answers) == sorted(episode.demonstrations) for episode in prompts)
     assert all(episode.answers != episode.demonstrations for episode in prompts)
-    plain, shuffled = (used._examples.prompt(e).text for e in (prompts[0]._replace(answers=None), prompts[0]))
+    plain, shuffled = (used.prompts.prompt(e).text for e in (prompts[0]._replace(answers=None), prompts[0]))
     assert plain != shuffled
     assert sorted(plain) == sorted(shuffled)
     bare = function_vector._corrupted(used, dataclasses.replace(config, corrupted="bare"))
@@ -147,7 +147,7 @@ def test_in_context_vectors_are_first_principal_components():
     prompts = used.episodes(4, 0, "values")
     before, after, outputs = [], [], []
     for episode in prompts:
-        prompt = used._examples.prompt(episode)
+        prompt = used.prompts.prompt(episode)
         with torch.no_grad(), record(used.sites, MLP) as recording:
             tiny.model(**tiny.inputs([list(prompt.text)]))
         outputs.append(recording.last()[0, :, 0])

@@ -366,7 +366,7 @@ def test_losses_of_a_stream_are_those_of_full_forwards(tokens):
         found = {edits[MLP].everywhere: used.losses(episode, edits, tokens) for edits in (*order, *order)}
         assert used.replays is True
         for edits in (last, whole):
-            prompt = used._examples.prompt(episode)
+            prompt = used.prompts.prompt(episode)
             count = 1 if tokens == "first" else 2
             text, target = [*prompt.text, *prompt.target[: count - 1]], list(prompt.target[:count])
             for row in range(2):
@@ -392,7 +392,7 @@ def test_mean_activations_of_a_stream_are_the_means_of_recorded_ones():
     rows = []
     for episode in episodes:
         with record(used.sites, MLP) as recording:
-            tiny.model(**tiny.inputs([list(used._examples.prompt(episode).text)]))
+            tiny.model(**tiny.inputs([list(used.prompts.prompt(episode).text)]))
         rows.append(recording.last())
     means = used.mean_activations(episodes, MLP)
     torch.testing.assert_close(means, torch.cat(rows).mean(0), rtol=1e-4, atol=1e-5)

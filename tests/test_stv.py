@@ -34,7 +34,7 @@ def fitted(tiny: zoo.Tiny, seed: int = 0, batch_size: int = 1, shots: int = 0, *
 def activations(used, episode) -> torch.Tensor:
     """Of each head at the last token, by a forward of its own, [L, H, D]."""
     with torch.no_grad(), record(used.sites) as recording:
-        used._runner.run([used._examples.prompt(episode)])
+        used.runner.run([used.prompts.prompt(episode)])
     return recording.last()[0]
 
 
@@ -157,7 +157,7 @@ def test_the_number_of_heads_is_the_one_of_the_lowest_loss():
     judges = used.episodes(4, 0, "judges", unlike=used.episodes(8, 3, "values"))
     losses = []
     for episode in judges:
-        prompt = used._examples.prompt(episode)
+        prompt = used.prompts.prompt(episode)
         with torch.no_grad(), applied(used.sites, found.edits):
             logits = tiny.model(**tiny.inputs([list(prompt.text)])).logits[0, -1]
         losses.append(-logits.log_softmax(-1)[prompt.target[0]].item())

@@ -23,7 +23,7 @@ from loguru import logger
 
 from lmms_mtv import TaskVector, cli, data
 from lmms_mtv.errors import DataError
-from lmms_mtv.fit.session import Episode
+from lmms_mtv.fit.examples import Episode
 from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lmms_mtv.errors import ArgumentError, DataError
-from lmms_mtv.fit.session import Answer, Episode, FitSession, Tokens
+from lmms_mtv.fit.examples import Episode, Tokens
+from lmms_mtv.fit.gradients import Answer
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.vectors import Edits
 
 

@@ -14,7 +14,8 @@ import torch
 
 from lmms_mtv import methods
 from lmms_mtv.errors import ArgumentError, MethodError
-from lmms_mtv.fit.session import Episode, Examples, FitSession, Runner
+from lmms_mtv.fit.examples import Episode, Examples, Runner
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.prompts import Reply

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
+from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.layers import best_layer
-from lmms_mtv.fit.session import Episode, FitSession, Tokens
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vectors import RESIDUAL, Edit
 

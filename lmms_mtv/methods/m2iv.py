@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lmms_mtv.fit.gradients import Answer
 from lmms_mtv.fit.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
-from lmms_mtv.fit.session import Answer, FitSession
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.hooks import shape
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vectors import ATTENTION, MLP, Edit

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmms_mtv.fit.gradients import Answer
 from lmms_mtv.fit.learning import Distillation, Moment, comparable, cross_entropy, learn, taught, typical
-from lmms_mtv.fit.session import Answer, FitSession
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vectors import HEADS, RESIDUAL, Edit
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit import facility_location
+from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.policy import EDGE, Policy, concrete, reinforce
-from lmms_mtv.fit.session import Episode, FitSession, Tokens
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vectors import HEADS, Edit
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmms_mtv.errors import ArgumentError
+from lmms_mtv.fit.examples import Tokens
 from lmms_mtv.fit.layers import best_layer
-from lmms_mtv.fit.session import FitSession, Tokens
+from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
 from lmms_mtv.vectors import RESIDUAL
 

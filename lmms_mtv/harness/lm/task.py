@@ -13,7 +13,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.utils import maybe_delimit
 
 from lmms_mtv.errors import DataError
-from lmms_mtv.fit.session import Episode
+from lmms_mtv.fit.examples import Episode
 from lmms_mtv.harness.lm.evaluation import Evaluation
 from lmms_mtv.harness.training import Training
 

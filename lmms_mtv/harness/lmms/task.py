@@ -17,7 +17,7 @@ from PIL import Image
 
 from lmms_mtv.data.pictures import UNREADABLE, opened, rgb
 from lmms_mtv.errors import DataError, DocumentError
-from lmms_mtv.fit.session import Episode
+from lmms_mtv.fit.examples import Episode
 from lmms_mtv.harness.prompts import Demonstration, Message, Prompt
 from lmms_mtv.harness.training import Training
 

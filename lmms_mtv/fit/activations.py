@@ -1,0 +1,102 @@
+"""What heads and other streams do at the last token of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lmms_mtv.errors import HookError
+from lmms_mtv.fit.context import Context
+from lmms_mtv.fit.examples import Episode
+from lmms_mtv.fit.prefill_cache import PrefillCache
+from lmms_mtv.hooks import receivers, record, shape, written
+from lmms_mtv.runtime.batches import BatchSize, alone
+from lmms_mtv.vectors import HEADS
+
+P = TypeVar("P")
+
+
+class ActivationReader(Generic[P]):
+    """Activations of prompts, ``batch_size`` rows of them in a forward, shared out among the processes."""
+
+    def __init__(self, context: Context[P], prefills: PrefillCache[P], batch_size: BatchSize) -> None:
+        self._context = context
+        self._prefills = prefills
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def mean(self, episodes: Sequence[Episode], stream: str) -> Tensor:
+        """Return the mean over ``episodes``; see :meth:`FitSession.mean_activations`."""
+        context = self._context
+        total = torch.zeros(shape(context.sites, stream), dtype=torch.float64)
+        own = context.ranks.share(episodes)
+
+        def extracted(batch: Sequence[Episode]) -> Tensor:
+            return self._of(batch, stream).to("cpu", torch.float64).sum(0)
+
+        description = context.bar_options("Extracting activations")
+        with context.ranks.together(), tqdm(total=len(own), **description) as bar:
+            for batch, rows in self._batch_size.over(own, extracted):
+                total += rows
+                context.forwards += 1
+                bar.update(len(batch))
+        return (context.ranks.total(total) / len(episodes)).float()
+
+    @torch.no_grad()
+    def each(self, episodes: Sequence[Episode], stream: str, layers: range, description: str) -> Tensor:
+        """Return the activations of each of N prompts in ``layers``, float32 [N, layers, H, D] on the CPU."""
+        context = self._context
+        _, heads, size = shape(context.sites, stream)
+        activations = torch.zeros(len(episodes), len(layers), heads, size)
+        own = context.ranks.share(range(len(episodes)))
+
+        def extracted(batch: Sequence[int]) -> Tensor:
+            rows = self._of([episodes[index] for index in batch], stream)
+            return rows[:, layers.start : layers.stop].cpu()
+
+        with context.ranks.together(), tqdm(total=len(own), **context.bar_options(description)) as bar:
+            for batch, rows in self._batch_size.over(own, extracted):
+                activations[list(batch)] = rows
+                context.forwards += 1
+                bar.update(len(batch))
+        return context.ranks.total(activations)
+
+    def written(self, means: Tensor, chosen: Tensor) -> Tensor:
+        """Return what the ``chosen`` heads add to the hidden state; see :meth:`FitSession.written`."""
+        context = self._context
+        with receivers(context.sites) as norms:
+            # One prompt, to see where the output of attention goes.
+            self._of([Episode(0, ())], HEADS)
+        context.forwards += 1
+        return written(context.sites, means * chosen.unsqueeze(-1), means, norms)
+
+    @torch.no_grad()
+    def answered(self, episodes: Sequence[Episode], stream: str) -> tuple[Tensor, Tensor]:
+        """Return activations before and after the targets; see :meth:`FitSession.answered_activations`."""
+        context = self._context
+        both = torch.zeros(2, len(episodes), *shape(context.sites, stream))
+        with context.ranks.together(), alone():
+            for index in context.bar(context.ranks.share(range(len(episodes))), "Extracting activations"):
+                prefill, target = self._prefills.get(episodes[index], lean=None)
+                context.verify(prefill, [stream])
+                # A forward runs the target without its last token, so the whole of it needs one more.
+                for which, following in enumerate((target.ids[:1], [*target.ids, target.ids[-1]])):
+                    with record(context.sites, stream) as recording:
+                        prefill.forward(context.model, context.sites, {}, following)
+                    both[which, index] = recording.last()[0].cpu()
+                    context.forwards += 1
+        before, after = context.ranks.total(both)
+        return before, after
+
+    def _of(self, batch: Sequence[Episode], stream: str) -> Tensor:
+        """Return the activations at the last token of each prompt, float32 [prompts, L, H, D]."""
+        with record(self._context.sites, stream, prompts_only=True) as recording:
+            self._context.runner.run(self._context.prompts(batch))
+        rows = recording.last()
+        if rows.shape[0] != len(batch):
+            raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
+        return rows

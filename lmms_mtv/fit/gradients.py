@@ -1,0 +1,135 @@
+"""What a model makes of training queries, edited, and the gradients of that with respect to what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import HookError, NumericsError
+from lmms_mtv.fit.context import Context, frozen
+from lmms_mtv.fit.examples import Episode, Tokens
+from lmms_mtv.fit.prefill_cache import PrefillCache
+from lmms_mtv.fit.replay import Replayer
+from lmms_mtv.hooks import Prefill, applied, checkpointed, record
+from lmms_mtv.runtime.batches import alone
+from lmms_mtv.runtime.lru_cache import LruCache
+from lmms_mtv.vectors import Edits
+
+P = TypeVar("P")
+
+
+class Answer(NamedTuple):
+    """What a model makes of a query's target, T tokens of it.
+
+    ``logits`` is float32 [T, vocabulary], and predicts ``target``, int64 [T]. ``states`` are float32 [T, L, H, D], of a
+    stream at the positions that predict them, or None if no stream was asked for.
+    """
+
+    logits: Tensor
+    target: Tensor
+    states: Tensor | None = None
+
+
+class GradientRunner(Generic[P]):
+    """Runs prompts whole and alone, for gradients; ``memory`` bytes of unedited answers are kept."""
+
+    def __init__(self, context: Context[P], prefills: PrefillCache[P], replayer: Replayer[P], memory: int) -> None:
+        self._context = context
+        self._prefills = prefills
+        self._replayer = replayer
+        self._answers: LruCache[tuple[Episode, Tokens, str | None], Answer] = LruCache(memory)
+        self._is_edited = False
+
+    @torch.no_grad()
+    def answer(self, episode: Episode, tokens: Tokens, stream: str | None) -> Answer:
+        """Return what the unedited model makes of a target; see :meth:`FitSession.answer`."""
+        context = self._context
+        if self._is_edited:
+            raise HookError("the model is edited now: ask for its own answers in loss, before it gives its function")
+        kept = self._answers.get((episode, tokens, stream))
+        if kept is not None:
+            return kept
+        with alone():
+            prefill, prompted = self._prefills.prompted(episode)
+            target = prompted.counting(tokens)
+            run = self._replayer.unedited(prefill, target)
+            with ExitStack() as stack:
+                tail = len(target)
+                recording = stack.enter_context(record(context.sites, stream, tail=tail)) if stream else None
+                logits = run(context.model, context.sites, {}, target)[0]
+            context.forwards += 1
+        states = recording.last() if recording else None
+        answer = Answer(logits, torch.tensor(target, device=logits.device), states)
+        self._answers.put((episode, tokens, stream), answer, sum(t.nbytes for t in answer if t is not None))
+        return answer
+
+    def gradients(
+        self,
+        episodes: Sequence[Episode],
+        parameters: Sequence[Tensor],
+        edits: Callable[[int], Edits],
+        loss: Callable[[int], Callable[[Answer], Tensor]],
+        tokens: Tokens,
+        stream: str | None,
+        autocast: bool,
+        checkpointing: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return losses, and the gradient of their sum; see :meth:`FitSession.gradients`."""
+        context = self._context
+        rows = torch.zeros(len(episodes), 1 + sum(parameter.numel() for parameter in parameters))
+        with context.ranks.together(), alone():
+            for index in context.ranks.share(range(len(episodes))):
+                prefill, prompted = self._prefills.learner(episodes[index])
+                target = prompted.counting(tokens)
+                compared = loss(index)
+                with ExitStack() as stack:
+                    stack.enter_context(frozen(context.model))
+                    if checkpointing:
+                        stack.enter_context(checkpointed(context.sites))
+                    stack.enter_context(torch.enable_grad())
+                    made = edits(index)
+                    with torch.no_grad():
+                        context.verify(prefill, made)
+                    # Open to the end: what is checkpointed runs again, edited, when gradients are computed.
+                    stack.enter_context(self._edited(made, len(target)))
+                    value = compared(self._answered(prefill, target, stream, autocast))
+                    if not value.requires_grad:
+                        raise HookError("the code of this model turns gradients off: nothing can be learned from it")
+                    if not value.isfinite():
+                        raise NumericsError("a loss is NaN or infinite: use dtype=float32 or bfloat16")
+                    slopes = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
+                context.forwards += 1
+                rows[index] = torch.cat([part.detach().float().flatten().cpu() for part in (value, *slopes)])
+        # Added up in the order of the episodes, whichever process each of them was on.
+        rows = context.ranks.total(rows)
+        if not rows.isfinite().all():
+            raise NumericsError("a gradient is NaN or infinite: use dtype=float32 or bfloat16, or a smaller lr")
+        parts = torch.split(rows[:, 1:].sum(0), [parameter.numel() for parameter in parameters])
+        return rows[:, 0], [part.view(like.shape) for part, like in zip(parts, parameters, strict=True)]
+
+    @contextmanager
+    def _edited(self, edits: Edits, tail: int) -> Iterator[None]:
+        with applied(self._context.sites, edits, tail=tail):
+            self._is_edited = True
+            try:
+                yield
+            finally:
+                self._is_edited = False
+
+    def _answered(self, prefill: Prefill, target: list[int], stream: str | None, autocast: bool) -> Answer:
+        """Return what the model makes of ``target``, with gradients, under the edits that are applied now."""
+        context = self._context
+        given = prefill.whole(context.model, target)
+        device = given["input_ids"].device
+        with ExitStack() as stack:
+            recording = None
+            if stream is not None:
+                recording = stack.enter_context(record(context.sites, stream, tail=len(target), attached=True))
+            if autocast:
+                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            logits = context.model(**given).logits[0, -len(target) :].float()
+        return Answer(logits, torch.tensor(target, device=logits.device), recording.last() if recording else None)

@@ -1,0 +1,96 @@
+"""Prompts that are prefilled once and used many times, within a limit of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+from lmms_mtv.errors import DataError
+from lmms_mtv.fit.context import Context
+from lmms_mtv.fit.examples import Episode, Target
+from lmms_mtv.hooks import Prefill, capture
+from lmms_mtv.runtime.batches import alone
+from lmms_mtv.runtime.lru_cache import LruCache
+
+P = TypeVar("P")
+
+Prompted = tuple[Prefill, Target]
+"""A prefilled prompt, and the target of its query."""
+
+
+class PrefillCache(Generic[P]):
+    """Prefilled prompts of ``memory`` bytes, and prompts to learn from of half as many."""
+
+    def __init__(self, context: Context[P], memory: int) -> None:
+        self._context = context
+        self._prefills: LruCache[Episode, Prompted] = LruCache(memory)
+        self._learners: LruCache[Episode, Prompted] = LruCache(memory // 2)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the prefilled prompts."""
+        return self._prefills.size
+
+    def prompted(self, episode: Episode) -> Prompted:
+        """Run the prompt of an episode and return it as the model runs it now, with its target.
+
+        Raises :class:`DataError` if the target has no tokens.
+        """
+        context = self._context
+        prompt = context.examples.prompt(episode)
+        lead, ids = context.runner.lead_ids(prompt), context.runner.target_ids(prompt)
+        if not ids:
+            raise DataError(f"the target of training example {episode.query} has no tokens: it cannot be learned from")
+        with torch.no_grad(), capture(context.model, context.sites) as captured:
+            context.runner.run([prompt])
+        context.forwards += 1
+        return captured.prefill(), Target([*lead, *ids], len(lead))
+
+    def get(self, episode: Episode, lean: Callable[[Prefill], bool] | None) -> Prompted:
+        """Return the prefilled prompt of an episode.
+
+        Args:
+            episode: what the prompt is made of.
+            lean: tells of a prompt whether its replays alone are needed; None if it has to run whole.
+        """
+        kept = self._prefills.get(episode)
+        if kept is not None and not (lean is None and kept[0].tokens_only):
+            return kept
+        prefill, target = self.prompted(episode)
+        if lean is not None and lean(prefill):
+            prefill = prefill.without_media()
+        self._prefills.put(episode, (prefill, target), prefill.bytes)
+        return prefill, target
+
+    def learner(self, episode: Episode) -> Prompted:
+        """Return the prompt of an episode to run whole, without its cache, and its target."""
+        kept = self._learners.get(episode)
+        if kept is None:
+            prefill, target = self.prompted(episode)
+            kept = prefill.without_cache(), target
+            self._learners.put(episode, kept, kept[0].held)
+        return kept
+
+    def prefetch(self, episodes: Sequence[Episode], lean: Callable[[Prefill], bool]) -> None:
+        """Have prompts prefilled by several processes, each a share, for all of them; see FitSession.prefetch."""
+        context, ranks = self._context, self._context.ranks
+        devices = {parameter.device for parameter in context.model.parameters()}
+        if ranks.count == 1 or len(devices) > 1:
+            return
+        (device,) = devices
+        ahead = [episode for episode in dict.fromkeys(episodes) if self._prefills.get(episode) is None]
+        for begin in range(0, len(ahead), ranks.count):
+            wanted = ahead[begin : begin + ranks.count]
+            own: Prompted | None = None
+            with ranks.together(), alone():
+                if ranks.rank < len(wanted):
+                    prefill, target = self.prompted(wanted[ranks.rank])
+                    prefill = prefill.without_media() if lean(prefill) else prefill
+                    own = prefill.to(torch.device("cpu")), target
+            for source, episode in enumerate(wanted):
+                prefill, target = ranks.passed(own, source)
+                if not self._prefills.room(prefill.bytes):
+                    return
+                self._prefills.put(episode, (prefill.to(device), target), prefill.bytes)
