@@ -264,10 +264,16 @@ def _seeds(results: Results, named: bool = False) -> list[str]:
         return [f"{'One' if not named else prefix[:-4] + 'one'} seed, {seeds}: no spread ({NONE})."]
     notes = [f"{prefix} ± standard deviation over seeds {seeds}."]
     single = [arm for arm in results.arms if results.seedless(arm)]
-    own = {arm: results.expected(arm) for arm in results.plan.seeds_of if arm not in single}
+    fewer: dict[tuple[int, ...], list[str]] = {}
+    for arm in results.arms:
+        if arm in results.plan.seeds_of and arm not in single:
+            fewer.setdefault(tuple(results.expected(arm)), []).append(arm)
     if single:
         notes.append(f"No seed changes {', '.join(single)}: one seed, no spread ({NONE}).")
-    notes += [f"{arm}: seed{'s' if len(s) > 1 else ''} {', '.join(map(str, s))} alone." for arm, s in own.items()]
+    notes += [
+        f"{', '.join(arms)}: seed{'s' if len(own) > 1 else ''} {', '.join(map(str, own))} alone."
+        for own, arms in fewer.items()
+    ]
     if any(len(results.of(arm, task)) < len(results.expected(arm)) for arm in results.arms for task in results.tasks):
         notes.append("Cells that the plan has and the folder lacks are missing, or counted in brackets.")
     if results.others:
