@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from lmms_mtv.commands import check, compare, doctor, fit, library, lm_eval, prepare, report
+from lmms_mtv.commands import check, compare, doctor, fit, library, lm_eval, methods, prepare, report
 from lmms_mtv.errors import MtvError
 from lmms_mtv.runtime import environment
 
-COMMANDS = (prepare, fit, library, compare, report, check, lm_eval, doctor)
+COMMANDS = (prepare, methods, fit, library, compare, report, check, lm_eval, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from lmms_mtv.errors import ArgumentError, DataError
 from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.gradients import Answer
 from lmms_mtv.fit.session import FitSession
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import Edits
 
 
@@ -47,15 +48,17 @@ class Schedule:
     go through, ``checkpointing`` saves memory for more time.
     """
 
-    examples: int = 100
-    epochs: int = 10
-    accumulation: int = 4
-    weight_decay: float = 1e-3
-    warmup: float = 0.1
-    loss: Tokens = "all"
-    judges: int = 32
-    autocast: bool = False
-    checkpointing: bool = False
+    examples: int = setting(100, "training queries that are learned from")
+    epochs: int = setting(10, "times that each query is learned from, in a new order")
+    accumulation: int = setting(4, "queries in one step of AdamW")
+    weight_decay: float = setting(1e-3, "weight decay of AdamW")
+    warmup: float = setting(
+        0.1, "share of the steps over which learning rates rise; they fall with a cosine afterwards"
+    )
+    loss: Tokens = setting("all", "tokens of the answer that count: `first`, or the mean over `all`")
+    judges: int = setting(32, "further training queries whose loss is told with and without the edit")
+    autocast: bool = setting(False, "compute in bfloat16 what gradients go through")
+    checkpointing: bool = setting(False, "save memory for more time: blocks run again when gradients are computed")
 
     def __post_init__(self) -> None:
         for name in ("examples", "epochs", "accumulation", "judges"):
@@ -76,8 +79,10 @@ class Distillation(Schedule):
     prompt holds.
     """
 
-    fit_shots: int = 16
-    teachers: int = 1
+    fit_shots: int = setting(16, "demonstrations in each prompt that teaches")
+    teachers: int = setting(
+        1, "prompts that teach a query, with other demonstrations each; they take turns from epoch to epoch"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,11 +99,11 @@ class Weighted(Distillation):
     the target's cross-entropy beside what is learned from demonstrations.
     """
 
-    vector_lr: float = 0.03
-    weight_lr: float = 0.03
-    spread: float = 0.01
-    initial_weight: float = 0.1
-    supervision: float = 0.5
+    vector_lr: float = setting(0.03, "learning rate of the vectors")
+    weight_lr: float = setting(0.03, "learning rate of the weights")
+    spread: float = setting(0.01, "standard deviation of the noise that vectors begin as")
+    initial_weight: float = setting(0.1, "first value of the weights")
+    supervision: float = setting(0.5, "weight of the target's cross-entropy beside what demonstrations teach")
 
 
 def learn(

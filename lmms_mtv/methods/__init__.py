@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmms_mtv.errors import ArgumentError, MethodError, unknown
 from lmms_mtv.fit.session import FitSession
@@ -43,17 +43,35 @@ class Fitted:
     losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
+class Setting(NamedTuple):
+    """A setting of a method: ``kind`` is the type in words."""
+
+    name: str
+    kind: str
+    default: Any
+    meaning: str
+
+
 @dataclass(frozen=True)
 class Method:
-    """A registered method."""
+    """A registered method. ``summary`` is the first line of its documentation, with the paper."""
 
     name: str
     config: type[Any]
     fit: Callable[[FitSession[Any], Any], Fitted]
+    summary: str = ""
 
     def settings(self) -> tuple[str, ...]:
         """The names of its configuration's fields."""
         return tuple(f.name for f in dataclasses.fields(self.config))
+
+    def described(self) -> list[Setting]:
+        """Return the settings with their types, their defaults and what they mean."""
+        hints = typing.get_type_hints(self.config)
+        return [
+            Setting(f.name, _called(hints[f.name]), f.default, str(f.metadata.get("help", "")))
+            for f in dataclasses.fields(self.config)
+        ]
 
     def configure(self, given: Mapping[str, Any]) -> Any:
         """The configuration with the fields in ``given``. Raises :class:`ArgumentError` on a wrong name or type."""
@@ -69,6 +87,11 @@ class Method:
 def names() -> list[str]:
     """The registered methods: ``none``, ``mtv``, ``random``, then the others, none of which is loaded for it."""
     return _names(_points())
+
+
+def own() -> list[str]:
+    """Return the methods of this package."""
+    return _names({})
 
 
 def get(name: str) -> Method:
@@ -94,7 +117,7 @@ def _get(name: str, points: _Points) -> Method:
         module = importlib.import_module(f"{__name__}.{name}")
     else:
         module = _loaded(name, points[name])
-    return Method(name, module.Config, module.fit)
+    return Method(name, module.Config, module.fit, " ".join((module.__doc__ or "").split("\n\n")[0].split()))
 
 
 def _own() -> set[str]:

@@ -14,6 +14,7 @@ import torch
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted, mtv
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import HEADS
 
 
@@ -21,8 +22,8 @@ from lmms_mtv.vectors import HEADS
 class Config(mtv.Config):
     """The settings of the MTV fit, and the shares of its heads that are dropped (``drop``) and added (``add``)."""
 
-    drop: float = 0.0
-    add: float = 0.0
+    drop: float = setting(0.0, "share of MTV's heads that is left out")
+    add: float = setting(0.0, "heads that are added, as a share of MTV's heads")
 
     def __post_init__(self) -> None:
         super().__post_init__()

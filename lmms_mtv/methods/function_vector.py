@@ -28,6 +28,7 @@ from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.layers import best_layer
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import RESIDUAL, Edit
 
 
@@ -41,13 +42,15 @@ class Config:
     the ``loss`` of the ``first`` answer token or the mean over ``all``.
     """
 
-    iterations: int = 100
-    fit_shots: int = 10
-    effect_examples: int = 25
-    corrupted: Literal["shuffled", "bare"] = "shuffled"
-    top: int = 10
-    examples: int = 32
-    loss: Tokens = "all"
+    iterations: int = setting(100, "prompts whose activations are averaged")
+    fit_shots: int = setting(10, "demonstrations in each of these prompts")
+    effect_examples: int = setting(25, "prompts over which the effect of a head is averaged")
+    corrupted: Literal["shuffled", "bare"] = setting(
+        "shuffled", "prompts that do not tell the task: demonstrations with `shuffled` answers, or `bare` queries"
+    )
+    top: int = setting(10, "heads that make the vector, those with the largest effect")
+    examples: int = setting(32, "training queries that choose the layer")
+    loss: Tokens = setting("all", "tokens of the answer that count: `first`, or the mean over `all`")
 
     def __post_init__(self) -> None:
         for name in ("iterations", "effect_examples", "top", "examples"):

@@ -23,6 +23,7 @@ from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.learning import Moment, Schedule, cross_entropy, learn
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import ATTENTION, MLP, Edit
 
 
@@ -34,13 +35,13 @@ class Config(Schedule):
     are learned with ``weight_lr``. ``noise`` is the length of the noise, as a share of each vector's.
     """
 
-    examples: int = 10
-    epochs: int = 100
-    accumulation: int = 2
-    iterations: int = 100
-    initial_weight: float = 0.1
-    weight_lr: float = 0.01
-    noise: float = 1e-3
+    examples: int = setting(10, "training queries that are learned from")
+    epochs: int = setting(100, "times that each query is learned from")
+    accumulation: int = setting(2, "queries in one step")
+    iterations: int = setting(100, "demonstrations over which outputs are averaged")
+    initial_weight: float = setting(0.1, "first value of the scalars that weigh the mean of the demonstrations")
+    weight_lr: float = setting(0.01, "learning rate of the scalars")
+    noise: float = setting(1e-3, "length of the noise, as a share of each vector's length")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,7 @@ from torch import Tensor
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import MLP, RESIDUAL, Edit
 
 
@@ -37,9 +38,11 @@ class Config:
     ``strength`` is how long the added vector is, as a share of the mean norm of what the MLP of the layer gives.
     """
 
-    iterations: int = 100
-    fit_shots: int = 0
-    strength: float = 0.1
+    iterations: int = setting(100, "prompts that are run with and without their answers")
+    fit_shots: int = setting(0, "demonstrations in each of these prompts (0 in the paper)")
+    strength: float = setting(
+        0.1, "length of the added vector, as a share of the mean norm of the output of the layer's MLP"
+    )
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.fit_shots < 0:

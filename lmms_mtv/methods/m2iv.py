@@ -35,6 +35,7 @@ from lmms_mtv.fit.learning import Moment, Weighted, cross_entropy, divergence, l
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.hooks import shape
 from lmms_mtv.methods import Fitted
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import ATTENTION, MLP, Edit
 
 _FAR = 1e-3
@@ -48,8 +49,8 @@ class Config(Weighted):
     ``mimicry`` and ``synergy`` are the weights of the other losses.
     """
 
-    mimicry: float = 1.0
-    synergy: float = 1.0
+    mimicry: float = setting(1.0, "weight of the divergence from the answers after demonstrations")
+    synergy: float = setting(1.0, "weight of the loss that draws a layer's two vectors together, and layers apart")
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:

@@ -29,6 +29,7 @@ from lmms_mtv.fit.gradients import Answer
 from lmms_mtv.fit.learning import Distillation, Moment, comparable, cross_entropy, learn, taught, typical
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import HEADS, RESIDUAL, Edit
 
 _TINY = 1e-12
@@ -43,10 +44,10 @@ class Config(Distillation):
     the distance of the hidden states.
     """
 
-    vector_lr: float = 0.03
-    gate_lr: float = 0.03
-    spread: float = 0.001
-    supervision: float = 0.5
+    vector_lr: float = setting(0.03, "learning rate of the vectors")
+    gate_lr: float = setting(0.03, "learning rate of the functions of queries")
+    spread: float = setting(0.001, "standard deviation of the noise that vectors begin as")
+    supervision: float = setting(0.5, "weight of the target's cross-entropy beside the distance of the hidden states")
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:

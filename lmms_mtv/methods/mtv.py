@@ -24,6 +24,7 @@ from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.policy import EDGE, Policy, concrete, reinforce
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import HEADS, Edit
 
 _OF_GRADIENT: Final = {"steps": 30, "samples": 8, "lr": 1.0}
@@ -49,25 +50,39 @@ class Config:
     :meth:`~lmms_mtv.fit.session.FitSession.embeddings`), are the demonstrations of the prompts that are averaged.
     """
 
-    iterations: int = 100
-    fit_shots: int = 4
-    steps: int = 600
-    samples: int = 32
-    lr: float = 0.1
-    initial_logit: float = -1.0
-    examples: int = 100
-    loss: Tokens = "all"
-    candidates: int = 10
-    candidate_examples: int = 50
-    floor: float = 0.0
-    heads: tuple[tuple[int, int], ...] | None = None
-    threshold: float | None = None
-    top_k: int | None = None
-    optimizer: Literal["gradient"] | None = None
-    gradient_steps: int | None = None
-    gradient_samples: int | None = None
-    gradient_lr: float | None = None
-    diverse: int | None = None
+    iterations: int = setting(100, "prompts whose activations are averaged (T in the paper)")
+    fit_shots: int = setting(4, "demonstrations in each of these prompts (N in the paper)")
+    steps: int = setting(600, "steps of REINFORCE")
+    samples: int = setting(32, "masks that are sampled in a step")
+    lr: float = setting(0.1, "learning rate of Adam on the logits of the policy")
+    initial_logit: float = setting(-1.0, "logit of each head's probability before the first step")
+    examples: int = setting(100, "training queries that the steps use")
+    loss: Tokens = setting(
+        "all", "tokens of the answer that count: `first` (the authors' code), or the mean over `all`"
+    )
+    candidates: int = setting(10, "masks that are drawn from the policy at the end; the best is kept")
+    candidate_examples: int = setting(50, "further training queries by whose mean loss the best mask is found")
+    floor: float = setting(
+        0.0, "probabilities below it are set to 0 before candidates are drawn (0.8 in the authors' code for Idefics2)"
+    )
+    heads: tuple[tuple[int, int], ...] | None = setting(
+        None, "heads to replace, as (layer, head); nothing is selected then (section 4 of the paper)"
+    )
+    threshold: float | None = setting(
+        None, "take all heads that are at least as likely, instead of a candidate (not the authors')"
+    )
+    top_k: int | None = setting(
+        None, "take this many of the likeliest heads, instead of a candidate (not the authors')"
+    )
+    optimizer: Literal["gradient"] | None = setting(
+        None, "`gradient` learns the probabilities from gradients instead of by REINFORCE (not the authors')"
+    )
+    gradient_steps: int | None = setting(None, "steps with `optimizer=gradient`; 30 if not given")
+    gradient_samples: int | None = setting(None, "masks in such a step; 8 if not given")
+    gradient_lr: float | None = setting(None, "learning rate of such a step; 1.0 if not given")
+    diverse: int | None = setting(
+        None, "training examples that may be demonstrations: those that stand best for all (facility location)"
+    )
 
     def __post_init__(self) -> None:
         for name in ("iterations", "examples", "candidates", "candidate_examples"):

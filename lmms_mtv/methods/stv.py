@@ -29,6 +29,7 @@ from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.policy import Categorical, improved
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import HEADS, Edit
 
 
@@ -43,16 +44,18 @@ class Config:
     ``first`` answer token or the mean over ``all``.
     """
 
-    iterations: int = 100
-    fit_shots: int = 4
-    top: int | None = None
-    clusters: int = 32
-    steps: int = 600
-    samples: int = 32
-    lr: float = 0.1
-    examples: int = 100
-    candidate_examples: int = 50
-    loss: Tokens = "all"
+    iterations: int = setting(100, "prompts that sensitivities and centroids come from")
+    fit_shots: int = setting(4, "demonstrations in each of these prompts")
+    top: int | None = setting(
+        None, "heads that are edited, the most sensitive ones; None chooses the number by its loss"
+    )
+    clusters: int = setting(32, "centroids of each head")
+    steps: int = setting(600, "steps of REINFORCE")
+    samples: int = setting(32, "combinations of centroids that are sampled in a step")
+    lr: float = setting(0.1, "learning rate of Adam on the logits of the policy")
+    examples: int = setting(100, "training queries that the steps use")
+    candidate_examples: int = setting(50, "further training queries that choose the number of heads")
+    loss: Tokens = setting("all", "tokens of the answer that count: `first`, or the mean over `all`")
 
     def __post_init__(self) -> None:
         for name in ("iterations", "fit_shots", "top", "clusters", "examples", "candidate_examples"):

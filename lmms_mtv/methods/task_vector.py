@@ -19,6 +19,7 @@ from lmms_mtv.fit.examples import Tokens
 from lmms_mtv.fit.layers import best_layer
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
+from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import RESIDUAL
 
 
@@ -30,10 +31,10 @@ class Config:
     training queries choose the layer, by the ``loss`` of the ``first`` answer token or the mean over ``all``.
     """
 
-    iterations: int = 1
-    fit_shots: int = 4
-    examples: int = 32
-    loss: Tokens = "all"
+    iterations: int = setting(1, "prompts over which the state is averaged (1 in the paper)")
+    fit_shots: int = setting(4, "demonstrations in each of these prompts")
+    examples: int = setting(32, "training queries that choose the layer")
+    loss: Tokens = setting("all", "tokens of the answer that count: `first`, or the mean over `all`")
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.examples < 1 or self.fit_shots < 0:
