@@ -75,7 +75,7 @@ class ContextLengthError(MtvError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ArgumentError:
-    """The error for a ``name`` that is none of the ``known`` ones, with the nearest of them if one is near."""
+    """Return the error for a ``name`` that is none of the ``known`` ones, with the nearest of them if one is near."""
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -68,7 +68,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def planned(given: argparse.Namespace, name: str) -> Plan:
-    """The plan of a command line: that of its file, changed by its flags.
+    """Return the plan of a command line: that of its file, changed by its flags.
 
     Raises :class:`ArgumentError` if tasks are missing, or an arm is neither described nor known.
     """

@@ -225,7 +225,7 @@ def _cut(text: str, size: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text of a card as a terminal may have it: without what would move its cursor or change its colours."""
+    """Return a text of a card as a terminal may have it: without what would move its cursor or change its colours."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 

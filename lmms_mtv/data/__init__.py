@@ -36,14 +36,14 @@ def sources(name: str) -> list[Source]:
 
 
 def source(task: str) -> Source:
-    """Where the data of a task come from. Raises :class:`ArgumentError` if there is no such task."""
+    """Return where the data of a task come from. Raises :class:`ArgumentError` if there is no such task."""
     if task not in SOURCES:
         raise unknown("task with data of its own", task, SOURCES)
     return SOURCES[task]
 
 
 def documents(task: str, split: str) -> Dataset:
-    """The rows of a split: of the folder in ``LMMS_MTV_DATA``, or of the hub if that is not set.
+    """Return the rows of a split: of the folder in ``LMMS_MTV_DATA``, or of the hub if that is not set.
 
     Raises :class:`DataError` if they cannot be had, or are not as many as they should be.
     """
@@ -64,7 +64,10 @@ def documents(task: str, split: str) -> Dataset:
 
 
 def image(task: str, reference: str) -> Image.Image:
-    """The image that a row of ``task`` refers to, in RGB. Raises :class:`DocumentError` if it is missing or damaged."""
+    """Return the image that a row of ``task`` refers to, in RGB.
+
+    Raises :class:`DocumentError` if it is missing or damaged.
+    """
     stored = reference.startswith(hub.PREFIX)
     path = Path(os.environ.get(FOLDER, ""), task, reference).expanduser()
     try:
@@ -75,7 +78,7 @@ def image(task: str, reference: str) -> Image.Image:
 
 
 def _stored(task: str, reference: str) -> bytes:
-    """The encoded image that a reference into a copy on the hub names."""
+    """Return the encoded image that a reference into a copy on the hub names."""
     path, split, row = reference.removeprefix(hub.PREFIX).rsplit(":", 2)
     copies = [*vqa.COPIES.values(), *(copy for known in episodes.SETS for copy in known.copies)]
     return hub.image(next(c for c in copies if (c.task, c.path, c.split) == (task, path, split)), int(row))

@@ -46,7 +46,8 @@ class EpisodeSet:
 
 
 def row(episode: Mapping[str, str], references: Mapping[str, str]) -> Row:
-    """An episode as the task shows it: images in the order shown, option texts, and the letter of the query's class.
+    """Return an episode as the task shows it: images in the order shown, option texts, and the letter of the query's
+    class.
 
     The authors' code draws the order of the options; here the names of the images fix it.
     """
@@ -62,7 +63,7 @@ def row(episode: Mapping[str, str], references: Mapping[str, str]) -> Row:
 
 
 def checked(content: Any, data: EpisodeSet, split: str, where: str, counted: bool = True) -> list[dict[str, str]]:
-    """The paper's episodes of a split.
+    """Return the paper's episodes of a split.
 
     Raises :class:`DataError` if their form, or a count where ``counted``, is another than expected.
     """
@@ -148,7 +149,7 @@ def _prepare(data: EpisodeSet, official: Official) -> Mapping[str, list[Row]]:
 
 
 def _given(data: EpisodeSet, split: str, official: Official) -> list[dict[str, str]]:
-    """The paper's episodes: from the source folder, else from the web."""
+    """Return the paper's episodes: from the source folder, else from the web."""
     file = data.files[split]
     if official.has(file):
         path = official.find(file)

@@ -42,7 +42,7 @@ class Copy:
 
 @functools.cache
 def table(copy: Copy) -> Dataset:
-    """The split, with its images left undecoded. Raises :class:`DataError` if it cannot be had."""
+    """Return the split, with its images left undecoded. Raises :class:`DataError` if it cannot be had."""
     copy = dataclasses.replace(copy, revision=copy.revision or _newest(copy.path))
     where = f"{copy.path} on the hub (split {copy.split}, revision {copy.revision or 'newest'})"
     try:
@@ -60,12 +60,12 @@ def table(copy: Copy) -> Dataset:
 
 
 def texts(copy: Copy) -> Dataset:
-    """The split without its images."""
+    """Return the split without its images."""
     return table(copy).remove_columns("image")
 
 
 def _newest(path: str) -> str:
-    """The commit that is newest now, so that what a run used can be told; empty where the hub cannot say."""
+    """Return the commit that is newest now, so that what a run used can be told; empty where the hub cannot say."""
     try:
         found = str(HfApi().dataset_info(path).sha)
     except (OSError, ValueError, HfHubHTTPError):
@@ -75,31 +75,31 @@ def _newest(path: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, or its cause where it says no more than a name."""
+    """Return what an error says, or its cause where it says no more than a name."""
     said = error if error.__cause__ is None or " " in str(error).strip() else error.__cause__
     return f"{type(said).__name__}: " + " ".join(str(said).split())[:300]
 
 
 def reference(copy: Copy, row: int) -> str:
-    """The reference to the image of a row."""
+    """Return the reference to the image of a row."""
     return f"{PREFIX}{copy.path}:{copy.split}:{row}"
 
 
 def image(copy: Copy, row: int) -> bytes:
-    """The encoded image of a row."""
+    """Return the encoded image of a row."""
     content = table(copy)[row]["image"]
     found: bytes = content["bytes"] if content["bytes"] is not None else Path(content["path"]).read_bytes()
     return found
 
 
 def names(copy: Copy) -> list[str | None]:
-    """The names that the images of a split were uploaded with."""
+    """Return the names that the images of a split were uploaded with."""
     found: list[str | None] = pc.struct_field(table(copy).data.column("image"), "path").to_pylist()
     return found
 
 
 def downloaded(file: File, task: str) -> Path:
-    """A single file from the web, kept in the cache of the library datasets, and checked."""
+    """Return a single file from the web, kept in the cache of the library datasets, and checked."""
     try:
         # No ETag is asked for: what is in the cache is used without network.
         options = datasets.DownloadConfig(use_etag=False)

@@ -61,7 +61,7 @@ class Official:
     _planned: dict[File, dict[str, None]] = field(default_factory=dict)
 
     def find(self, file: File) -> Path:
-        """The file, or the folder it unpacks to: in the source folder, or in one folder inside it.
+        """Return the file, or the folder it unpacks to: in the source folder, or in one folder inside it.
 
         Raises :class:`DataError` if there is none, or more than one, or it is another file than expected.
         """
@@ -82,16 +82,16 @@ class Official:
         )
 
     def has(self, file: File) -> bool:
-        """Whether there is one for :meth:`find` to find."""
+        """Return whether there is one for :meth:`find` to find."""
         names = filter(None, (file.name, file.unpacked))
         return any((self.source / name).exists() or any(self.source.glob(f"*/{name}")) for name in names)
 
     def json(self, file: File, member: str = "") -> Any:
-        """The content of a JSON file: of ``member`` in an archive or folder, or of ``file`` itself."""
+        """Return the content of a JSON file: of ``member`` in an archive or folder, or of ``file`` itself."""
         return json_in(self.find(file), member or file.name, file.url)
 
     def texts(self, file: File, names: Collection[str]) -> dict[str, str]:
-        """The contents of members, by name."""
+        """Return the contents of members, by name."""
         path, found = self.find(file), {}
         with _members(path) as members:
             for member in members:
@@ -102,7 +102,9 @@ class Official:
         return found
 
     def images(self, file: File, names: Iterable[str]) -> dict[str, str]:
-        """The paths, relative to ``output``, at which :meth:`extract` will put members of an archive or a folder."""
+        """Return the paths, relative to ``output``, at which :meth:`extract` will put members of an archive or a
+        folder.
+        """
         self.find(file)
         wanted = dict.fromkeys(names)
         self._planned.setdefault(file, {}).update(wanted)
@@ -166,7 +168,7 @@ def checksum(path: Path, kind: str, progress: bool = False) -> str:
 
 
 def json_in(path: Path, name: str, url: str) -> Any:
-    """The content of the JSON file ``name``: ``path`` itself, or a member of it if it is an archive or a folder."""
+    """Return the content of the JSON file ``name``: ``path`` itself, or a member of an archive or a folder."""
     if path.name == name:
         return parsed(path.read_bytes(), path)
     with _members(path) as members:

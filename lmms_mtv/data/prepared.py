@@ -68,7 +68,7 @@ def prepare(source: Source, official: Official) -> dict[str, int]:
 
 
 def rows(source: Source, root: Path, split: str) -> list[Row]:
-    """The rows of a split in a prepared folder.
+    """Return the rows of a split in a prepared folder.
 
     Raises :class:`DataError` if the folder is not there, not whole, or not what was written.
     """

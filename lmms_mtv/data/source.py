@@ -34,7 +34,7 @@ class Source:
 
 
 def mended_by(task: str) -> str:
-    """The end of an error about data: the command that mends it."""
+    """Return the end of an error about data: the command that mends it."""
     return (
         f"put the official files into a folder, run `lmms-mtv prepare {task} --source FOLDER --output DATA` and set "
         f"{FOLDER}=DATA"

@@ -18,7 +18,7 @@ VIZWIZ_ANNOTATIONS = File("Annotations.zip", f"{_VIZWIZ}vqa_data/Annotations.zip
 
 
 def modal(answers: Sequence[str]) -> str:
-    """The most frequent answer, the first of them where several are."""
+    """Return the most frequent answer, the first of them where several are."""
     return Counter(answers).most_common(1)[0][0]
 
 

@@ -62,7 +62,7 @@ class Cell:
 
 
 def path(folder: Path, place: Place) -> Path:
-    """Where a cell is kept."""
+    """Return where a cell is kept."""
     return folder / FOLDER / slug(place.task) / f"{slug(place.arm)}-seed{place.seed}.json"
 
 
@@ -76,7 +76,7 @@ def write(folder: Path, cell: Cell, of_harness: Mapping[str, Any]) -> Path:
 
 
 def read(folder: Path, place: Place) -> Cell | None:
-    """The cell at ``place``, None if there is none.
+    """Return the cell at ``place``, None if there is none.
 
     Raises :class:`DataError` if its file is damaged, was altered, or is the cell of another place.
     """
@@ -90,7 +90,10 @@ def read(folder: Path, place: Place) -> Cell | None:
 
 
 def read_all(folder: Path) -> list[Cell]:
-    """All cells of a folder of results, by task, arm and seed. Raises :class:`DataError` as :func:`read` does."""
+    """Return all cells of a folder of results, by task, arm and seed.
+
+    Raises :class:`DataError` as :func:`read` does.
+    """
     return sorted((_opened(found) for found in folder.glob(f"{FOLDER}/*/*.json")), key=lambda cell: cell.place)
 
 
@@ -125,13 +128,13 @@ def described(model: Mapping[str, Any]) -> str:
 
 
 def _prompts_of(cell: Cell) -> str:
-    """What the prompts of a cell depend on, as a key: without demonstrations on the task alone."""
+    """Return what the prompts of a cell depend on, as a key: without demonstrations on the task alone."""
     shown = [cell.shots, cell.seed, cell.arguments.get("wrong"), cell.arguments.get("demonstrations")]
     return json.dumps([cell.task, *(shown if cell.shots else ())])
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """SHA-256 of everything in a cell's file but the seal."""
+    """Return SHA-256 of everything in a cell's file but the seal."""
     bare = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 

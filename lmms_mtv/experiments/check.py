@@ -70,7 +70,10 @@ def stored(folder: Path) -> list[Difference]:
 
 
 def tables(folder: Path, pages: Sequence[Path]) -> list[Difference]:
-    """Tables in ``pages`` that are not what the cells say. Raises :class:`DataError` if there are no intact cells."""
+    """Return tables in ``pages`` that are not what the cells say.
+
+    Raises :class:`DataError` if there are no intact cells.
+    """
     found = [results.read(folder)]
     differences = []
     for page in pages:
@@ -85,7 +88,7 @@ def tables(folder: Path, pages: Sequence[Path]) -> list[Difference]:
 
 
 def pages(folder: Path) -> list[Path]:
-    """The pages in the folder and in the two above it that have tables of these results."""
+    """Return the pages in the folder and in the two above it that have tables of these results."""
     found = [results.read(folder)]
     near = [place / "README.md" for place in (folder, *folder.resolve().parents[:2])]
     return [page for page in near if page.is_file() and marks.count(page.read_text("utf-8"), page.parent, found)]
@@ -103,12 +106,15 @@ def _of_vector(cell: Cell, vectors: Mapping[str, Path]) -> list[Difference]:
 
 
 def _paths(library: Library) -> dict[str, Path]:
-    """The files of a library by the ids of their vectors."""
+    """Return the files of a library by the ids of their vectors."""
     return {entry.id: entry.path for entry in library.entries()}
 
 
 def _loaded(cell: Cell, vectors: Mapping[str, Path]) -> TaskVector:
-    """The stored vector of a cell. Raises :class:`DataError` if there is none, else as :meth:`TaskVector.load`."""
+    """Return the stored vector of a cell.
+
+    Raises :class:`DataError` if there is none, else as :meth:`TaskVector.load`.
+    """
     identity = (cell.vector or {}).get("id", "")
     if identity not in vectors:
         raise DataError(f"no vector {identity} that can be read: run lmms-mtv library verify")
@@ -116,7 +122,7 @@ def _loaded(cell: Cell, vectors: Mapping[str, Path]) -> TaskVector:
 
 
 def chosen(asked: Plan, count: int | None, seed: int) -> list[Place]:
-    """The cells to run again: all, or ``count`` drawn by ``seed``, in the order in which they run."""
+    """Return the cells to run again: all, or ``count`` drawn by ``seed``, in the order in which they run."""
     places = asked.places()
     if count is None or count >= len(places):
         return places
@@ -179,7 +185,7 @@ def _between(kept: Cell, made: Cell, asked: Plan) -> list[Difference]:
 
 
 def _samples(kept: Cell, made: Cell) -> list[Difference]:
-    """The documents whose answers changed, at most :data:`SHOWN` of them one by one."""
+    """Return the documents whose answers changed, at most :data:`SHOWN` of them one by one."""
     before, now = ([cell.samples[name] for name in ("scores", "answers")] for cell in (kept, made))
     rows = zip(kept.samples["documents"], *before, *now, strict=False)
     changed = [
@@ -193,7 +199,7 @@ def _samples(kept: Cell, made: Cell) -> list[Difference]:
 
 
 def _values(kept: Cell, made: Cell, vectors: Mapping[str, Path], again: Library, tolerance: float) -> list[Difference]:
-    """Whether the vector that was fitted again has the values and heads of the stored one."""
+    """Return whether the vector that was fitted again has the values and heads of the stored one."""
     try:
         before, now = _loaded(kept, vectors), _loaded(made, _paths(again))
     except MtvError as error:
@@ -224,12 +230,12 @@ def _values(kept: Cell, made: Cell, vectors: Mapping[str, Path], again: Library,
 
 
 def _given(settings: Mapping[str, Any]) -> object:
-    """The settings but for those that are None, as a method may get another one later."""
+    """Return the settings but for those that are None, as a method may get another one later."""
     return plan.plain({name: value for name, value in settings.items() if value is not None})
 
 
 def table(differences: Sequence[Difference]) -> str:
-    """The differences as a Markdown table."""
+    """Return the differences as a Markdown table."""
     lines = ["| where | what | stored | found |", "|---|---|---|---|"]
     lines += [f"| {d.where} | {d.what} | {_cut(d.stored)} | {_cut(d.found)} |" for d in differences]
     return "\n".join(lines)

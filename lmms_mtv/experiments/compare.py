@@ -103,7 +103,7 @@ def _agree(known: Plan, asked: Plan, output: Path) -> None:
 
 
 def _joined(known: Plan, asked: Plan) -> Plan:
-    """What is in the results and what is added to them."""
+    """Return what is in the results and what is added to them."""
     seeds = tuple(dict.fromkeys([*known.seeds, *asked.seeds]))
 
     def of_both(arm: str) -> list[int]:
@@ -121,7 +121,7 @@ def _joined(known: Plan, asked: Plan) -> Plan:
 
 
 def _left(todo: Sequence[Place], took: Mapping[str, Sequence[float]]) -> str:
-    """An estimate of the time that ``todo`` takes, from the time that cells of each arm took."""
+    """Return an estimate of the time that ``todo`` takes, from the time that cells of each arm took."""
     if not took:
         return ""
     overall = statistics.mean(seconds for of_arm in took.values() for seconds in of_arm)

@@ -115,7 +115,9 @@ class Plan:
         return seeds if seeded({**self.model, **self.arms[arm]}) else seeds[:1]
 
     def places(self) -> list[Place]:
-        """All cells, in the order in which they run: what an arm needs of another arm with its seed comes before."""
+        """Return all cells, in the order in which they run: what an arm needs of another arm with its seed comes
+        before.
+        """
         return [
             Place(task, arm, seed)
             for seed in self.seeds
@@ -132,7 +134,7 @@ class Plan:
 
 
 def read(path: Path) -> Plan:
-    """The plan in a YAML file, or in a folder of results.
+    """Return the plan in a YAML file, or in a folder of results.
 
     Raises :class:`ArgumentError` if there is none, or if it is not a plan.
     """
@@ -158,7 +160,7 @@ def read(path: Path) -> Plan:
 
 
 def seeded(arguments: Mapping[str, Any]) -> bool:
-    """Whether a seed changes anything: not without a vector and without demonstrations."""
+    """Return whether a seed changes anything: not without a vector and without demonstrations."""
     plain = arguments.get("method", "mtv") == "none" and "vector" not in arguments
     return not plain or bool(arguments.get("shots", 0))
 

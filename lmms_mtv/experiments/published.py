@@ -48,7 +48,8 @@ class Reported:
 
 
 def folder() -> Path:
-    """The folder of reported numbers: inside an installed package, in ``results`` of the repository in an editable one.
+    """Return the folder of reported numbers: inside an installed package, in ``results`` of the repository in an
+    editable one.
 
     Raises DataError if there is neither.
     """
@@ -61,7 +62,7 @@ def folder() -> Path:
 
 @functools.cache
 def entries() -> tuple[Reported, ...]:
-    """Every reported number, in the order of files and rows."""
+    """Return every reported number, in the order of files and rows."""
     found = []
     for path in sorted(folder().glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -70,12 +71,12 @@ def entries() -> tuple[Reported, ...]:
 
 
 def models(arxiv: str = MTV) -> list[str]:
-    """The models that a paper has scores of."""
+    """Return the models that a paper has scores of."""
     return sorted({entry.model for entry in entries() if entry.arxiv == arxiv and entry.model})
 
 
 def reported(task: str, arm: str, model: str, arxiv: str = MTV) -> Reported | None:
-    """The score that the paper reports for a task, an arm and a model; None where it has none."""
+    """Return the score that the paper reports for a task, an arm and a model; None where it has none."""
     for entry in entries():
         if (entry.arxiv, entry.quantity) == (arxiv, "score") and (entry.task, entry.arm, entry.model) == (
             task,

@@ -13,7 +13,7 @@ from lmms_mtv.vectors import Edit
 def best_layer(
     losses: Callable[[Edit], Tensor], value: Tensor, keep: float, once: bool = False
 ) -> tuple[Edit, dict[str, list[float]]]:
-    """The edit ``keep * x + value``, ``once`` or not, of the layer where its loss is smallest.
+    """Return the edit ``keep * x + value``, ``once`` or not, of the layer where its loss is smallest.
 
     ``value`` is float32 [L, 1, D]. ``losses`` gives the float [K] losses of a batch of K = L + 1 edits: of each layer
     alone, and of none. Returns the edit, whose values elsewhere are 0, and the losses by name: ``layers``,

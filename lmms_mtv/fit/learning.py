@@ -147,7 +147,7 @@ def _learned(
     loss: Loss,
     stream: str | None,
 ) -> list[float]:
-    """The mean loss of each step that changes the parameters."""
+    """Return the mean loss of each step that changes the parameters."""
     learned = [tensor.requires_grad_() for _, tensors in parameters for tensor in tensors]
     groups: list[dict[str, Any]] = [{"params": list(tensors), "lr": rate} for rate, tensors in parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
@@ -181,7 +181,7 @@ def _of(make: Callable[[Moment], T], moments: Sequence[Moment], index: int) -> T
 
 
 def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode]) -> list[list[Moment]]:
-    """The queries of each step."""
+    """Return the queries of each step."""
     order, steps = session.random("order"), []
     for epoch in range(schedule.epochs):
         moments = [Moment(epoch, number, episode) for number, episode in enumerate(order.sample(asked, len(asked)))]
@@ -191,7 +191,9 @@ def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode
 
 
 def taught(session: FitSession[Any], settings: Distillation, moment: Moment, stream: str | None = None) -> Answer:
-    """What the unedited model makes of the query after demonstrations, with the activations of ``stream`` if asked."""
+    """Return what the unedited model makes of the query after demonstrations, with the activations of ``stream`` if
+    asked.
+    """
     query, teacher = moment.asked.query, moment.epoch % settings.teachers
     (shown,) = session.redrawn([moment.asked], settings.fit_shots, f"teacher {teacher} of {query}")
     return session.answer(shown, settings.loss, stream)
@@ -208,7 +210,7 @@ def typical(session: FitSession[Any], stream: str) -> Tensor:
 
 
 def pace(step: int, steps: int, warmup: float) -> float:
-    """The share of the learning rate at a step: a line up over the share ``warmup`` of ``steps``, then a cosine."""
+    """Return the share of the learning rate at a step: a line up over ``warmup`` of the ``steps``, then a cosine."""
     rising = warmup * steps
     if step < rising:
         return (step + 1) / (rising + 1)

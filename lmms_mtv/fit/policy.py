@@ -46,11 +46,11 @@ class Policy:
         return torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
 
     def above(self, threshold: float) -> Tensor:
-        """The mask of the heads at least as likely as ``threshold``, bool [L, H]."""
+        """Return the mask of the heads at least as likely as ``threshold``, bool [L, H]."""
         return self.probabilities >= threshold
 
     def top(self, count: int) -> Tensor:
-        """The mask of the ``count`` most likely heads, bool [L, H]; of equal ones the first."""
+        """Return the mask of the ``count`` most likely heads, bool [L, H]; of equal ones the first."""
         order = self.logits.detach().flatten().sort(descending=True, stable=True).indices
         mask = torch.zeros(self.logits.numel(), dtype=torch.bool)
         mask[order[:count]] = True
@@ -110,7 +110,7 @@ def improved(
     lr: float,
     generator: torch.Generator,
 ) -> tuple[P, list[float]]:
-    """The ``policy`` that REINFORCE makes of another one, to make ``losses`` small.
+    """Return the ``policy`` that REINFORCE makes of another one, to make ``losses`` small.
 
     ``losses(step, choices)`` gives the float [samples] losses of what was sampled from the policy. Each step minimises
     the sum over samples of ``log p(choice) * (loss - mean) / (std + 1e-3)`` with Adam. Returns the policy and the mean

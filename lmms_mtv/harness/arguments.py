@@ -102,14 +102,14 @@ def as_written(parsed: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def names(config: type[Any]) -> tuple[str, ...]:
-    """The fields of a configuration class."""
+    """Return the fields of a configuration class."""
     return tuple(field.name for field in dataclasses.fields(config))
 
 
 def divide(
     given: Mapping[str, Any], base: Sequence[str], own: Sequence[str] | None = None
 ) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
-    """The plugin's arguments, the method, the method's settings and the base's arguments in ``given``.
+    """Return the plugin's arguments, the method, the method's settings and the base's arguments in ``given``.
 
     ``base`` are the names the base knows; ``own`` the plugin's that make sense there, all by default.
 

@@ -11,7 +11,7 @@ from lmms_mtv.harness.lmms.failure import reported
 
 @reported
 def documents(named: Dataset) -> Dataset:
-    """The rows that ``named`` stands for: one row with the name of the data, in a split of the wanted name.
+    """Return the rows that ``named`` stands for: one row with the name of the data, in a split of the wanted name.
 
     Where a task has a ``dataset_name``, that is the name of the data: tasks with one name each share a stand-in.
 

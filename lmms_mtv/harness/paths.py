@@ -12,7 +12,7 @@ LM_EVAL: Final = "lm_eval"
 
 
 def tasks_folder() -> Path:
-    """The folder of the task files: inside an installed package, at the repository's root in an editable one."""
+    """Return the folder of the task files: inside an installed package, at the repository's root in an editable one."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "tasks", package.parent / "tasks"):
         if folder.is_dir():

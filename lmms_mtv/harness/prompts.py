@@ -51,7 +51,7 @@ class Prompt:
     fewshot_delimiter: str = "\n\n"
 
     def images(self) -> list[Image.Image]:
-        """All images, in the order of the prompt."""
+        """Return all images, in the order of the prompt."""
         shown = [demonstration.messages for demonstration in self.demonstrations]
         return [
             part["url"]
@@ -70,7 +70,7 @@ class Prompt:
         return digest.hexdigest()[:8]
 
     def raw(self, placeholder: str) -> str:
-        """The prompt as one text, with ``placeholder`` for each image, ending where the target begins."""
+        """Return the prompt as one text, with ``placeholder`` for each image, ending where the target begins."""
         shown = (
             _flat(d.messages, placeholder) + self.target_delimiter + d.target + self.fewshot_delimiter
             for d in self.demonstrations
@@ -78,7 +78,7 @@ class Prompt:
         return self.description + "".join(shown) + _flat(self.query, placeholder)
 
     def chat(self) -> list[Message]:
-        """The prompt as turns: each demonstration a user turn and an assistant turn, the query a user turn.
+        """Return the prompt as turns: each demonstration a user turn and an assistant turn, the query a user turn.
 
         Image parts are ``{"type": "image"}`` alone, in the order of :meth:`images`.
         """
@@ -102,12 +102,12 @@ class Prompt:
         return turns
 
     def leads(self) -> bool:
-        """Whether all images stand before all text, the description aside: no place has to be marked."""
+        """Return whether all images stand before all text, the description aside: no place has to be marked."""
         kinds = [part["type"] for message in self.query for part in message["content"]]
         return not self.demonstrations and kinds == sorted(kinds, key=lambda kind: kind != "image")
 
     def inline(self) -> Prompt:
-        """The same with the demonstrations inside the query's first turn, parted by the task's own delimiters."""
+        """Return the same prompt with the demonstrations inside the query's first turn, between the task's delimiters."""
         shown: list[dict[str, Any]] = []
         for demonstration in self.demonstrations:
             shown += [part for message in demonstration.messages for part in message["content"]]
@@ -123,7 +123,8 @@ class Prompt:
 
 
 def blanks(ids: Sequence[int], decode: Callable[[list[int]], str]) -> int:
-    """How many tokens at the beginning of a target are blank: the same before every answer, they tell nothing of it.
+    """Return how many tokens at the beginning of a target are blank: the same before every answer, they tell nothing of
+    it.
 
     Many tokenizers write a space before digits as a token of its own. 0 for a target of nothing else.
     """
@@ -131,7 +132,7 @@ def blanks(ids: Sequence[int], decode: Callable[[list[int]], str]) -> int:
 
 
 def continuation(prompt: Prompt, template: Callable[[list[Message], bool], str]) -> str | None:
-    """What a chat template writes after the prompt when the target is answered, up to the end of that turn.
+    """Return what a chat template writes after the prompt when the target is answered, up to the end of that turn.
 
     ``template(messages, add_generation_prompt)`` renders. None if the answered conversation does not begin with the
     unanswered one, as with templates that drop thoughts.
@@ -141,7 +142,8 @@ def continuation(prompt: Prompt, template: Callable[[list[Message], bool], str])
 
 
 def placeholder(template: Callable[[list[Message], bool], str] | None, token: str | None) -> str:
-    """The text that stands for an image: what the chat template writes for one, else the processor's image token.
+    """Return the text that stands for an image: what the chat template writes for one, else the processor's image
+    token.
 
     Raises :class:`ArgumentError` if there is neither.
     """

@@ -19,12 +19,12 @@ PACKAGES = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """The versions that a number depends on."""
+    """Return the versions that a number depends on."""
     return {package: version(package) for package in PACKAGES}
 
 
 def vector_path(folder: Path, vector: TaskVector) -> Path:
-    """Where a run keeps a vector beside its results: ``<task>/<method>-<id>/vector.safetensors``."""
+    """Return where a run keeps a vector beside its results: ``<task>/<method>-<id>/vector.safetensors``."""
     return folder / folder_name(vector.card.task) / f"{folder_name(vector.card.method)}-{vector.id}" / FILE
 
 
@@ -41,7 +41,9 @@ def unwritable(folder: Path) -> str | None:
 
 
 def of_task(vector: TaskVector, source: str, seed: int, shots: int, reused: bool) -> dict[str, Any]:
-    """The entry of one task. ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated.
+    """Return the entry of one task.
+
+    ``source`` is the file of the vector, or how it came about; ``shots`` are evaluated.
 
     ``reused`` says that the vector is from an earlier run; ``fit_seconds``, ``fit_stages`` and ``fit_bytes`` then are
     of that one. The layers of ``heads`` count sites: blocks that the record's ``skipped`` names have none and are not

@@ -103,7 +103,7 @@ class Training:
         return self._documents
 
     def digest(self) -> str:
-        """SHA-256 of the examples' contents; of media, wherever they are in a column, their encoded bytes.
+        """Return SHA-256 of the examples' contents; of media, wherever they are in a column, their encoded bytes.
 
         Of media of more than 192 KiB the size, the beginning, the middle and the end count. A path does not count.
         """
@@ -118,7 +118,7 @@ class Training:
         return digest.hexdigest()
 
     def target(self, doc: Mapping[str, Any]) -> str:
-        """The answer to a document, the first if there are several.
+        """Return the answer to a document, the first if there are several.
 
         Raises :class:`DataError` if the task's ``doc_to_target`` is a plain name that is no column.
         """
@@ -189,14 +189,14 @@ def _file(path: str) -> bytes:
 
 
 def _plain(value: Any) -> str:
-    """What JSON does not know, as text that is the same in every process."""
+    """Return what JSON does not know, as text that is the same in every process."""
     if isinstance(value, PIL.Image.Image):
         return f"image {value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
     return str(value)
 
 
 def _has_media(kind: Any) -> bool:
-    """Whether a feature of a dataset has images, sounds or films somewhere in it."""
+    """Return whether a feature of a dataset has images, sounds or films somewhere in it."""
     if isinstance(kind, Mapping):
         return any(_has_media(inner) for inner in kind.values())
     if isinstance(kind, list):

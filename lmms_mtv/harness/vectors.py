@@ -64,7 +64,7 @@ class Model(Runner[P_contra], Protocol[P_contra]):
         ...
 
     def written(self, prompt: P_contra) -> list[str]:
-        """All that is written of a prompt with its target, in pieces."""
+        """Return all that is written of a prompt with its target, in pieces."""
         ...
 
     def answered(self, prompts: Sequence[P_contra], new_tokens: int, edited: bool) -> list[Reply]:
@@ -82,7 +82,7 @@ class Prompts(Examples[P_co], Protocol[P_co]):
     def training(self) -> Training: ...
 
     def digest(self) -> str:
-        """SHA-256 of the training examples as they are shown."""
+        """Return SHA-256 of the training examples as they are shown."""
         ...
 
 
@@ -138,7 +138,7 @@ class Vectors(Generic[P]):
         return json.dumps(parts, sort_keys=True, default=str)
 
     def _named(self, reference: str | None) -> TaskVector | None:
-        """The vector that an argument names, made sure to be of this model."""
+        """Return the vector that an argument names, made sure to be of this model."""
         if reference is None:
             return None
         arguments, model = self._arguments, self._model
@@ -157,7 +157,7 @@ class Vectors(Generic[P]):
         return found
 
     def of(self, prompts: Prompts[P], shots: int, folder: Path | None) -> TaskVector:
-        """The vector of a task that is evaluated with ``shots`` demonstrations.
+        """Return the vector of a task that is evaluated with ``shots`` demonstrations.
 
         One of the same recipe is taken from the library, or it is fitted and kept there; a copy goes below
         ``folder``, where the harness writes its results, if it does.
@@ -209,7 +209,7 @@ class Vectors(Generic[P]):
         return not self._quiet and self._ranks().rank == 0
 
     def _config(self, declared: Mapping[str, Any]) -> Any:
-        """The method's settings: given ones, then those that the task declares, then its own."""
+        """Return the method's settings: given ones, then those that the task declares, then its own."""
         settings = {**declared, **self._settings}
         if self._heads is not None:
             settings[HEADS] = self._heads.heads
@@ -238,7 +238,7 @@ class Vectors(Generic[P]):
             return False
 
     def _recipe(self, prompts: Prompts[P], shots: int, config: Any) -> VectorCard:
-        """The card of a vector before it is fitted."""
+        """Return the card of a vector before it is fitted."""
         training, fits = prompts.training, bool(self._method.settings())
         return VectorCard(
             model=self._model.name,
@@ -257,7 +257,7 @@ class Vectors(Generic[P]):
         )
 
     def _kept(self, recipe: VectorCard) -> TaskVector | None:
-        """The vector of this recipe in the library, if every process finds it there."""
+        """Return the vector of this recipe in the library, if every process finds it there."""
         if not self._arguments.reuse or not self._method.settings():
             return None
         found, together = self._library.get(recipe), self._ranks()
@@ -310,7 +310,7 @@ class Vectors(Generic[P]):
     def _tried(
         self, session: FitSession[P], prompts: Prompts[P], config: Any, edits: Mapping[str, Edit]
     ) -> dict[str, float]:
-        """How some training queries are answered without the vector and with it; see :class:`VectorCard`.
+        """Return how some training queries are answered without the vector and with it; see :class:`VectorCard`.
 
         A loss can be small where answers are wrong: on the first token of a target alone, or past its end. Nothing
         is chosen by these answers.
@@ -332,7 +332,7 @@ class Vectors(Generic[P]):
             return Reply(reply.text[: min(ends)], True) if ends else reply
 
         def right(edited: bool) -> tuple[float, float] | None:
-            """The share of right answers, and of those that did not end."""
+            """Return the share of right answers, and of those that did not end."""
             size = self._model.batch_size.copy()
             parts = size.over(made, lambda batch: self._model.answered(batch, limit, edited))
             replies = [cut(reply) for _, found in parts for reply in found]
@@ -357,7 +357,7 @@ class Vectors(Generic[P]):
         return found
 
     def _prompt_digest(self, prompts: Prompts[P]) -> str:
-        """SHA-256 of a written prompt with its target: of everything that shapes a prompt."""
+        """Return SHA-256 of a written prompt with its target: of everything that shapes a prompt."""
         example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
         written: list[Any] = self._model.written(example)
         if recipe := dict(self._model.recipe):
@@ -369,7 +369,7 @@ class Vectors(Generic[P]):
 
 
 def _doubts(accuracy: Mapping[str, float], blind: bool) -> list[str]:
-    """What speaks against a vector, whatever its loss, a line each. ``blind``: its loss saw no answer."""
+    """Return what speaks against a vector, whatever its loss, a line each. ``blind``: its loss saw no answer."""
     lines = []
     if blind:
         lines.append("all targets begin with the same token, so that loss=first tells nothing of them: pass loss=all")

@@ -39,7 +39,7 @@ def checkpointed(sites: Sites) -> Iterator[None]:
 
 
 def _dropout(block: nn.Module) -> str | None:
-    """The name of a probability of dropout that the block's own code may use."""
+    """Return the name of a probability of dropout that the block's own code may use."""
     found = vars(block).items()
     return next((name for name, value in found if "drop" in name and isinstance(value, float) and value > 0), None)
 

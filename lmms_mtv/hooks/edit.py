@@ -170,7 +170,7 @@ def applied(
 
 
 def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: Fired, index: int) -> Change:
-    """The edit of one layer: ``keep * x + shift`` over all heads at once, with ``shift = gain * value``.
+    """Return the edit of one layer: ``keep * x + shift`` over all heads at once, with ``shift = gain * value``.
 
     A gate makes that ``keep * x + mu * shift``, with a mu for each position and head.
     """
@@ -194,7 +194,9 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
         return gates.opened(layer, gate(x.device, torch.promote_types(x.dtype, torch.float32)), x, row, column)
 
     def mixed(x: Tensor, row: Tensor | None = None, mu: Tensor | None = None) -> Tensor:
-        """Positions ``x`` [..., heads * size]: N picked ones, whose batch rows are ``row`` [N], or of alike rows."""
+        """Return positions ``x`` [..., heads * size]: N picked ones, whose batch rows are ``row`` [N], or of alike
+        rows.
+        """
         kept, added = (t if t.dim() == 1 else t[row] for t in (keeps(x.device, x.dtype), shifts(x.device, x.dtype)))
         if mu is not None:
             added = added * mu.to(x.dtype).repeat_interleave(size, -1)
@@ -258,7 +260,7 @@ def _cast(tensor: Tensor) -> Callable[[torch.device, torch.dtype], Tensor]:
 
 
 def _learned(edit: Edit) -> bool:
-    """Whether gradients go to the edit."""
+    """Return whether gradients go to the edit."""
     return any(tensor.requires_grad for tensor in (edit.value, edit.keep, edit.gain))
 
 

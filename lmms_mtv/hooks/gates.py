@@ -137,7 +137,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Attention:
-    """What is needed of the arguments of ``scaled_dot_product_attention``, whose names and defaults these are."""
+    """Return what is needed of the arguments of ``scaled_dot_product_attention``, by its names and defaults."""
     return Attention(query, key, attn_mask, is_causal, query.shape[-1] ** -0.5 if scale is None else scale)
 
 

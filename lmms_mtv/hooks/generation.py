@@ -63,14 +63,14 @@ def token_by_token(sites: Sites, tail: int | Tensor = 1) -> Iterator[None]:
 
 
 def _tokens(given: Mapping[str, Any]) -> Tensor | None:
-    """The tokens of a forward, [rows, length], or their embeddings."""
+    """Return the tokens of a forward, [rows, length], or their embeddings."""
     found = given.get("input_ids")
     found = found if found is not None else given.get("inputs_embeds")
     return found if isinstance(found, Tensor) and found.dim() > 1 else None
 
 
 def _extends(tokens: Tensor, earlier: Tensor) -> bool:
-    """Whether ``tokens`` begin with ``earlier`` and have more."""
+    """Return whether ``tokens`` begin with ``earlier`` and have more."""
     more = tokens.shape[1] - earlier.shape[1]
     same_rows = tokens.shape[0] == earlier.shape[0] and tokens.shape[2:] == earlier.shape[2:]
     return more > 0 and same_rows and bool(torch.equal(tokens[:, : earlier.shape[1]], earlier))

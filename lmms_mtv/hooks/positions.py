@@ -47,7 +47,7 @@ def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 
 
 
 def cached_tokens(cache: Any) -> int:
-    """Number of tokens in the cache that a decoder was given: a cache object, nested tuples, or None."""
+    """Return number of tokens in the cache that a decoder was given: a cache object, nested tuples, or None."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
@@ -159,7 +159,9 @@ Given = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
 
 
 def mask_argument(module: nn.Module) -> Given:
-    """The attention mask of the tokens; where an encoder has the mask of that name and the decoder another, nothing."""
+    """Return the attention mask of the tokens; where an encoder has the mask of that name and the decoder another,
+    nothing.
+    """
     if "decoder_attention_mask" in inspect.signature(module.forward).parameters:
         return lambda args, kwargs: _UNKNOWN
     named = naming(module)
@@ -167,5 +169,5 @@ def mask_argument(module: nn.Module) -> Given:
 
 
 def tells(mask: object) -> TypeGuard[Tensor | None]:
-    """Whether a mask tells which tokens are real: [rows, tokens], or none at all."""
+    """Return whether a mask tells which tokens are real: [rows, tokens], or none at all."""
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)

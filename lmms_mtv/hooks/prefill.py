@@ -66,7 +66,9 @@ class Prefill:
         return ids.new_full((1, 1), self.length - 1)
 
     def halfway(self) -> Prefill:
-        """The same with the last token at half of its position: another prompt to a model that goes by positions."""
+        """Return the same with the last token at half of its position: another prompt to a model that goes by
+        positions.
+        """
         return dataclasses.replace(self, position_ids=self.last_position // 2)
 
     @property
@@ -81,7 +83,7 @@ class Prefill:
         return self.bytes + sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.inputs))
 
     def to(self, device: torch.device) -> Prefill:
-        """The same with all tensors on ``device``."""
+        """Return the same with all tensors on ``device``."""
         moved = _moved(self.inputs, device)
         positions = None if self.position_ids is None else self.position_ids.to(device)
         cache = None if self.cache is None else _copied(self.cache)
@@ -90,16 +92,16 @@ class Prefill:
         return dataclasses.replace(self, inputs=moved, position_ids=positions, cache=cache)
 
     def without_cache(self) -> Prefill:
-        """The same for full forwards alone."""
+        """Return the same for full forwards alone."""
         return dataclasses.replace(self, cache=None)
 
     def without_media(self) -> Prefill:
-        """The same for replays alone: of the inputs only the tokens are kept, and the masks that belong to them."""
+        """Return the prompt for replays alone: of the inputs, the tokens and the masks that belong to them are kept."""
         kept = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
         return dataclasses.replace(self, inputs=kept | self._views(), tokens_only=True)
 
     def replay(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
-        """Logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
+        """Return logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
 
         Returns float32 [K, len(target), vocabulary]. The edit is applied at the prompt's last token and at every
         target token before the last, as in generation. Raises :class:`ReplayError` without a cache, and for an edit
@@ -128,7 +130,7 @@ class Prefill:
         return logits[:, -len(target) :].float()
 
     def packs(self, model: nn.Module, edit: Edit | Edits, target: Sequence[int], rows: int | None = None) -> bool:
-        """Whether :meth:`packed` may take this prompt and ``rows`` such edits, if it takes ``model`` at all.
+        """Return whether :meth:`packed` may take this prompt and ``rows`` such edits, if it takes ``model`` at all.
 
         Not where attention is computed by code that makes something else of a mask for each token, or reaches back no
         further than a window that they would not fit; where a gate looks at the attention of each row; and where
@@ -145,7 +147,7 @@ class Prefill:
         )
 
     def packed(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
-        """The same logits as :meth:`replay`, with the K edits side by side in one row.
+        """Return the same logits as :meth:`replay`, with the K edits side by side in one row.
 
         Each sees the prompt and itself alone, by an attention mask of its own, so that the cache is neither copied nor
         read K times. Whether a model takes such a mask, and position ids that repeat, has to be found out by comparing.
@@ -172,7 +174,7 @@ class Prefill:
         return logits[:, -rows * steps :].view(rows, steps, -1).float()
 
     def forward(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
-        """The same logits as :meth:`replay`, from a full forward of the prompt for each edit."""
+        """Return the same logits as :meth:`replay`, from a full forward of the prompt for each edit."""
         edits, logits, given = by_stream(edit), [], self.whole(model, target)
         for row in range(rows_of(edits) or 1):
             with applied(sites, taken(edits, row), tail=len(target)):
@@ -180,7 +182,7 @@ class Prefill:
         return torch.cat(logits)
 
     def whole(self, model: nn.Module, target: Sequence[int]) -> dict[str, Any]:
-        """The arguments of one forward of ``model`` over the prompt and ``target`` without its last token."""
+        """Return the arguments of one forward of ``model`` over the prompt and ``target`` without its last token."""
         more = len(target) - 1
         given = dict(self.inputs) | {"input_ids": self._followed_by(target), "use_cache": False}
         if isinstance(positions := given.get("position_ids"), Tensor):
@@ -198,17 +200,17 @@ class Prefill:
         return given
 
     def _followed_by(self, target: Sequence[int]) -> Tensor:
-        """Token ids [1, n + len(target) - 1] of the prompt and of the target without its last token."""
+        """Return token ids [1, n + len(target) - 1] of the prompt and of the target without its last token."""
         ids: Tensor = self.inputs["input_ids"]
         return torch.cat([ids, ids.new_tensor([list(target[:-1])])], 1) if len(target) > 1 else ids
 
     def _real(self, more: int) -> Tensor:
-        """The attention mask [1, n + more] of the prompt and of ``more`` tokens that follow it."""
+        """Return the attention mask [1, n + more] of the prompt and of ``more`` tokens that follow it."""
         mask: Tensor = self.inputs.get("attention_mask", torch.ones_like(self.inputs["input_ids"]))
         return torch.cat([mask, mask.new_ones(1, more)], 1)
 
     def _side_by_side(self, rows: int, steps: int) -> Tensor:
-        """What is added to scores [1, 1, rows * steps, n - 1 + rows * steps]: 0 for what a position sees.
+        """Return what is added to scores [1, 1, rows * steps, n - 1 + rows * steps]: 0 for what a position sees.
 
         That is the prompt before its last token, without padding, and of its own row what is not after it.
         """
@@ -221,7 +223,10 @@ class Prefill:
         return hidden[None, None]
 
     def _views(self) -> dict[str, Tensor]:
-        """The masks [1, n, ...] of what else each token sees, as images. What follows sees what the last token does."""
+        """Return the masks [1, n, ...] of what else each token sees, as images.
+
+        What follows sees what the last token does.
+        """
         shape = self.inputs["input_ids"].shape
         return {
             name: mask
@@ -241,7 +246,7 @@ class Captured:
         self._done = False
 
     def prefill(self) -> Prefill:
-        """The prompt that ran.
+        """Return the prompt that ran.
 
         Raises :class:`HookError` if none did, or several in one batch, or one that does not end in a real token.
         """
@@ -294,7 +299,7 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
 
 
 def _window(model: nn.Module, cache: Any) -> int:
-    """How many tokens back attention reaches in every block, as far as configuration and cache tell."""
+    """Return how many tokens back attention reaches in every block, as far as configuration and cache tell."""
     config = text_config(model)
     told = [getattr(config, name, None) for name in _WINDOWS]
     told += [getattr(layer, "sliding_window", None) for layer in cache.layers]
@@ -302,19 +307,19 @@ def _window(model: nn.Module, cache: Any) -> int:
 
 
 def _copied(cache: Any) -> Any:
-    """A cache of its own over the same tensors: updating it leaves the original as it is."""
+    """Return a cache of its own over the same tensors: updating it leaves the original as it is."""
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
     return made
 
 
 def _filled(cache: Any) -> list[Any]:
-    """The layers that hold keys and values: blocks that attend to images have none without an image."""
+    """Return the layers that hold keys and values: blocks that attend to images have none without an image."""
     return [layer for layer in cache.layers if layer.keys is not None]
 
 
 def _without_last(cache: Any, length: int, others: Container[int]) -> Any | None:
-    """The cache of a prompt of ``length`` tokens without the last, or None if it cannot be had.
+    """Return the cache of a prompt of ``length`` tokens without the last, or None if it cannot be had.
 
     ``others`` are the blocks without self-attention over the tokens, whose layers stay whole.
     """
@@ -341,7 +346,7 @@ def _without_last(cache: Any, length: int, others: Container[int]) -> Any | None
 
 
 def _known(layer: Any) -> bool:
-    """Whether a layer holds keys of its own, or nothing at all."""
+    """Return whether a layer holds keys of its own, or nothing at all."""
     if not hasattr(layer, "keys"):
         return False
     if layer.keys is None:
@@ -352,7 +357,7 @@ def _known(layer: Any) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in ``value``: a tensor, or mappings, lists and tuples of tensors, as of encoder outputs."""
+    """Return all tensors in ``value``: a tensor, or mappings, lists and tuples of tensors, as of encoder outputs."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -361,7 +366,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A copy of ``value`` whose tensors, as :func:`_tensors` finds them, are on ``device``."""
+    """Return a copy of ``value`` whose tensors, as :func:`_tensors` finds them, are on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -377,7 +382,10 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _expanded(cache: Any, rows: int) -> Any:
-    """The cache of one row as that of ``rows`` rows. Views; the model's update copies them when it appends a token."""
+    """Return the cache of one row as that of ``rows`` rows.
+
+    Views; the model's update copies them when it appends a token.
+    """
     made = _copied(cache)
     for layer in _filled(made):
         layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])

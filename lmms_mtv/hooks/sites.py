@@ -99,7 +99,7 @@ class Sites(tuple[Site, ...]):
 
 
 def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
-    """The attention sites of ``model``'s language decoder.
+    """Return the attention sites of ``model``'s language decoder.
 
     ``decoder`` is the dotted name, inside ``model``, of the module that holds the decoder's list of blocks; it is
     needed only when it cannot be told from the modules. Works without weights, on the meta device.
@@ -186,7 +186,7 @@ def _named_decoder(model: nn.Module, name: str) -> tuple[str, nn.Module, Blocks]
 
 
 def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
-    """The innermost module around the token embedding that holds a list of blocks with attention."""
+    """Return the innermost module around the token embedding that holds a list of blocks with attention."""
     if any(getattr(config, "is_encoder_decoder", False) for config in (_config(model), text_config(model))):
         raise DiscoveryError(
             f"{type(model).__name__} has an encoder and a decoder: pass decoder= with the dotted name of the module "
@@ -295,7 +295,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _kinds(config: Any, blocks: int) -> list[bool | None]:
-    """Whether each block has softmax self-attention as the configuration tells, or None where it does not."""
+    """Return whether each block has softmax self-attention as the configuration tells, or None where it does not."""
     kinds = getattr(config, "layer_types", None)
     if not isinstance(kinds, (list, tuple)) or len(kinds) != blocks:
         return [None] * blocks
@@ -303,7 +303,7 @@ def _kinds(config: Any, blocks: int) -> list[bool | None]:
 
 
 def _heads(attention: nn.Module, module: nn.Module, name: str) -> tuple[int, int]:
-    """Number of heads and size of a head, from the modules; the configuration only cross-checks."""
+    """Return number of heads and size of a head, from the modules; the configuration only cross-checks."""
     width = in_features(module)
     size = _first_integer(attention, _HEAD_DIM)
     counts = list(_integers((attention, getattr(attention, "config", None)), _HEADS))

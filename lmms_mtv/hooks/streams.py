@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 def places(sites: Sites, stream: str) -> tuple[Place, ...]:
-    """The places of ``stream``, one for each site.
+    """Return the places of ``stream``, one for each site.
 
     Raises :class:`DiscoveryError` if the blocks have no module of their own for it.
     """
@@ -59,7 +59,7 @@ def _block(site: Site) -> tuple[str, nn.Module]:
 
 
 def _mlp(site: Site) -> tuple[str, nn.Module]:
-    """The part of a block, other than attention, that has matrices: norms have none."""
+    """Return the part of a block, other than attention, that has matrices: norms have none."""
     around, block = site.block
     found = [
         (f"{around}.{name}", child)

@@ -56,5 +56,5 @@ def _inert(*_: Any, **__: Any) -> None:
 
 
 def _of_autograd() -> bool:
-    """Whether this thread was not made by Python, as those of autograd are."""
+    """Return whether this thread was not made by Python, as those of autograd are."""
     return isinstance(threading.current_thread(), threading._DummyThread)

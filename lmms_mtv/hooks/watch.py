@@ -36,7 +36,7 @@ class Watch:
         self.error: Exception | None = None
 
     def _failed(self, output: Any) -> bool:
-        """Whether a forward that gave ``output`` raised; its exception is kept."""
+        """Return whether a forward that gave ``output`` raised; its exception is kept."""
         raised = sys.exc_info()[1] if output is None else None
         if isinstance(raised, Exception):
             self.error = self.error or raised
@@ -92,7 +92,7 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
 
 
 def _image_tokens(model: nn.Module, ids: Any) -> int | None:
-    """How many of the tokens stand for images: none in a text model, None if it does not say which these are."""
+    """Return how many of the tokens stand for images: none in a text model, None if it does not say which these are."""
     config = getattr(model, "config", None)
     known = [found for name in _IMAGE_TOKENS if isinstance(found := getattr(config, name, None), int)]
     if not isinstance(ids, Tensor) or (not known and hasattr(config, "vision_config")):

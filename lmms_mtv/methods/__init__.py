@@ -62,7 +62,7 @@ class Method:
     summary: str = ""
 
     def settings(self) -> tuple[str, ...]:
-        """The names of its configuration's fields."""
+        """Return the names of its configuration's fields."""
         return tuple(f.name for f in dataclasses.fields(self.config))
 
     def described(self) -> list[Setting]:
@@ -74,7 +74,10 @@ class Method:
         ]
 
     def configure(self, given: Mapping[str, Any]) -> Any:
-        """The configuration with the fields in ``given``. Raises :class:`ArgumentError` on a wrong name or type."""
+        """Return the configuration with the fields in ``given``.
+
+        Raises :class:`ArgumentError` on a wrong name or type.
+        """
         hints = typing.get_type_hints(self.config)
         for name, value in given.items():
             if name not in hints:
@@ -85,7 +88,7 @@ class Method:
 
 
 def names() -> list[str]:
-    """The registered methods: ``none``, ``mtv``, ``random``, then the others, none of which is loaded for it."""
+    """Return the registered methods: ``none``, ``mtv``, ``random``, then the others, none of which is loaded for it."""
     return _names(_points())
 
 
@@ -95,7 +98,7 @@ def own() -> list[str]:
 
 
 def get(name: str) -> Method:
-    """The method called ``name``. One of this package wins over another package's, and a warning says so.
+    """Return the method called ``name``. One of this package wins over another package's, and a warning says so.
 
     Raises :class:`ArgumentError`, with the nearest name, if there is none, and :class:`MethodError` if the package
     that it comes from cannot be used.
@@ -125,7 +128,7 @@ def _own() -> set[str]:
 
 
 def _points() -> _Points:
-    """The entry points of other packages, which takes a look at every installed one."""
+    """Return the entry points of other packages, which takes a look at every installed one."""
     found: _Points = {}
     for point in entry_points(group=GROUP):
         found.setdefault(point.name, []).append(point)
@@ -137,7 +140,7 @@ def _origin(point: EntryPoint) -> str:
 
 
 def _loaded(name: str, points: Sequence[EntryPoint]) -> types.ModuleType:
-    """The module of a method of another package, once it has what a method has."""
+    """Return the module of a method of another package, once it has what a method has."""
     if len(points) > 1:
         origins = " and ".join(sorted(map(_origin, points)))
         raise MethodError(f"method {name} comes from {origins}: uninstall all but one of them")

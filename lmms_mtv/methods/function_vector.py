@@ -64,7 +64,7 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """The sum of what the heads with the largest effect add, and the layer after which to add it."""
+    """Return the sum of what the heads with the largest effect add, and the layer after which to add it."""
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
     with session.stage("values"):
         means = session.mean_activations(prompts)
@@ -86,7 +86,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def _corrupted(session: FitSession[Any], config: Config) -> list[Episode]:
-    """Prompts that do not say what the task is."""
+    """Return prompts that do not say what the task is."""
     if config.corrupted == "bare":
         return session.episodes(config.effect_examples, 0, "effects")
     rng = session.random("shuffled answers")
@@ -95,7 +95,7 @@ def _corrupted(session: FitSession[Any], config: Config) -> list[Episode]:
 
 
 def _effects(session: FitSession[Any], means: Tensor, episodes: Sequence[Episode]) -> Tensor:
-    """How much each head's mean in its place adds to the probability of the first answer token, float32 [L, H]."""
+    """Return how much each head's mean adds to the probability of the first answer token, float32 [L, H]."""
     layers, heads, _ = session.shape
     each = torch.eye(layers * heads).view(-1, layers, heads)
     # The empty mask comes along, to know the probability without any edit.

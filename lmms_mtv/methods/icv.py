@@ -50,7 +50,7 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """The direction of the answers in each layer."""
+    """Return the direction of the answers in each layer."""
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
     with session.stage("values"):
         before, after = session.answered_activations(prompts, RESIDUAL)
@@ -61,7 +61,9 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def _direction(differences: Tensor) -> Tensor:
-    """The unit vector [D] with the largest sum of squared products with ``differences`` [N, D], along their mean."""
+    """Return the unit vector [D] with the largest sum of squared products with ``differences`` [N, D], along their
+    mean.
+    """
     component: Tensor = torch.linalg.svd(differences.double(), full_matrices=False).Vh[0]
     along = differences.double().mean(0) @ component
     return (component if along >= 0 else -component).float()

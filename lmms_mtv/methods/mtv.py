@@ -150,7 +150,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def pool(session: FitSession[Any], config: Config) -> list[int] | None:
-    """The training examples that demonstrations are drawn from, or None for all."""
+    """Return the training examples that demonstrations are drawn from, or None for all."""
     if config.diverse is None:
         return None
     if config.diverse > session.examples:
@@ -159,7 +159,7 @@ def pool(session: FitSession[Any], config: Config) -> list[int] | None:
 
 
 def reselected(fitted: Fitted, mask: Tensor) -> Fitted:
-    """A fit with the values it has at the heads of another ``mask`` [L, H], as controls need it.
+    """Return a fit with the values it has at the heads of another ``mask`` [L, H], as controls need it.
 
     The losses of MTV's own masks are left out: they are not those of these heads.
     """
@@ -175,7 +175,7 @@ def _given(heads: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Tensor:
 
 
 def select(session: FitSession[Any], config: Config, value: Tensor) -> tuple[Tensor, dict[str, list[float]]]:
-    """The heads to replace by ``value`` [L, H, D], bool [L, H], and the losses on the way."""
+    """Return the heads to replace by ``value`` [L, H, D], bool [L, H], and the losses on the way."""
     # One draw for both, so that the queries that choose the final mask are not those of the policy, if there are
     # enough of them.
     drawn = session.episodes(config.examples + config.candidate_examples, session.shots, "selection")
@@ -198,7 +198,7 @@ def select(session: FitSession[Any], config: Config, value: Tensor) -> tuple[Ten
 def _learned(
     session: FitSession[Any], config: Config, value: Tensor, queries: Sequence[Episode]
 ) -> tuple[Policy, list[float]]:
-    """The policy, and its mean loss at each step."""
+    """Return the policy, and its mean loss at each step."""
     gradient = config.optimizer is not None
     names = [f"gradient_{name}" if gradient else name for name in _OF_GRADIENT]
     steps, samples, lr = (getattr(config, name) for name in names)
@@ -223,7 +223,7 @@ def _learned(
 
 
 def _candidates(session: FitSession[Any], config: Config, policy: Policy) -> Tensor:
-    """The masks of which the best one is kept, bool [candidates, L, H]."""
+    """Return the masks of which the best one is kept, bool [candidates, L, H]."""
     if config.top_k is not None:
         return policy.top(config.top_k).unsqueeze(0)
     if config.threshold is None:

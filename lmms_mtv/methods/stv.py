@@ -68,7 +68,7 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """The most sensitive heads, and the centroid that replaces each.
+    """Return the most sensitive heads, and the centroid that replaces each.
 
     Raises :class:`ArgumentError` for a ``top`` of more heads than there are, and for ``fit_shots`` that are not more
     than the demonstrations in the prompts that the vector is used with.
@@ -110,7 +110,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def _sensitivity(session: FitSession[Any], prompts: Sequence[Episode], contexts: Tensor) -> Tensor:
-    """How far the demonstrations move each head at the last token, mean Euclidean distance, float32 [L, H].
+    """Return how far the demonstrations move each head at the last token, mean Euclidean distance, float32 [L, H].
 
     ``contexts`` are the activations of ``prompts``, [T, L, H, D].
     """
@@ -123,7 +123,7 @@ def _sensitivity(session: FitSession[Any], prompts: Sequence[Episode], contexts:
 def _located(
     session: FitSession[Any], config: Config, judges: Sequence[Episode], sensitivity: Tensor, means: Tensor
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """The heads to edit, bool [L, H]; their number, and the loss of each number tried with ``means`` [L, H, D]."""
+    """Return the heads to edit, bool [L, H], their number, and the loss with ``means`` of each number tried."""
     rank = sensitivity.flatten().argsort(descending=True, stable=True).argsort().view(sensitivity.shape)
     if config.top is not None:
         return rank < config.top, {"top": [float(config.top)]}
@@ -135,12 +135,12 @@ def _located(
 
 
 def _numbers(heads: int) -> list[int]:
-    """How many of ``heads`` are tried: up to half of them, every number of the first few and then ever fewer."""
+    """Return how many of ``heads`` are tried: up to half of them, every number of the first few and then ever fewer."""
     return sorted({round(max(heads // 2, 1) ** (power / 63)) for power in range(64)})
 
 
 def _bank(session: FitSession[Any], config: Config, contexts: Tensor) -> Tensor:
-    """The M centroids of each of N heads' activations ``contexts`` [T, N, D], float32 [N, M, D]."""
+    """Return the M centroids of each of N heads' activations ``contexts`` [T, N, D], float32 [N, M, D]."""
     # Here, since every run imports every method and scikit-learn takes seconds.
     from sklearn.cluster import KMeans
 
@@ -156,7 +156,7 @@ def _bank(session: FitSession[Any], config: Config, contexts: Tensor) -> Tensor:
 def _searched(
     session: FitSession[Any], config: Config, queries: Sequence[Episode], bank: Tensor, mask: Tensor
 ) -> tuple[Categorical, list[float]]:
-    """The choice among the centroids of each head, and its mean loss at each step."""
+    """Return the choice among the centroids of each head, and its mean loss at each step."""
     asked = session.asked(queries, config.steps)
 
     def losses(step: int, options: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def _searched(
 
 
 def _inserted(bank: Tensor, options: Tensor, mask: Tensor) -> Tensor:
-    """The rows of ``bank`` [N, M, D] that ``options`` [count, N] name, at the N heads of ``mask``; 0 elsewhere.
+    """Return the rows of ``bank`` [N, M, D] that ``options`` [count, N] name, at the N heads of ``mask``; 0 elsewhere.
 
     float32 [count, L, H, D].
     """

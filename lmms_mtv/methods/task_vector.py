@@ -45,7 +45,7 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """The hidden states of few-shot prompts, and the layer where they stand in best for demonstrations."""
+    """Return the hidden states of few-shot prompts, and the layer where they stand in best for demonstrations."""
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
     with session.stage("values"):
         value = session.mean_activations(prompts, RESIDUAL)

@@ -30,7 +30,7 @@ class BatchSize:
     automatic: bool = False
 
     def copy(self) -> BatchSize:
-        """The same to begin with, for forwards of another length."""
+        """Return the same to begin with, for forwards of another length."""
         return BatchSize(self.rows, self.automatic)
 
     def over(
@@ -76,7 +76,7 @@ def alone() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a device, or the machine, has no memory left."""
+    """Return whether ``error`` says that a device, or the machine, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)

@@ -31,11 +31,11 @@ class Ranks:
         return slice(self.rank, None, self.count)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """The elements of ``items`` that this rank works on; there may be none."""
+        """Return the elements of ``items`` that this rank works on; there may be none."""
         return items[self.mine]
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum over all ranks of ``part``, which has the same shape and dtype on each, on the CPU."""
+        """Return the sum over all ranks of ``part``, which has the same shape and dtype on each, on the CPU."""
         if self.count == 1:
             return part.cpu()
         gathered = part.to(_device())
@@ -43,7 +43,7 @@ class Ranks:
         return gathered.cpu()
 
     def passed(self, own: T | None, source: int) -> T:
-        """What rank ``source`` gives as ``own``, on every rank. It is pickled: tensors in it are on the CPU."""
+        """Return what rank ``source`` gives as ``own``, on every rank. It is pickled: tensors in it are on the CPU."""
         box: list[Any] = [own]
         if self.count > 1:
             distributed.broadcast_object_list(box, src=source, device=_device())
@@ -69,14 +69,14 @@ class Ranks:
 
 
 def current() -> Ranks:
-    """The ranks of this run: of torch.distributed where it is set up, as ``accelerate launch`` and torchrun do."""
+    """Return the ranks of this run: those of torch.distributed where ``accelerate launch`` or torchrun set it up."""
     if distributed.is_available() and distributed.is_initialized():
         return Ranks(distributed.get_rank(), distributed.get_world_size())
     return Ranks()
 
 
 def _device() -> torch.device:
-    """Where collectives run: NCCL needs the GPU of this process, gloo takes the CPU."""
+    """Return where collectives run: NCCL needs the GPU of this process, gloo takes the CPU."""
     if distributed.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

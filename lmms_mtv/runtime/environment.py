@@ -93,7 +93,7 @@ def check() -> None:
 
 
 def _tested() -> Iterator[Requirement]:
-    """The lines of ``constraints.txt`` that are for this Python and this system."""
+    """Return the lines of ``constraints.txt`` that are for this Python and this system."""
     package = Path(__file__).resolve().parents[1]
     # Inside an installed package, or at the root of the repository in an editable installation.
     places = (folder / "constraints.txt" for folder in (package, package.parent))
@@ -114,5 +114,5 @@ def _installed(name: str) -> Version | None:
 
 
 def _normal(name: str) -> str:
-    """The name as indexes compare it."""
+    """Return the name as indexes compare it."""
     return name.lower().replace("_", "-").replace(".", "-")

@@ -48,13 +48,13 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What the header of a file says beside its tensors, which are not read. Raises as :func:`read`."""
+    """Return what the header of a file says beside its tensors, which are not read. Raises as :func:`read`."""
     with _opened(path) as (file, size):
         return _metadata(path, file, size)
 
 
 def packed(tensors: Mapping[str, Tensor], described: Mapping[str, str]) -> bytes:
-    """The content of a file of tensors, with ``described`` as its metadata."""
+    """Return the content of a file of tensors, with ``described`` as its metadata."""
     content: bytes = serialized(dict(tensors), dict(described))
     return content
 
@@ -75,7 +75,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """A hidden name beside ``path`` that nothing else has, for what is renamed to ``path`` when it is whole."""
+    """Return a hidden name beside ``path`` that nothing else has, for what is renamed to ``path`` when it is whole."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 

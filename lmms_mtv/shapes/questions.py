@@ -20,7 +20,7 @@ Answer = Callable[[Scene], str]
 
 
 def named_question(attribute: str, language: str) -> str:
-    """A question that says what it wants. Only the tiny model's training asks it, to learn to see."""
+    """Return a question that says what it wants. Only the tiny model's training asks it, to learn to see."""
     return f"What is the {attribute} in {words.LANGUAGES[language]}? Answer:"
 
 
@@ -36,7 +36,8 @@ TASKS: Final[Mapping[str, Answer]] = MappingProxyType(
 
 
 def labels(attribute: str, permutation: tuple[int, ...] | None = None) -> Answer:
-    """Answers of the hard task of ``attribute``: the made-up word that ``permutation`` binds to the scene's value.
+    """Return answers of the hard task of ``attribute``: the made-up word that ``permutation`` binds to the scene's
+    value.
 
     ``permutation[i]`` is the index, in :data:`words.LABELS`, of the word for the ``i``-th value. The default is the
     benchmark's own binding, drawn once with a fixed seed.
@@ -49,7 +50,7 @@ def labels(attribute: str, permutation: tuple[int, ...] | None = None) -> Answer
 
 
 def shuffled(attribute: str, rng: random.Random) -> tuple[int, ...]:
-    """A random permutation for :func:`labels`."""
+    """Return a random permutation for :func:`labels`."""
     order = list(range(len(words.LABELS[attribute])))
     rng.shuffle(order)
     return tuple(order)

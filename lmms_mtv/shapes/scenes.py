@@ -65,13 +65,13 @@ class Scene:
 
 
 def sample(rng: random.Random) -> Scene:
-    """A scene with every field drawn independently and uniformly."""
+    """Return a scene with every field drawn independently and uniformly."""
     attributes = {attribute: rng.choice(words.values(attribute)) for attribute in words.ATTRIBUTES}
     return Scene(**attributes, dx=rng.choice(_JITTER), dy=rng.choice(_JITTER), radius=rng.choice(_RADII))
 
 
 def distinct(rng: random.Random, exclude: Iterable[Scene] = ()) -> Iterator[Scene]:
-    """An endless stream of scenes that differ from each other and from those in ``exclude``."""
+    """Return an endless stream of scenes that differ from each other and from those in ``exclude``."""
     seen = set(exclude)
     while True:
         scene = sample(rng)
@@ -81,13 +81,13 @@ def distinct(rng: random.Random, exclude: Iterable[Scene] = ()) -> Iterator[Scen
 
 
 def splits() -> dict[str, list[Scene]]:
-    """The scenes of the benchmark's splits, always the same and disjoint."""
+    """Return the scenes of the benchmark's splits, always the same and disjoint."""
     stream = distinct(random.Random(SPLIT_SEED))
     return {split: [next(stream) for _ in range(count)] for split, count in SPLITS.items()}
 
 
 def from_mapping(fields: Mapping[str, Any]) -> Scene:
-    """The scene that a line of a split, or a row of a dataset made of it, describes. Other keys are ignored."""
+    """Return the scene that a line of a split, or a row of a dataset made of it, describes. Other keys are ignored."""
     return Scene(**{field.name: fields[field.name] for field in dataclasses.fields(Scene)})
 
 

@@ -62,7 +62,7 @@ def _splitter() -> split.PreTokenizer:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: a word, a punctuation mark or a line break is one token."""
+    """Return a word-level tokenizer: a word, a punctuation mark or a line break is one token."""
     model = tokenizer_models.WordLevel({word: i for i, word in enumerate(_vocabulary())}, unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = _splitter()
@@ -79,7 +79,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor() -> Idefics3Processor:
-    """The processor of the tiny model: every image is scaled to 32 x 32 pixels and takes 4 image tokens."""
+    """Return the processor of the tiny model: every image is scaled to 32 x 32 pixels and takes 4 image tokens."""
     images = Idefics3ImageProcessor(
         do_image_splitting=False, size={"longest_edge": IMAGE_SIDE}, max_image_size={"longest_edge": IMAGE_SIDE}
     )
@@ -116,7 +116,7 @@ def config(vocabulary: PreTrainedTokenizerFast) -> Idefics3Config:
 
 
 def untrained(vocabulary: PreTrainedTokenizerFast, seed: int) -> Idefics3ForConditionalGeneration:
-    """The model before training, in float32.
+    """Return the model before training, in float32.
 
     Every matrix starts from a normal distribution with variance ``1 / fan_in``; the library's default (0.02 for
     all) barely learns to see at this size.

@@ -100,7 +100,8 @@ Item = tuple[int, str, str]
 
 
 def render(items: Sequence[tuple[str, str]], chat: bool) -> tuple[str, list[tuple[int, int]]]:
-    """Text of a sequence of (question, answer) pairs about one image each, and the spans [start, end) of the answers.
+    """Return text of a sequence of (question, answer) pairs about one image each, and the spans [start, end) of the
+    answers.
 
     The text is what the harness builds for the shapes tasks, with raw prompts or with the chat template. A span
     takes in what ends the answer: a line break, or the end of the turn.
@@ -122,7 +123,7 @@ def render(items: Sequence[tuple[str, str]], chat: bool) -> tuple[str, list[tupl
 def encode(
     processor: Idefics3Processor, bank: Bank, sequences: Sequence[Sequence[Item]], chat: Sequence[bool]
 ) -> Batch:
-    """The sequences, all with the same number of items, as one right-padded batch."""
+    """Return the sequences, all with the same number of items, as one right-padded batch."""
     image = "<fake_token_around_image><global-img>" + "<image>" * tiny.IMAGE_TOKENS + "<fake_token_around_image>"
     rendered = [render([item[1:] for item in items], style) for items, style in zip(sequences, chat, strict=True)]
     grown = len(image) - len("<image>")
@@ -209,7 +210,7 @@ def accuracy(
     shots: int,
     size: int = 100,
 ) -> float:
-    """Share of queries whose whole answer is the most likely one after ``shots`` demonstrations.
+    """Return the share of queries whose whole answer is the most likely one after ``shots`` demonstrations.
 
     ``answer`` is the task; without one, a single question that names what it wants.
     """

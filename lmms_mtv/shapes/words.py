@@ -67,7 +67,7 @@ LABELS: Final = MappingProxyType(
 
 
 def values(attribute: Attribute) -> tuple[str, ...]:
-    """The English names of the values of ``attribute``, in a fixed order."""
+    """Return the English names of the values of ``attribute``, in a fixed order."""
     return tuple(SPANISH[attribute])
 
 

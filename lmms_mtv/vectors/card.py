@@ -80,7 +80,7 @@ class VectorCard:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> VectorCard:
-        """The card written by :meth:`to_json`. Unknown fields are left out with a warning.
+        """Return the card written by :meth:`to_json`. Unknown fields are left out with a warning.
 
         Raises :class:`VectorFileError`, with ``source`` in the message, if a field is missing or has a wrong type.
         """
@@ -130,7 +130,7 @@ class VectorCard:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VectorCard:
-        """The card in a file written by :meth:`TaskVector.save`, whose tensors are neither read nor checked.
+        """Return the card in a file written by :meth:`TaskVector.save`, whose tensors are neither read nor checked.
 
         Raises :class:`VectorFileError` if there is no such file or no card in it.
         """
@@ -144,6 +144,8 @@ class VectorCard:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether what JSON gave has more levels than that, which no method's settings have and no recursion survives."""
+    """Return whether what JSON gave has more levels than that, which no method's settings have and no recursion
+    survives.
+    """
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return levels == 0 or any(_deeper(one, levels - 1) for one in inner)

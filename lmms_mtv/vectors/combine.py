@@ -21,7 +21,8 @@ _ROUNDING = 1e-6
 def combined(
     vectors: Sequence[TaskVector], weights: Sequence[float] | None = None, *, task: str, any_sum: bool = False
 ) -> TaskVector:
-    """The vector whose edit gives the weighted sum of what the edits of ``vectors`` give; no weights: their mean.
+    """Return the vector whose edit gives the weighted sum of what the edits of ``vectors`` give; no weights: their
+    mean.
 
     With ``y_i = keep_i * x + gain_i * value_i`` that is ``(sum w_i keep_i) * x + sum w_i gain_i value_i``, for each
     head. Heads that no vector edits stay as they are if the weights sum to 1, which they must unless ``any_sum``;
@@ -66,7 +67,7 @@ def combined(
 
 
 def _shares(vectors: Sequence[TaskVector], weights: Sequence[float] | None, any_sum: bool) -> list[float]:
-    """The weights, rid of a rounding error in their sum."""
+    """Return the weights, rid of a rounding error in their sum."""
     if not vectors:
         raise ArgumentError("no vectors to combine")
     if len({vector.id for vector in vectors}) < len(vectors):

@@ -109,7 +109,7 @@ class Edit:
         return [len(tensor) for tensor in self.of_rows]
 
     def taken(self, index: int | slice | Sequence[int]) -> Edit:
-        """Some of a batch of K edits, or one of them; an edit without a batch is itself."""
+        """Return some of a batch of K edits, or one of them; an edit without a batch is itself."""
         return dataclasses.replace(
             self,
             value=self.value[index] if self.value.dim() > 3 else self.value,
@@ -150,12 +150,12 @@ def by_stream(edits: Edit | Edits) -> Edits:
 
 
 def rows_of(edits: Edits) -> int | None:
-    """The K of a batch of K edits, or None for edits that are the same for every row."""
+    """Return the K of a batch of K edits, or None for edits that are the same for every row."""
     return next((edit.batch for edit in edits.values() if edit.batch is not None), None)
 
 
 def taken(edits: Edits, index: int | slice | Sequence[int]) -> Edits:
-    """Some of a batch of K edits, or one of them, in every stream."""
+    """Return some of a batch of K edits, or one of them, in every stream."""
     return {name: edit.taken(index) for name, edit in edits.items()}
 
 

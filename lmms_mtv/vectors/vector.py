@@ -47,7 +47,7 @@ class TaskVector:
         return checksum("", self.tensors())
 
     def described(self) -> str:
-        """What is edited, in words: ``15 of 32 heads``, ``residual of 1 of 4 layers``."""
+        """Return what is edited, in words: ``15 of 32 heads``, ``residual of 1 of 4 layers``."""
         parts = []
         for name, edit in self.edits.items():
             layers, heads, _ = edit.shape
@@ -57,7 +57,7 @@ class TaskVector:
         return ", ".join(parts) or "nothing"
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file of this vector holds: float32, on the CPU, by name."""
+        """Return what a file of this vector holds: float32, on the CPU, by name."""
         # Only what is set, so that a file without gate or flags is what it was before there were any; and copies, since
         # a file takes no tensors that share memory, as keep and gain may.
         parts = {
@@ -91,7 +91,10 @@ class TaskVector:
                 )
 
     def content(self) -> bytes:
-        """What :meth:`save` writes: safetensors with the card in its metadata. Raises :class:`NumericsError` on NaN."""
+        """Return what :meth:`save` writes: safetensors with the card in its metadata.
+
+        Raises :class:`NumericsError` on NaN.
+        """
         tensors = self.tensors()
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
@@ -153,7 +156,7 @@ def _described(geometry: Geometry) -> str:
 
 
 def checksum(card: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a card as it is written, and of the tensors."""
+    """Return SHA-256 of a card as it is written, and of the tensors."""
     digest = hashlib.sha256(card.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())

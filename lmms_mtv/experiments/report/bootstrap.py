@@ -30,7 +30,7 @@ class Difference:
 
 
 def paired(cells: Sequence[Cell], baseline: Sequence[Cell]) -> Numbers | None:
-    """The difference to the baseline of each document of one task, float64 [documents]: its mean over seeds.
+    """Return the difference to the baseline of each document of one task, float64 [documents]: its mean over seeds.
 
     A cell is paired with the baseline's cell of the same seed, document by document, or with the baseline's only cell
     if no seed changes the baseline. None where the two were not scored on the same documents, or no seed is common.
@@ -55,7 +55,7 @@ def _scores(cell: Cell, documents: Sequence[int]) -> Numbers:
 def differences(
     results: Results, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[tuple[str, str | None], Difference]:
-    """The difference of each arm to the baseline, by arm and task, and for task None the mean over all tasks.
+    """Return the difference of each arm to the baseline, by arm and task, and for task None the mean over all tasks.
 
     With ``d[t, i]`` the difference of document ``i`` of task ``t``, mean over seeds (``paired``), and ``n[t]``
     documents in the task, a task's difference is ``1/n[t] sum_i d[t, i]``, and that of all ``T`` tasks

@@ -41,6 +41,6 @@ def inserted(text: str, base: Path, results: Sequence[Results]) -> str:
 
 
 def count(text: str, base: Path, results: Sequence[Results]) -> int:
-    """How many marks in ``text`` are of these results."""
+    """Return how many marks in ``text`` are of these results."""
     known = {found.folder.resolve() for found in results}
     return sum((base / mark["path"]).resolve() in known for mark in _BEGIN.finditer(text))

@@ -38,7 +38,7 @@ summary { cursor: pointer; font-size: 0.85rem; padding: 0.4rem 0; }
 
 
 def page(results: Sequence[Results]) -> str:
-    """The page of one or several results folders: their tables, and each plot with a caption and a table."""
+    """Return the page of one or several results folders: their tables, and each plot with a caption and a table."""
     title = results[0].title if len(results) == 1 else "Report"
     body = [f"<h1>{escape(title)}</h1>"]
     if len(results) > 1:
@@ -72,7 +72,7 @@ def _style() -> str:
 
 
 def _table(table: Table) -> str:
-    """The table in a container of its own that scrolls, and its notes."""
+    """Return the table in a container of its own that scrolls, and its notes."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     rows = "\n".join(
         "<tr>"
@@ -97,7 +97,7 @@ def _figure(plot: Plot, prefix: str) -> str:
 
 
 def _inline(plot: Plot, prefix: str) -> str:
-    """The plot's SVG as an element of the page: no names of its own outside, colours that follow the page's."""
+    """Return the plot's SVG as an element of the page: no names of its own outside, colours that follow the page's."""
     svg = plot.svg()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

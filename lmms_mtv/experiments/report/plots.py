@@ -73,7 +73,7 @@ class Plot:
     figure: Figure
 
     def svg(self) -> str:
-        """The figure as an SVG document without a background, the same at every call."""
+        """Return the figure as an SVG document without a background, the same at every call."""
         written = io.StringIO()
         with _style(self.name):
             FigureCanvasSVG(self.figure)
@@ -101,7 +101,7 @@ def _style(salt: str = "lmms-mtv") -> Iterator[None]:
 
 
 def plots(results: Results) -> list[Plot]:
-    """The plots that these results have data for."""
+    """Return the plots that these results have data for."""
     with _style():
         found = [curve(results), runtime(results), memory(results), tokens(results), *heads(results), loss(results)]
         kept = [plot for plot in found if plot is not None]
@@ -411,7 +411,7 @@ def _figure(title: str, height: float = 3.0) -> tuple[Figure, Axes]:
 
 
 def _panels(title: str, names: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
-    """A panel for each name, two side by side."""
+    """Return a panel for each name, two side by side."""
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(WIDTH, height * rows + 1.1), layout="constrained")

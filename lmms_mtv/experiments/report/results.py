@@ -42,11 +42,11 @@ class Results:
         return self.plan.compared_with
 
     def seedless(self, arm: str) -> bool:
-        """Whether no seed changes this arm, so that it runs for one seed only."""
+        """Return whether no seed changes this arm, so that it runs for one seed only."""
         return not plan.seeded({**self.plan.model, **self.plan.arms[arm]})
 
     def expected(self, arm: str) -> list[int]:
-        """The seeds that this arm should have cells of."""
+        """Return the seeds that this arm should have cells of."""
         return self.plan.seeds_for(arm)
 
     def of(self, arm: str, task: str | None = None) -> list[Cell]:
@@ -62,7 +62,7 @@ class Results:
 
 
 def read(folder: Path) -> Results:
-    """The results in ``folder``.
+    """Return the results in ``folder``.
 
     Raises ArgumentError where there is no plan, DataError where none of its cells is there or one is damaged,
     ResultsError where cells are of several models, documents or prompts.

@@ -36,7 +36,7 @@ def number(value: float, digits: int = 3, sign: bool = False) -> str:
 
 
 def mean(values: Sequence[float], expected: int) -> Mean:
-    """The mean of one value for each seed that is there."""
+    """Return the mean of one value for each seed that is there."""
     if not values:
         return Mean(None, None, 0, expected)
     spread = statistics.stdev(values) if len(values) > 1 else None
@@ -44,7 +44,7 @@ def mean(values: Sequence[float], expected: int) -> Mean:
 
 
 def score(results: Results, arm: str, task: str) -> Mean:
-    """The score of an arm on a task over seeds."""
+    """Return the score of an arm on a task over seeds."""
     return mean([cell.score for cell in results.of(arm, task)], len(results.expected(arm)))
 
 
@@ -58,17 +58,17 @@ def seed_scores(results: Results, arm: str, tasks: Sequence[str]) -> dict[int, f
 
 
 def mean_score(results: Results, arm: str) -> Mean:
-    """The mean over all tasks, then over the seeds that have all tasks."""
+    """Return the mean over all tasks, then over the seeds that have all tasks."""
     return mean(list(seed_scores(results, arm, results.tasks).values()), len(results.expected(arm)))
 
 
 def poolable(results: Results) -> bool:
-    """Whether the scores of all tasks point the same way, so that a mean over tasks says something."""
+    """Return whether the scores of all tasks point the same way, so that a mean over tasks says something."""
     return len({cell.higher_is_better for cell in results.cells}) == 1
 
 
 def worst(results: Results, arm: str) -> str:
-    """The worst task's mean score."""
+    """Return the worst task's mean score."""
     found = [score(results, arm, task).value for task in results.tasks]
     values = [value for value in found if value is not None]
     if not values or len(values) < len(found):
@@ -78,7 +78,7 @@ def worst(results: Results, arm: str) -> str:
 
 
 def average(values: Iterable[float | None]) -> float | None:
-    """The mean of what is known; None if nothing is."""
+    """Return the mean of what is known; None if nothing is."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
@@ -89,7 +89,7 @@ def prompt_tokens(cells: Sequence[Cell]) -> float | None:
 
 
 def image_share(cells: Sequence[Cell]) -> float | None:
-    """Share of image tokens among all tokens, of the cells that can tell; None if none can."""
+    """Return share of image tokens among all tokens, of the cells that can tell; None if none can."""
     told = [
         (image, image + text)
         for cell in cells
@@ -126,6 +126,6 @@ def vector_bytes(cells: Sequence[Cell]) -> float | None:
 
 
 def peak_memory(cells: Sequence[Cell], part: str) -> float | None:
-    """The highest peak of memory over cells, in GB (1e9 bytes); ``part`` is ``fit`` or ``evaluation``."""
+    """Return the highest peak of memory over cells, in GB (1e9 bytes); ``part`` is ``fit`` or ``evaluation``."""
     known = [found / 1e9 for cell in cells if (found := cell.memory[part]) is not None]
     return max(known) if known else None

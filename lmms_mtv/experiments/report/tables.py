@@ -26,7 +26,7 @@ class Table:
     notes: Sequence[str] = field(default=())
 
     def markdown(self) -> str:
-        """The table and a paragraph of its notes."""
+        """Return the table and a paragraph of its notes."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         text = text.replace("| --- |", "|---|").replace(" --- |", "---|")
@@ -34,7 +34,7 @@ class Table:
 
 
 def markdown(results: Sequence[Results]) -> str:
-    """The whole report: for each folder its summary, scores, differences and costs."""
+    """Return the whole report: for each folder its summary, scores, differences and costs."""
     parts = [] if len(results) == 1 else ["# Report", "## All results", scores(results).markdown()]
     for found in results:
         level = "#" if len(results) == 1 else "##"
@@ -45,7 +45,7 @@ def markdown(results: Sequence[Results]) -> str:
 
 
 def report(results: Results) -> list[Table]:
-    """The tables of one folder."""
+    """Return the tables of one folder."""
     found = differences(results)
     tables = [overview(results, found), scores([results])]
     if found:
@@ -54,7 +54,7 @@ def report(results: Results) -> list[Table]:
 
 
 def kind(name: str) -> Callable[[Results], Table]:
-    """The table that a mark in a text asks for."""
+    """Return the table that a mark in a text asks for."""
     kinds: dict[str, Callable[[Results], Table]] = {"summary": overview, "tasks": by_task, "costs": costs}
     if name not in kinds:
         raise unknown("table", name, kinds)
@@ -62,7 +62,7 @@ def kind(name: str) -> Callable[[Results], Table]:
 
 
 def overview(results: Results, found: Differences | None = None) -> Table:
-    """One row for each arm: mean over tasks, worst task, difference to the baseline, tokens, seconds of a fit."""
+    """Return one row for each arm: mean over tasks, worst task, difference to the baseline, tokens, seconds."""
     found = differences(results) if found is None else found
     pooled = summary.poolable(results)
     header = ["arm", _over(results), "worst task"]
@@ -84,13 +84,13 @@ def overview(results: Results, found: Differences | None = None) -> Table:
 
 
 def by_task(results: Results) -> Table:
-    """One row for each task, one column for each arm."""
+    """Return one row for each task, one column for each arm."""
     rows = [[task, *(str(summary.score(results, arm, task)) for arm in results.arms)] for task in results.tasks]
     return Table("By task", ["task", *results.arms], rows, [*_scored(results, pooled=False), *_seeds(results)])
 
 
 def scores(results: Sequence[Results]) -> Table:
-    """One row for each arm (of each folder and model, if several), one column for each task, and their mean.
+    """Return one row for each arm (of each folder and model, if several), one column for each task, and their mean.
 
     Under an arm, the paper's numbers for the model that the plan names, where it has any. A task that a folder does not
     have at all is ``-``; a cell that its plan has and the folder lacks is ``missing``.
@@ -126,7 +126,7 @@ def scores(results: Sequence[Results]) -> Table:
 
 
 def compared(results: Results, found: Differences) -> Table:
-    """One row for each arm, one column for each task: the difference to the baseline with its interval."""
+    """Return one row for each arm, one column for each task: the difference to the baseline with its interval."""
     pooled = summary.poolable(results)
     rows = [
         [
@@ -142,7 +142,7 @@ def compared(results: Results, found: Differences) -> Table:
 
 
 def costs(results: Results) -> Table:
-    """One row for each arm: tokens, seconds, size of the vector's file, memory."""
+    """Return one row for each arm: tokens, seconds, size of the vector's file, memory."""
     rows = []
     for arm in results.arms:
         cells = results.of(arm)
@@ -209,7 +209,7 @@ def _percent(value: float | None, missing: bool = False) -> str:
 
 
 def _reported(results: Results, arm: str, tasks: Sequence[str]) -> list[str]:
-    """The paper's number for each task, on the scale of the harness's scores, 0 to 1."""
+    """Return the paper's number for each task, on the scale of the harness's scores, 0 to 1."""
     model = results.plan.paper
     if model is None:
         return [NONE] * len(tasks)
@@ -223,7 +223,7 @@ def _reported(results: Results, arm: str, tasks: Sequence[str]) -> list[str]:
 
 
 def _scored(results: Results, pooled: bool = True, named: bool = False) -> list[str]:
-    """Which metric over how many documents; what a mean over tasks mixes."""
+    """Return which metric over how many documents; what a mean over tasks mixes."""
     metrics, counts = _by(results, "metric"), _by(results, "n")
     prefix = f"{results.plan.name}: " if named else ""
     documents = f"{_one(counts)} documents a task" if len(counts) == 1 else f"documents: {_listed(counts)}"

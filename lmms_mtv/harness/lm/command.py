@@ -51,7 +51,7 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _configured(given: Namespace) -> Mapping[str, Any]:
-    """The contents of ``--config``."""
+    """Return the contents of ``--config``."""
     path = getattr(given, "config", None)
     return EvaluatorConfig.load_yaml_config(path) if path else {}
 
@@ -87,7 +87,7 @@ def _evaluation(given: Namespace) -> Evaluation:
 
 
 def _tasks(config: Any) -> Callable[[str], Any]:
-    """The tasks of an evaluation by name, found, loaded and set up as lm-eval does, when one is first asked for.
+    """Return the tasks of an evaluation by name, found, loaded and set up as lm-eval does, when one is first asked for.
 
     lm-eval does not hand a model the tasks it loaded itself.
     """
@@ -111,7 +111,7 @@ def _tasks(config: Any) -> Callable[[str], Any]:
 
 
 def _results(config: Any) -> Path | None:
-    """The folder into which lm-eval writes the results."""
+    """Return the folder into which lm-eval writes the results."""
     if not config.output_path:
         return None
     path = Path(config.output_path)

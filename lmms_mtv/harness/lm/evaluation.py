@@ -27,7 +27,7 @@ class Tasks(TaskManager):  # type: ignore[misc]
         return found
 
     def of(self, name: str) -> Any:
-        """The task that was last loaded as ``name``. Raises :class:`DataError` if none was."""
+        """Return the task that was last loaded as ``name``. Raises :class:`DataError` if none was."""
         if name not in self._loaded:
             raise DataError(f"task {name} was not loaded by the task manager that mtv was given: evaluate with it")
         return self._loaded[name]
@@ -62,5 +62,5 @@ def evaluating(evaluation: Evaluation) -> Iterator[None]:
 
 
 def current() -> Evaluation | None:
-    """The evaluation of the innermost :func:`evaluating` block, if there is one."""
+    """Return the evaluation of the innermost :func:`evaluating` block, if there is one."""
     return _CURRENT.get()

@@ -137,13 +137,13 @@ class Mtv(HFLM):  # type: ignore[misc]
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Mtv:
-        """The model that the command line describes. What is among the model arguments wins over flags."""
+        """Return the model that the command line describes. What is among the model arguments wins over flags."""
         flags = {key: value for key, value in (additional_config or {}).items() if value is not None}
         return cls(current(), **flags | arg_dict)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Mtv:
-        """The same for arguments in one string."""
+        """Return the same for arguments in one string."""
         return cls.create_from_arg_obj(as_written(simple_parse_args_string(arg_string), arg_string), additional_config)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -155,7 +155,7 @@ class Mtv(HFLM):  # type: ignore[misc]
         return self._by_task(requests, super().loglikelihood_rolling, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers; edited are the last token of the prompt and every generated one."""
+        """Return answers; edited are the last token of the prompt and every generated one."""
         return self._by_task(requests, super().generate_until, disable_tqdm)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -178,7 +178,8 @@ class Mtv(HFLM):  # type: ignore[misc]
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
-        """The library's entries of the results, and under ``mtv`` method, vector, heads and settings of each task.
+        """Return the library's entries of the results, and under ``mtv`` method, vector, heads and settings of each
+        task.
 
         ``skipped`` are the blocks without softmax attention, or None without edits, when no block is looked at.
         """
@@ -188,7 +189,7 @@ class Mtv(HFLM):  # type: ignore[misc]
         return info | {"mtv": used}
 
     def finished(self, chat_history: Turns) -> str:
-        """A conversation as text, its last turn ended; the system turn is left out where the template has none."""
+        """Return a conversation as text, its last turn ended, without a system turn where the template has none."""
 
         def written(turns: Turns) -> str:
             options = {"tokenize": False, "add_generation_prompt": False, **self.chat_template_args}
@@ -203,7 +204,7 @@ class Mtv(HFLM):  # type: ignore[misc]
     def _by_task(
         self, requests: list[Instance], answer: Callable[[list[Instance], bool], list[A]], disable_tqdm: bool
     ) -> list[A]:
-        """Answers in the order of the requests, each task's with its own vector."""
+        """Return answers in the order of the requests, each task's with its own vector."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(request.task_name, []).append(index)
@@ -328,7 +329,7 @@ class _Runner:
         self.batch_size = BatchSize(lm.batch_size if isinstance(lm.batch_size, int) else 1)
 
     def written(self, prompt: LmPrompt) -> list[str]:
-        """The context, and what stands before, in and after the target."""
+        """Return the context, and what stands before, in and after the target."""
         return [prompt.context, prompt.delimiter, prompt.target, prompt.ending]
 
     @torch.no_grad()
@@ -408,7 +409,7 @@ class _Runner:
 
 
 def _recipe(lm: Mtv, files: str | None) -> dict[str, Any]:
-    """What changes tokens or what is computed of them, where it is not the default of lm-eval's ``hf``."""
+    """Return what changes tokens or what is computed of them, where it is not the default of lm-eval's ``hf``."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(HFLM).parameters.items()}
     given = {name: value for name, value in lm.given.items() if name not in _NOT_COMPUTING}
     found = {name: value for name, value in given.items() if value is not None and value != defaults.get(name)}
@@ -441,7 +442,9 @@ def _rounds(requests: Sequence[Request]) -> list[list[int]]:
 
 
 def _rows(requests: Sequence[Request], limit: int, once: bool) -> list[_Row]:
-    """The rows that lm-eval makes of the requests, in its order: the longest first, the same input only ``once``."""
+    """Return the rows that lm-eval makes of the requests, in its order: the longest first, the same input only
+    ``once``.
+    """
     firsts: dict[Any, Request] = {}
     for index, request in enumerate(requests):
         firsts.setdefault((*request[1], *request[2][:-1]) if once else index, request)

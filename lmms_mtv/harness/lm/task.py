@@ -45,11 +45,11 @@ class Chat(Protocol):
     """A model's chat template."""
 
     def apply_chat_template(self, chat_history: Turns, add_generation_prompt: bool = True) -> str:
-        """The turns as text, ready for the next turn or, without a generation prompt, for more of the last one."""
+        """Return the turns as text, ready for the next turn, or without a generation prompt for more of the last."""
         ...
 
     def finished(self, chat_history: Turns) -> str:
-        """The turns as text, the last one ended."""
+        """Return the turns as text, the last one ended."""
         ...
 
 
@@ -79,18 +79,18 @@ class LmPrompts:
         return int(self._task.config.num_fewshot or 0)
 
     def same(self, other: LmPrompts) -> bool:
-        """Whether both are of one and the same task of the harness."""
+        """Return whether both are of one and the same task of the harness."""
         return self._task is other._task
 
     def __len__(self) -> int:
         return len(self.training.documents)
 
     def digest(self) -> str:
-        """SHA-256 of the training examples."""
+        """Return SHA-256 of the training examples."""
         return self.training.digest()
 
     def prompt(self, episode: Episode) -> LmPrompt:
-        """The prompt of a training query, with its target.
+        """Return the prompt of a training query, with its target.
 
         Raises :class:`DataError` if the task has no target, or names one that is none of its choices, and for an
         episode with ``answers``.
@@ -140,7 +140,7 @@ class LmPrompts:
                 )
 
     def _requests(self, doc: Doc, demonstrations: Sequence[Doc]) -> list[Instance]:
-        """The requests that the harness makes of a document."""
+        """Return the requests that the harness makes of a document."""
         evaluation = self._evaluation
         made = self._task.construct_requests(
             doc=doc,
@@ -152,7 +152,7 @@ class LmPrompts:
         return made if isinstance(made, list) else [made]
 
     def _context(self, doc: Doc, demonstrations: Sequence[Doc], template: Callable[..., str] | None = None) -> Any:
-        """What stands before the target; for tasks whose choices are contexts, a list with one for each."""
+        """Return what stands before the target; for tasks whose choices are contexts, a list with one for each."""
         task = copy.copy(self._task)
         task.sampler = _Chosen(list(demonstrations))
         evaluation = self._evaluation
@@ -167,7 +167,7 @@ class LmPrompts:
         )
 
     def _gold(self, doc: Doc) -> int:
-        """The index of the request of the right answer."""
+        """Return the index of the request of the right answer."""
         task = self._task
         if task.OUTPUT_TYPE == "loglikelihood":
             return 0
@@ -183,13 +183,13 @@ class LmPrompts:
         return index
 
     def _delimiter(self, doc: Doc, target: str) -> str:
-        """What stands between the context and a generated target, as in a demonstration."""
+        """Return what stands between the context and a generated target, as in a demonstration."""
         if prefix := self._task.doc_to_prefix(doc):
             return maybe_delimit(prefix, target)[len(prefix) :].removesuffix(target) if target else ""
         return "" if self._evaluation.apply_chat_template else str(self._task.fewshot_cfg.target_delimiter)
 
     def _ending(self, doc: Doc, demonstrations: Sequence[Doc], context: str, answer: str) -> str:
-        """What ends an answer: the delimiter between demonstrations, or what the chat template writes."""
+        """Return what ends an answer: the delimiter between demonstrations, or what the chat template writes."""
         if not self._evaluation.apply_chat_template:
             return str(self._task.fewshot_cfg.fewshot_delimiter)
 
@@ -212,7 +212,7 @@ class _Chosen(ContextSampler):  # type: ignore[misc]
 
 
 def _asks(context: str, own: str, shots: int) -> bool:
-    """Whether ``context`` is ``own``, or for few-shot prompts ``own`` with demonstrations put in at one place."""
+    """Return whether ``context`` is ``own``, or for few-shot prompts ``own`` with demonstrations in one place."""
     if shots == 0 or own == "":
         return context == own or shots > 0
     return len(context) > len(own) <= _common(context, own) + _common(context[::-1], own[::-1])

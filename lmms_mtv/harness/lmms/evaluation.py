@@ -70,11 +70,11 @@ class Bench:
         return self._model.identity
 
     def places(self) -> list[Place]:
-        """All cells of the plan."""
+        """Return all cells of the plan."""
         return dataclasses.replace(self._plan, groups=self.groups).places()
 
     def fit(self, place: Place) -> TaskVector:
-        """The vector of a cell, fitted or from the library, without evaluating."""
+        """Return the vector of a cell, fitted or from the library, without evaluating."""
         arm = self._model.arm({**self._plan.arms[place.arm], "seed": place.seed})
         task = self._tasks[place.task]
         if task.config.num_fewshot is None:
@@ -82,7 +82,7 @@ class Bench:
         return arm.fit(task)
 
     def run(self, place: Place) -> tuple[Cell, dict[str, Any]] | None:
-        """A cell, and the harness's own figures of it. None on all processes but the first."""
+        """Return a cell, and the harness's own figures of it. None on all processes but the first."""
         arguments = dict(self._plan.arms[place.arm])
         arm = self._model.arm({**arguments, "seed": place.seed})
         # The harness lets the model free what it holds before it gives its results.
@@ -159,7 +159,7 @@ def _loaded(name: str, manager: TaskManager, kind: str) -> dict[str, Any]:
 
 
 def _single(loaded: Mapping[Any, Any]) -> dict[str, Any]:
-    """The single tasks in what the harness loads for a name: tasks, and groups of them in groups."""
+    """Return the single tasks in what the harness loads for a name: tasks, and groups of them in groups."""
     found: dict[str, Any] = {}
     for task in loaded.values():
         found |= _single(task) if isinstance(task, Mapping) else {task.config.task: task}
@@ -167,7 +167,7 @@ def _single(loaded: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _gathered(own: Mapping[int, str]) -> dict[int, str]:
-    """The digests of all processes."""
+    """Return the digests of all processes."""
     if distributed.current().count == 1:
         return dict(own)
     parts: list[Any] = [None] * distributed.current().count
@@ -176,7 +176,7 @@ def _gathered(own: Mapping[int, str]) -> dict[int, str]:
 
 
 def _metric(task: str, found: Mapping[str, Any]) -> tuple[str, bool]:
-    """The task's first metric, and whether more of it is better."""
+    """Return the task's first metric, and whether more of it is better."""
     metric, higher = next(iter(found["higher_is_better"][task].items()))
     return metric, higher is not False
 
@@ -196,7 +196,7 @@ def _number(task: str, metric: str, sample: Mapping[str, Any]) -> int | float:
 
 
 def _vector(vector: TaskVector) -> dict[str, Any] | None:
-    """What a cell keeps of its vector."""
+    """Return what a cell keeps of its vector."""
     if not vector.edits:
         return None
     card = vector.card

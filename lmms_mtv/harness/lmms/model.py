@@ -76,7 +76,8 @@ class Mtv(lmms):  # type: ignore[misc]
         self.prompts: dict[str, dict[int, str]] | None = None
 
     def arm(self, given: Mapping[str, Any]) -> Mtv:
-        """The same loaded model under other arguments of the plugin or of a method, beside those it was made with.
+        """Return the same loaded model under other arguments of the plugin or of a method, beside those it was made
+        with.
 
         Raises :class:`ArgumentError` for an argument of the base, which is loaded already, or an unknown one.
         """
@@ -108,13 +109,13 @@ class Mtv(lmms):  # type: ignore[misc]
         self._divided(given)
 
     def _divided(self, given: Mapping[str, Any]) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
-        """What :func:`divide` makes of ``given`` beside the arguments that this model was made with."""
+        """Return what :func:`divide` makes of ``given`` beside the arguments that this model was made with."""
         if fixed := sorted(key for key in given if key in self._known or key in ("base", "decoder")):
             raise ArgumentError(f"{', '.join(fixed)}: one model is loaded for all arms, so this belongs to the model")
         return divide({**self._given, **given}, self._known)
 
     def fit(self, task: Any) -> TaskVector:
-        """The vector of a task of the harness, fitted or reused, without evaluating."""
+        """Return the vector of a task of the harness, fitted or reused, without evaluating."""
         return self._vectors.of(self._prompts(task), self._shots(task), None)
 
     def _prompts(self, task: Any) -> TaskPrompts:
@@ -124,7 +125,7 @@ class Mtv(lmms):  # type: ignore[misc]
     @classmethod
     @reported
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Mtv:
-        """The model that the command line describes.
+        """Return the model that the command line describes.
 
         ``--batch_size`` and ``--device`` come as ``additional_config``, with defaults that cannot be told from given
         values: what is among the model arguments wins.
@@ -163,7 +164,7 @@ class Mtv(lmms):  # type: ignore[misc]
 
     @reported
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answers in the order of the requests. Each task gets its own vector, fitted when its turn comes."""
+        """Return answers in the order of the requests. Each task gets its own vector, fitted when its turn comes."""
         self._check_uncached()
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -230,7 +231,7 @@ class Mtv(lmms):  # type: ignore[misc]
         ):
 
             def shown(request: Instance) -> Prompt | None:
-                """The prompt of a request; None if its document cannot be shown."""
+                """Return the prompt of a request; None if its document cannot be shown."""
                 try:
                     return prompts.evaluation(*_document(request), shots, self._arguments.seed)
                 except DocumentError as error:
@@ -238,7 +239,7 @@ class Mtv(lmms):  # type: ignore[misc]
                     return None
 
             def generated(ours: Sequence[Instance], made: Sequence[Prompt]) -> tuple[list[GenerationResult], int]:
-                """Answers to prompts; what cannot be shown costs no other document its answer."""
+                """Return answers to prompts; what cannot be shown costs no other document its answer."""
                 try:
                     if isinstance(self._base, Wrapped) and as_sent:
                         return self._base.answers(ours, self.cache_hook, edited=bool(vector.edits))
@@ -324,7 +325,7 @@ class Mtv(lmms):  # type: ignore[misc]
         )
 
     def _folder(self, output: str) -> Path:
-        """The folder into which the harness writes the results of this run."""
+        """Return the folder into which the harness writes the results of this run."""
         return Path(output, sanitize_model_name(self._pretrained))
 
     def _shots(self, task: Any) -> int:
@@ -343,7 +344,7 @@ def _digest(prompts: TaskPrompts, number: int, split: str, shots: int, seed: int
 
 
 def _alike(requests: Sequence[Instance]) -> list[list[int]]:
-    """Positions of requests that share their generation settings, as those of a batch have to."""
+    """Return positions of requests that share their generation settings, as those of a batch have to."""
     found: dict[str, list[int]] = {}
     for position, request in enumerate(requests):
         found.setdefault(json.dumps(_settings(request), sort_keys=True, default=str), []).append(position)
@@ -351,7 +352,7 @@ def _alike(requests: Sequence[Instance]) -> list[list[int]]:
 
 
 def _task_of(request: Instance) -> Any:
-    """The harness's task behind a request: the owner of its bound ``doc_to_messages`` or ``doc_to_visual``."""
+    """Return the harness's task behind a request: the owner of its bound ``doc_to_messages`` or ``doc_to_visual``."""
     for argument in request.args[1:3]:
         if isinstance(task := getattr(argument, "__self__", None), Task):
             return task
@@ -359,13 +360,15 @@ def _task_of(request: Instance) -> Any:
 
 
 def _settings(request: Instance) -> dict[str, Any]:
-    """The generation settings of a request: before its images for a simple model, after its messages for a chat one."""
+    """Return the generation settings of a request: before its images for a simple model, after its messages for a chat
+    one.
+    """
     settings: dict[str, Any] = next(argument for argument in request.args[1:3] if isinstance(argument, dict))
     return settings
 
 
 def _document(request: Instance) -> tuple[int, str]:
-    """Number and split of the document that a request is about."""
+    """Return number and split of the document that a request is about."""
     return request.args[3], request.args[5]
 
 

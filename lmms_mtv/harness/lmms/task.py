@@ -43,7 +43,7 @@ class TaskPrompts:
         self.name = self.training.name
 
     def _processed(self, documents: Dataset) -> Dataset:
-        """What ``process_docs`` makes of documents; the harness has done so for the splits that the task names."""
+        """Return what ``process_docs`` makes of documents; the harness does so for the splits that the task names."""
         config = self._task.config
         done = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
         if config.process_docs is None or any(documents is self._task.dataset.get(split) for split in done):
@@ -54,12 +54,12 @@ class TaskPrompts:
         return len(self.training.documents)
 
     def digest(self) -> str:
-        """SHA-256 of the training examples, and of which of them show a wrong answer."""
+        """Return SHA-256 of the training examples, and of which of them show a wrong answer."""
         found = self.training.digest()
         return hashlib.sha256(f"{found} {self._wrong} {self._seed}".encode()).hexdigest() if self._wrong else found
 
     def prompt(self, episode: Episode) -> Prompt:
-        """The prompt of a training query, with its target."""
+        """Return the prompt of a training query, with its target."""
         query = self._demonstration("training", self.training.documents, episode.query)
         description = self._description(self.training.documents[episode.query])
         prompt = self._made(query.messages, description, episode.demonstrations, query.target)
@@ -70,7 +70,7 @@ class TaskPrompts:
         return dataclasses.replace(prompt, demonstrations=tuple(shown))
 
     def evaluation(self, doc_id: int, split: str, shots: int, seed: int) -> Prompt:
-        """The prompt of an evaluated document after ``shots`` demonstrations.
+        """Return the prompt of an evaluated document after ``shots`` demonstrations.
 
         They depend on the seed, the task and the document alone: not on batches, on other requests or on processes.
         """
@@ -99,7 +99,7 @@ class TaskPrompts:
         )
 
     def _shown(self, index: int) -> Demonstration:
-        """A training example as a demonstration, with a wrong answer if it was drawn for one."""
+        """Return a training example as a demonstration, with a wrong answer if it was drawn for one."""
         own = self._demonstration("training", self.training.documents, index)
         rng = random.Random(f"{self._seed}/{self.name}/wrong/{index}")
         if rng.random() >= self._wrong:
@@ -115,7 +115,7 @@ class TaskPrompts:
         return Demonstration(messages, self.training.target(documents[index]))
 
     def _messages(self, called: str, documents: Dataset, index: int) -> list[Message]:
-        """The question of a document as the task puts it, its images opened and converted to RGB."""
+        """Return the question of a document as the task puts it, its images opened and converted to RGB."""
         try:
             doc = documents[index]
             if self._writes_messages:
@@ -141,11 +141,11 @@ class TaskPrompts:
         return isinstance(self._task, ConfigurableMessagesTask) and callable(self._task.config.doc_to_messages)
 
     def _written(self, doc: Doc) -> str:
-        """What the task says before everything else, written as the harness writes it."""
+        """Return what the task says before everything else, written as the harness writes it."""
         return str(apply_template(self._task.config.description or "", doc))
 
     def _description(self, doc: Doc) -> str:
-        """What the prompt begins with."""
+        """Return what the prompt begins with."""
         written = self._written(doc)
         if not self._as_sent or not isinstance(self._task, ConfigurableMessagesTask):
             return written
@@ -157,7 +157,9 @@ class TaskPrompts:
 
 
 def as_loaded_for(task: Any, model: str) -> Any:
-    """The task as the harness loads it for ``--model`` ``model``: with the prompts and settings kept for that name."""
+    """Return the task as the harness loads it for ``--model`` ``model``: with the prompts and settings kept for that
+    name.
+    """
     prompts = task.config.lmms_eval_specific_kwargs or {}
     settings = task.config.model_specific_generation_kwargs or {}
     if model not in prompts and model not in settings:
@@ -172,7 +174,7 @@ def as_loaded_for(task: Any, model: str) -> Any:
 
 
 def asked(task: Any, requests: Sequence[Instance]) -> list[Instance]:
-    """The requests that ``task`` makes, without demonstrations, of the documents of ``requests``."""
+    """Return the requests that ``task`` makes, without demonstrations, of the documents of ``requests``."""
     made = []
     for request in requests:
         number, split = request.args[3], request.args[5]

@@ -53,7 +53,9 @@ def pushed(path: Path, repository: str, *, private: bool = False) -> str:
 
 
 def pulled(repository: str) -> TaskVector:
-    """The vector of ``owner/name`` or ``owner/name@revision``. Only its own file is downloaded, if it is not too large.
+    """Return the vector of ``owner/name`` or ``owner/name@revision``.
+
+    Only its own file is downloaded, if it is not too large.
 
     Raises :class:`HubError` if there is none or the hub does not give it, :class:`VectorFileError` if it is refused.
     """

@@ -37,7 +37,7 @@ class Library:
         self.root = Path(os.path.abspath(os.path.expanduser(default_root() if root is None else root)))
 
     def folder(self, card: VectorCard) -> Path:
-        """Where the vector of this recipe belongs. Vectors of different recipes never share a folder."""
+        """Return where the vector of this recipe belongs. Vectors of different recipes never share a folder."""
         return self.root / folder_name(card.model) / folder_name(card.task) / f"{folder_name(card.method)}-{card.id}"
 
     def add(self, vector: TaskVector) -> Path:
@@ -76,7 +76,7 @@ class Library:
             raise LibraryError(f"the library {self.root} cannot be written to: {_ELSEWHERE}")
 
     def get(self, card: VectorCard) -> TaskVector | None:
-        """The vector of exactly this recipe, or None. A damaged one is a warning, and none.
+        """Return the vector of exactly this recipe, or None. A damaged one is a warning, and none.
 
         Raises :class:`LibraryError` if a link is in its place.
         """
@@ -88,7 +88,9 @@ class Library:
         return vector
 
     def entries(self) -> list[Entry]:
-        """What is in the library, by model, task, method, shots and seed. Unreadable files are left out with a warning.
+        """Return what is in the library, by model, task, method, shots and seed.
+
+        Unreadable files are left out with a warning.
 
         Only cards are read; :meth:`verify` reads all.
         """
@@ -97,7 +99,7 @@ class Library:
 
     @staticmethod
     def entry(path: Path) -> Entry:
-        """The entry of a vector's file, in the library or elsewhere. Raises :class:`VectorFileError`."""
+        """Return the entry of a vector's file, in the library or elsewhere. Raises :class:`VectorFileError`."""
         card = VectorCard.load(path)
         try:
             return Entry(path, card, path.stat().st_size)
@@ -113,7 +115,7 @@ class Library:
         seed: int | None = None,
         shots: int | None = None,
     ) -> Entry:
-        """The vector that a reference names.
+        """Return the vector that a reference names.
 
         A reference is the path of a vector's file or of its folder, the first four or more digits of an id,
         ``task/method``, or ``hub:owner/name`` with an optional ``@revision``, which is pulled first. If an id or a
@@ -162,7 +164,7 @@ class Library:
                 emptied.rmdir()
 
     def verify(self) -> list[Problem]:
-        """What is wrong in the library: every file is read, and compared with its checksum, card and place."""
+        """Return what is wrong in the library: every file is read, and compared with its checksum, card and place."""
         problems = [*self._strays()]
         for folder in self._folders():
             try:
@@ -176,7 +178,7 @@ class Library:
         return sorted(problems, key=lambda problem: str(problem.path))
 
     def _readable(self, path: Path) -> Entry | None:
-        """The entry of a file, or None, with a warning, if it has no card."""
+        """Return the entry of a file, or None, with a warning, if it has no card."""
         try:
             return self.entry(path)
         except VectorFileError as error:
@@ -184,7 +186,7 @@ class Library:
             return None
 
     def _intact(self, path: Path) -> TaskVector | None:
-        """The vector in a file, or None, with a warning if there is a file."""
+        """Return the vector in a file, or None, with a warning if there is a file."""
         if not path.exists():
             return None
         try:
@@ -206,7 +208,7 @@ class Library:
         return path
 
     def _folders(self) -> Iterator[Path]:
-        """The folders of the library that have a vector's file in them."""
+        """Return the folders of the library that have a vector's file in them."""
         for model in self._inside(self.root):
             for task in self._inside(model):
                 for folder in self._inside(task):
@@ -214,7 +216,7 @@ class Library:
                         yield folder
 
     def _inside(self, folder: Path) -> Iterator[Path]:
-        """The folders in a folder that are neither links nor hidden."""
+        """Return the folders in a folder that are neither links nor hidden."""
         for path in self._listed(folder):
             if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
                 yield path
@@ -247,7 +249,7 @@ class Library:
 
 
 def same_edits(one: TaskVector, other: TaskVector) -> bool:
-    """Whether two vectors hold the very same numbers, in float32 as a file has them."""
+    """Return whether two vectors hold the very same numbers, in float32 as a file has them."""
     if one.edits.keys() != other.edits.keys():
         return False
     left, right = one.tensors(), other.tensors()

@@ -14,7 +14,7 @@ _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def of(vector: TaskVector, repository: str | None = None) -> str:
-    """A Markdown page with the hub's metadata on top. ``repository``: where on the hub the vector is."""
+    """Return a Markdown page with the hub's metadata on top. ``repository``: where on the hub the vector is."""
     card = vector.card
     wanted = f"hub:{repository}" if repository else card.id
     # Quoted, since a card may come from anyone and this line is there to be copied into a shell.
@@ -47,7 +47,7 @@ lmms-eval --model mtv --model_args {arguments} --tasks {task}
 
 
 def facts(vector: TaskVector) -> list[tuple[str, str]]:
-    """What is known of a vector, for a reader: names and values."""
+    """Return what is known of a vector, for a reader: names and values."""
     card = vector.card
     return [
         ("id", card.id),

@@ -21,7 +21,7 @@ _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{16}", re.DOTALL)
 
 
 def default_root() -> Path:
-    """The folder that ``LMMS_MTV_LIBRARY`` names, else ``lmms-mtv/library`` in the user's cache."""
+    """Return the folder that ``LMMS_MTV_LIBRARY`` names, else ``lmms-mtv/library`` in the user's cache."""
     given = os.environ.get(VARIABLE)
     return Path(given) if given else user_cache() / "library"
 
@@ -38,7 +38,7 @@ def user_cache() -> Path:
 
 
 def folder_name(name: str) -> str:
-    """One component of a path for any ``name``, of at most 96 ASCII characters; no two names share one.
+    """Return one component of a path for any ``name``, of at most 96 ASCII characters; no two names share one.
 
     ``owner/model`` is ``owner--model``. A name that cannot be written like that keeps what is readable of it, and the
     digest of the whole after a ``~``.
@@ -52,5 +52,7 @@ def folder_name(name: str) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether something of this name is on its way to its real one, or was left there by a process that was killed."""
+    """Return whether something of this name is on its way to its real one, or was left there by a process that was
+    killed.
+    """
     return _TEMPORARY.fullmatch(name) is not None

@@ -21,7 +21,7 @@ FORMS: Final = "a path, four or more digits of an id, task/method, or hub:owner/
 
 
 def file(wanted: str) -> Path | None:
-    """The vector's file that a reference is the path of, itself or its folder; None if it is no path.
+    """Return the vector's file that a reference is the path of, itself or its folder; None if it is no path.
 
     What ends in ``.safetensors`` or begins like a path is one, also where nothing is.
     """
@@ -35,7 +35,7 @@ def file(wanted: str) -> Path | None:
 
 
 def chosen(wanted: str, entries: Sequence[Entry], criteria: Mapping[str, str | int | None], root: Path) -> Entry:
-    """The one of ``entries`` that an id prefix or ``task/method`` names.
+    """Return the one of ``entries`` that an id prefix or ``task/method`` names.
 
     Several are narrowed by those ``criteria`` that are not None, one after the other, then to those without parents.
     Raises :class:`ArgumentError` if none or several are left, or if a criterion leaves none.

@@ -22,7 +22,10 @@ OWN = "hf"
 
 
 def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
-    """The arguments of the base ``name``. Raises :class:`ArgumentError` if there is none, or if it does not import."""
+    """Return the arguments of the base ``name``.
+
+    Raises :class:`ArgumentError` if there is none, or if it does not import.
+    """
     if name == OWN:
         return names(HfConfig)
     others = set(list_available_models(include_aliases=True)) - {"mtv"}
@@ -56,7 +59,7 @@ def _lack(name: str) -> str | None:
 
 
 def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -> tuple[Hf | Wrapped, Sites]:
-    """The base ``name``, loaded, and where its heads are; ``decoder`` as in :func:`~lmms_mtv.hooks.find_sites`.
+    """Return the base ``name``, loaded, and where its heads are; ``decoder`` as in :func:`~lmms_mtv.hooks.find_sites`.
 
     Raises :class:`ArgumentError` if it cannot be loaded or has no torch module to edit.
     """

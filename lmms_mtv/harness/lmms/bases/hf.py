@@ -197,7 +197,7 @@ class Hf:
         return found
 
     def rendered(self, prompt: Prompt) -> str:
-        """The prompt as the text that goes to the processor."""
+        """Return the prompt as the text that goes to the processor."""
         pictured = bool(prompt.images())
         if pictured and not self._multimodal:
             raise ArgumentError(f"{self.name} is a text model, but the task has images: choose another pretrained=")
@@ -209,7 +209,7 @@ class Hf:
         return prompt if self.config.fewshot_as_multiturn else prompt.inline()
 
     def written(self, prompt: Prompt) -> list[str]:
-        """The prompt as text, and what stands before, in and after its target."""
+        """Return the prompt as text, and what stands before, in and after its target."""
         return [self.rendered(prompt), prompt.target_delimiter, prompt.target, prompt.fewshot_delimiter]
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ class Hf:
     def generate(
         self, prompts: Sequence[Prompt], settings: Mapping[str, Any], edited: bool = False
     ) -> tuple[list[GenerationResult], int]:
-        """Answers to a batch of prompts under the harness's generation settings, ``until`` among them.
+        """Return answers to a batch of prompts under the harness's generation settings, ``until`` among them.
 
         Also the number of tokens that went in. An exception is never kept back, with or without an edit.
         """
@@ -285,7 +285,9 @@ class Hf:
         return answers, sum(lengths)
 
     def _passed_on(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The generation arguments of a task that are transformers' own; a warning names those that nobody knows."""
+        """Return the generation arguments of a task that are transformers' own; a warning names those that nobody
+        knows.
+        """
         others = {k: v for k, v in settings.items() if k not in (*_OF_TASKS, *_SAMPLING) and v is not None}
         known = {k: v for k, v in others.items() if hasattr(self.model.generation_config, k) and k not in _FIXED}
         if (unknown := sorted(others.keys() - known.keys())) and not self._warned.issuperset(unknown):
@@ -294,7 +296,9 @@ class Hf:
         return known
 
     def _stops(self, prompts: Sequence[Prompt], until: str | Sequence[str]) -> list[str]:
-        """Where an answer ends: at the task's ``until``, and in raw prompts where a next demonstration would begin."""
+        """Return where an answer ends: at the task's ``until``, and in raw prompts where a next demonstration would
+        begin.
+        """
         stops = [until] if isinstance(until, str) else list(until)
         if self.config.prompt_style == "raw":
             stops += [prompt.fewshot_delimiter for prompt in prompts]
@@ -364,7 +368,7 @@ def one_line(error: Exception, limit: int = 400) -> str:
 
 
 def _device(name: str | None) -> torch.device:
-    """The device ``name``, or the GPU of this process if there is one; each of several processes has its own."""
+    """Return the device ``name``, or the GPU of this process if there is one; each of several processes has its own."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -372,7 +376,10 @@ def _device(name: str | None) -> torch.device:
 
 
 def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any:
-    """The processor, with what the configuration says of images. Raises :class:`ArgumentError` if it cannot have it."""
+    """Return the processor, with what the configuration says of images.
+
+    Raises :class:`ArgumentError` if it cannot have it.
+    """
     given = {name: getattr(config, name) for name in _IMAGE_SETTINGS if getattr(config, name) is not None}
     images = getattr(AutoProcessor.from_pretrained(source, **options), "image_processor", None)
     known = _known_to(images)
@@ -387,7 +394,7 @@ def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any
 
 
 def _known_to(images: Any) -> Mapping[str, Any]:
-    """The settings that an image processor knows."""
+    """Return the settings that an image processor knows."""
     known: Mapping[str, Any] = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
     return known
 
@@ -408,7 +415,10 @@ def padding(tokenizer: Any) -> str:
 
 
 def _adapted(model: Any, source: str) -> nn.Module:
-    """The model with an adapter of PEFT. Raises :class:`ArgumentError` if it cannot be put on, or is a prompt."""
+    """Return the model with an adapter of PEFT.
+
+    Raises :class:`ArgumentError` if it cannot be put on, or is a prompt.
+    """
     import peft
 
     try:
@@ -422,7 +432,7 @@ def _adapted(model: Any, source: str) -> nn.Module:
 
 
 def _shorter(prompts: Sequence[Prompt], found: int, new_tokens: int, context: int) -> str:
-    """What makes a prompt and its answer fit."""
+    """Return what makes a prompt and its answer fit."""
     if any(prompt.demonstrations for prompt in prompts) and found > context - new_tokens:
         return "pass a smaller shots= (or fit_shots= if this happened while fitting)" + (
             f", or at most {context - found} max_new_tokens with --gen_kwargs" if found < context else ""

@@ -85,7 +85,7 @@ class _Doc(NamedTuple):
 
 
 def wrapper_class(name: str, force_simple: bool = False) -> type[lmms]:
-    """The wrapper class of lmms-eval's model ``name``.
+    """Return the wrapper class of lmms-eval's model ``name``.
 
     Raises :class:`ArgumentError` if it does not import, with the package that is missing, or if it never has a model
     in this process, as those of servers and APIs.
@@ -111,7 +111,7 @@ def wrapper_class(name: str, force_simple: bool = False) -> type[lmms]:
 
 
 def parameters(wrapper: type[lmms]) -> dict[str, inspect.Parameter]:
-    """The keyword arguments of a wrapper, those that its ``**kwargs`` hand to its parents among them."""
+    """Return the keyword arguments of a wrapper, those that its ``**kwargs`` hand to its parents among them."""
     found: dict[str, inspect.Parameter] = {}
     for parent in wrapper.__mro__:
         if "__init__" not in vars(parent):
@@ -125,7 +125,7 @@ def parameters(wrapper: type[lmms]) -> dict[str, inspect.Parameter]:
 
 
 def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
-    """The names of all arguments that the base ``name`` takes."""
+    """Return the names of all arguments that the base ``name`` takes."""
     return (*OWN, *parameters(wrapper_class(name, force_simple)))
 
 
@@ -183,7 +183,7 @@ class Wrapped:
         return {"base": self.config.name, **given, **files}
 
     def written(self, prompt: Prompt) -> list[str]:
-        """The tokens that the wrapper makes of the prompt, and what stands before, in and after its target."""
+        """Return the tokens that the wrapper makes of the prompt, and what stands before, in and after its target."""
         kind = "simple" if self.is_simple else "chat"
         ids = json.dumps(self._ids(prompt))
         return [kind, ids, prompt.target_delimiter, prompt.target, prompt.fewshot_delimiter]
@@ -233,7 +233,7 @@ class Wrapped:
     def answers(
         self, requests: Sequence[Instance], hook: CacheHook, edited: bool
     ) -> tuple[list[GenerationResult], int]:
-        """Answers to the harness's own requests, exactly as it sent them, and the number of tokens that went in.
+        """Return answers to the harness's own requests, exactly as it sent them, and the number of tokens that went in.
 
         ``edited`` says that an edit is in place. Then a request that the wrapper answers although its model failed or
         did not run is a :class:`HookError`; otherwise it is a warning, and the answer is the wrapper's own.
@@ -251,7 +251,7 @@ class Wrapped:
     def generate(
         self, prompts: Sequence[Prompt], settings: Mapping[str, Any], edited: bool
     ) -> tuple[list[GenerationResult], int]:
-        """Answers to prompts of our own making, as :meth:`answers` does."""
+        """Return answers to prompts of our own making, as :meth:`answers` does."""
         with _quiet():
             return self.answers(self._requests(prompts, settings), CacheHook(None), edited)
 
@@ -267,7 +267,7 @@ class Wrapped:
         return made
 
     def _requests(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[Instance]:
-        """The prompts as requests over a synthetic task, which is put where the wrapper looks for documents."""
+        """Return the prompts as requests over a synthetic task, which is put where the wrapper looks for documents."""
         docs = [self._doc(prompt) for prompt in prompts]
         self.wrapper.task_dict[_TASK] = {_SPLIT: docs}
         made = []
@@ -341,7 +341,7 @@ class Wrapped:
         return ids
 
     def _template(self, prompt: Prompt) -> Template | None:
-        """The chat template that writes the wrapper's prompts; None if there is none in what ``prompt`` becomes."""
+        """Return the chat template that writes the wrapper's prompts, or None if no part of ``prompt`` is from one."""
         if self._found is None:
             ids = self._ids(prompt)
             # Some wrappers set their template when they first generate.
@@ -349,7 +349,7 @@ class Wrapped:
         return self._found[0] if self._found else None
 
     def _opens(self, template: Template, ids: list[int]) -> bool:
-        """Whether ``ids`` end in what the template writes between a question and its answer."""
+        """Return whether ``ids`` end in what the template writes between a question and its answer."""
         text = template(_QUESTION, True)
         asked = text[: text.rindex("?") + 1]
         turn = self._tokens(text)[len(self._tokens(asked)) :]
@@ -370,7 +370,7 @@ def _messages(doc: _Doc) -> list[Message]:
 
 
 def _sets_a_model(wrapper: type[lmms]) -> bool:
-    """Whether instances have an attribute ``model`` or ``_model``, as far as the class tells."""
+    """Return whether instances have an attribute ``model`` or ``_model``, as far as the class tells."""
     for parent in wrapper.__mro__[: wrapper.__mro__.index(lmms)]:
         if isinstance(vars(parent).get("model"), property):
             return True
@@ -405,7 +405,7 @@ def _batch_size(wrapper: lmms) -> int:
 
 
 def _holders(wrapper: lmms) -> Iterator[Any]:
-    """What may have a tokenizer or a chat template: processors before tokenizers."""
+    """Return what may have a tokenizer or a chat template: processors before tokenizers."""
     for name in ("processor", "_processor", "_image_processor", "tokenizer", "_tokenizer"):
         if (found := getattr(wrapper, name, None)) is not None:
             yield found
@@ -447,7 +447,7 @@ def _writer(holder: Any, flat: bool) -> Template:
 
 
 def _absent(wrapper: lmms, error: Exception) -> list[str]:
-    """Names that the wrapper's generation calls but that optional imports left as None."""
+    """Return names that the wrapper's generation calls but that optional imports left as None."""
     if not isinstance(error, TypeError) or "NoneType" not in str(error):
         return []
     function = type(wrapper).generate_until
