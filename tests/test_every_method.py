@@ -26,6 +26,7 @@ from vectors import card
 
 from lmms_mtv import TaskVector, applied, methods
 from lmms_mtv.errors import GeometryError
+from lmms_mtv.fit.episodes import EpisodeSampler
 from lmms_mtv.harness.lm import model as of_lm_eval
 from lmms_mtv.harness.lmms import model as of_lmms_eval
 
@@ -65,10 +66,15 @@ class Fit:
 
 def fit(name: str, tiny: zoo.Tiny, **options: Any) -> Fit:
     method, used, drawn = methods.get(name), session(tiny, **options), []
-    original = used.random
-    used.random = lambda purpose: drawn.append(purpose) or original(purpose)
-    config = method.configure(quick(name))
-    fitted = method.fit(used, config)
+    original, config = EpisodeSampler.random, method.configure(quick(name))
+
+    def noted(sampler: EpisodeSampler, purpose: str) -> random.Random:
+        drawn.append(purpose)
+        return original(sampler, purpose)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EpisodeSampler, "random", noted)
+        fitted = method.fit(used, config)
     described = card(
         method=name,
         config=dataclasses.asdict(config),

@@ -126,14 +126,19 @@ def prefetched(ranks: Ranks) -> dict:
     masks = torch.rand(4, *find_sites(tiny.model).shape[:2], generator=torch.Generator().manual_seed(1)) < 0.5
     session = sessions.session(tiny, ranks=ranks)
     edit = Edit.replace(torch.ones(session.shape), masks)
-    session.losses(Episode(9, ()), edit)
+    session.losses(Episode(9, (7, 8)), edit)
     before = session.forwards
     session.prefetch(episodes)
     ahead = session.forwards - before
     losses = torch.stack([session.losses(episode, edit, "all") for episode in episodes])
     tight = sessions.session(tiny, ranks=ranks, memory=1)
     tight.prefetch(episodes)
-    return {"losses": losses, "ahead": ahead, "after": session.forwards - before - ahead, "tight": len(tight._prefills)}
+    return {
+        "losses": losses,
+        "ahead": ahead,
+        "after": session.forwards - before - ahead,
+        "tight": tight.prefilled_bytes,
+    }
 
 
 def test_prompts_are_prefilled_in_shares_and_passed_on(tmp_path):

@@ -391,4 +391,7 @@ class TestWords:
         for name, task in tasks.items():
             assert all(doc["input"].startswith(f"{name} ") for doc in task.test_docs())
             assert task.config.process_results.__name__ == ("score_cased" if "capitalize" in name else "score")
-            assert task.config.metadata["mtv"] == {"demonstrations": "train"}
+            assert task.config.metadata["mtv"] == {
+                "demonstrations": "train",
+                "mtv": {"fit_shots": 10, "steps": 300, "samples": 16},
+            }

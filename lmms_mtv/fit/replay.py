@@ -80,6 +80,7 @@ class Replayer(Generic[P]):
         self._rows = BatchSize(sys.maxsize, automatic=True)
         self._exact: dict[Kind, bool] = {}
         self._packs: dict[Kind, bool] = {}
+        self._unedited: dict[int, bool] = {}
         self._lacks_cache = False
 
     @property
@@ -137,9 +138,16 @@ class Replayer(Generic[P]):
         return context.ranks.total(losses), context.ranks.total(gradient)
 
     def unedited(self, prefill: Prefill, target: list[int]) -> Run:
-        """Return how a prompt runs without edits, calibrated. The prompt is whole."""
-        self._calibrate(prefill, {}, target)
-        return prefill.replay if self._replayed(prefill, {}) else prefill.forward
+        """Return how a whole prompt runs without edits: from its cache where that is found to be exact.
+
+        Each process finds out for itself, since others may be at another prompt.
+        """
+        if prefill.cache is None or self._way == "full forwards":
+            return prefill.forward
+        length = prefill.length.bit_length()
+        if length not in self._unedited:
+            self._unedited[length] = self._way is not None or self._is_exact(prefill, {}, target)
+        return prefill.replay if self._unedited[length] else prefill.forward
 
     def _ready(self, episode: Episode, edits: Edits, tokens: Tokens, whole: bool) -> tuple[Prefill, list[int]]:
         """Return the prefill of ``episode`` and the tokens that count, calibrated for ``edits``."""

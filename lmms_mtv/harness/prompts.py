@@ -107,7 +107,7 @@ class Prompt:
         return not self.demonstrations and kinds == sorted(kinds, key=lambda kind: kind != "image")
 
     def inline(self) -> Prompt:
-        """Return the same prompt with the demonstrations inside the query's first turn, between the task's delimiters."""
+        """Return the prompt with the demonstrations inside the query's first turn, between the task's delimiters."""
         shown: list[dict[str, Any]] = []
         for demonstration in self.demonstrations:
             shown += [part for message in demonstration.messages for part in message["content"]]
