@@ -80,7 +80,7 @@ class Replayer(Generic[P]):
         self._rows = BatchSize(sys.maxsize, automatic=True)
         self._exact: dict[Kind, bool] = {}
         self._packs: dict[Kind, bool] = {}
-        self._unedited: dict[int, bool] = {}
+        self._unedited: dict[Kind, bool] = {}
         self._lacks_cache = False
 
     @property
@@ -102,7 +102,8 @@ class Replayer(Generic[P]):
 
     def lean(self, prefill: Prefill) -> bool:
         """Return whether a prompt needs no more than what its replays need."""
-        decided = any(kind.length == prefill.length.bit_length() for kind in self._exact)
+        length = Kind.of({}, prefill).length
+        decided = any(kind.length == length for kind in self._exact)
         return decided and bool(self.replays) and prefill.cache is not None
 
     @torch.no_grad()
@@ -144,10 +145,10 @@ class Replayer(Generic[P]):
         """
         if prefill.cache is None or self._way == "full forwards":
             return prefill.forward
-        length = prefill.length.bit_length()
-        if length not in self._unedited:
-            self._unedited[length] = self._way is not None or self._is_exact(prefill, {}, target)
-        return prefill.replay if self._unedited[length] else prefill.forward
+        kind = Kind.of({}, prefill)
+        if kind not in self._unedited:
+            self._unedited[kind] = self._way is not None or self._is_exact(prefill, {}, target)
+        return prefill.replay if self._unedited[kind] else prefill.forward
 
     def _ready(self, episode: Episode, edits: Edits, tokens: Tokens, whole: bool) -> tuple[Prefill, list[int]]:
         """Return the prefill of ``episode`` and the tokens that count, calibrated for ``edits``."""
@@ -187,21 +188,23 @@ class Replayer(Generic[P]):
             self._lacks_cache = True
             logger.warning("a prompt's cache cannot be replayed: its losses come from full forwards, more slowly")
             return
-        kind, ranks = Kind.of(edits, prefill), self._context.ranks
+        kind = Kind.of(edits, prefill)
         if self._way is not None:
             self._exact[kind] = self._way != "full forwards"
             self._packs[kind] = self._way == "side by side"
             return
-        with ranks.together(), alone(), torch.no_grad():
+        with self._context.ranks.together(), alone(), torch.no_grad():
             probe = self._probe(prefill, edits)
         if kind not in self._exact:
-            with ranks.together(), alone(), torch.no_grad():
-                exact = self._is_exact(prefill, probe, target)
-            self._exact[kind] = self._context.on_all_ranks(exact)
+            self._exact[kind] = self._agreed(lambda: self._is_exact(prefill, probe, target))
         if self._exact[kind] and self._may_pack(prefill, edits, target):
-            with ranks.together(), alone(), torch.no_grad():
-                packs = self._is_exact_side_by_side(prefill, probe, target)
-            self._packs[kind] = self._context.on_all_ranks(packs)
+            self._packs[kind] = self._agreed(lambda: self._is_exact_side_by_side(prefill, probe, target))
+
+    def _agreed(self, holds: Callable[[], bool]) -> bool:
+        """Return whether every process finds that it ``holds``."""
+        with self._context.ranks.together(), alone(), torch.no_grad():
+            own = holds()
+        return self._context.on_all_ranks(own)
 
     def _probe(self, prefill: Prefill, edits: Edits) -> Edits:
         """Return edits like ``edits`` that put other places' activations of this prompt into some of the places."""
