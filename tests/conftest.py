@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import official_files
 import pytest
 import torch
-import zoo
 from transformers import LlamaForCausalLM, MiniMaxForCausalLM, PreTrainedModel
 
 from lmms_mtv import data
 from lmms_mtv.shapes import tiny as words
+from support import official_files, zoo
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,114 @@
+"""The package as it is installed: a wheel that works away from the repository, and the main job with its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lmms_mtv.experiments import cells, check
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_has_tasks_and_checkpoint_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"lmms_mtv/tasks/{path.relative_to(ROOT / 'tasks')}" for path in tracked("tasks")} <= names
+    assert {str(path.relative_to(ROOT)) for path in tracked("lmms_mtv")} <= names
+    assert {f"lmms_mtv/paper_results/{path.name}" for path in tracked("results/paper")} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "results/"))]
+    assert wheel.stat().st_size < 8e6
+
+
+def tracked(folder: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / line for line in listed.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_runs_the_main_job(wheel, tmp_path):
+    """MTV beats zero-shot by a wide margin on a third of the benchmark, from a wheel and away from the repository."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    where = [sys.executable, "-c", "import lmms_mtv; print(lmms_mtv.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(site))
+
+    scores = {}
+    for method in ("none", "mtv"):
+        output = tmp_path / method
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "lmms_eval", "--model", "mtv", "--tasks", "shapes", "--limit", "66"),
+                *("--model_args", f"pretrained=tiny,method={method}", "--batch_size", "16"),
+                *("--output_path", str(output)),
+            ],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        (results,) = (json.loads(path.read_text()) for path in output.rglob("*_results.json"))
+        scores[method] = results["results"]["shapes"]["exact_match,none"]
+    assert scores["none"] <= 0.25
+    assert scores["mtv"] >= 0.95
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in RESULTS.glob("*/plan.yaml")), ids=lambda f: f.name)
+def test_stored_results_hold(folder):
+    """All cells are there and as they were measured, the vectors too, and the tables say what they say."""
+    assert check.stored(folder) == []
+    pages = check.pages(folder)
+    assert RESULTS / "README.md" in pages
+    assert check.tables(folder, pages) == []
+
+
+def test_the_reference_run_shows_what_the_method_is_for():
+    """The figures of the project's promise, over all stored seeds."""
+    found = cells.read_all(RESULTS / "shapes")
+    mean = {
+        arm: statistics.mean(cell.score for cell in found if cell.arm == arm) for arm in {cell.arm for cell in found}
+    }
+    assert {cell.seed for cell in found} == {0, 1, 2, 3, 4}
+    assert len({cell.task for cell in found}) == 9
+    assert mean["zero-shot"] <= 0.25
+    assert mean["4-shot"] >= 0.97
+    assert mean["MTV"] >= 0.97
+    assert mean["random heads"] <= mean["MTV"] - 0.30
+
+
+def test_the_repository_names_no_machine():
+    """No absolute path of a home or work folder in what is tracked."""
+    pattern = re.compile(rb"(?<![\w.])/(home|root|work|Users)/\w")
+    for path in (path for folder in (".", "results", "tasks", "docs") for path in tracked(folder)):
+        if path.suffix in {".py", ".md", ".yaml", ".json", ".jsonl", ".toml", ".log", ""} and path.is_file():
+            assert not pattern.search(path.read_bytes()), path
