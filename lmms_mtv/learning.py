@@ -2,7 +2,6 @@
 
 from lmms_mtv.fit.learning import (
     Distillation,
-    Moment,
     Schedule,
     Weighted,
     comparable,
@@ -10,9 +9,10 @@ from lmms_mtv.fit.learning import (
     divergence,
     learn,
     pace,
-    taught,
-    typical,
 )
+from lmms_mtv.fit.learning import TrainingQuery as Moment
+from lmms_mtv.fit.learning import mean_activation_norm as typical
+from lmms_mtv.fit.learning import teacher_answer as taught
 
 __all__ = [
     "Distillation",

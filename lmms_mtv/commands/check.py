@@ -35,19 +35,21 @@ def run(given: argparse.Namespace) -> None:
     if not differences:
         pages = check.pages(given.results)
         differences += check.tables(given.results, pages)
-    places = [] if given.stored or differences else check.chosen(asked, given.cells, given.seed)
+    cell_keys = [] if given.stored or differences else check.chosen(asked, given.cells, given.seed)
 
-    def load(asked: plan.Plan, library: Path) -> compare.Bench:
-        from lmms_mtv.harness.lmms.evaluation import Bench
+    def load(asked: plan.Plan, library: Path) -> compare.CellRunner:
+        from lmms_mtv.harness.lmms.evaluation import PlanRunner
 
-        return Bench(asked, library, reuse=False)
+        return PlanRunner(asked, library, reuse=False)
 
-    if places:
+    if cell_keys:
         with tempfile.TemporaryDirectory() as scratch:
-            differences += check.rerun(given.results, places, Path(scratch), load)
+            differences += check.rerun(given.results, cell_keys, Path(scratch), load)
     if differences:
         sys.stdout.write(check.table(differences) + "\n")
         raise ResultsError(f"{given.results}: {len(differences)} differences, see the table")
     tables = ", ".join(map(str, pages)) or "no page has tables of them"
-    again = f", {len(places)} run again and the same within {dict(asked.tolerance)}" if places else ""
-    sys.stdout.write(f"{given.results}: {len(asked.places())} cells as they were measured{again}; tables: {tables}\n")
+    again = f", {len(cell_keys)} run again and the same within {dict(asked.tolerance)}" if cell_keys else ""
+    sys.stdout.write(
+        f"{given.results}: {len(asked.cell_keys())} cells as they were measured{again}; tables: {tables}\n"
+    )

@@ -55,10 +55,10 @@ def run(given: argparse.Namespace) -> None:
 
     asked = planned(given, given.output.resolve().name)
 
-    def load(plan: Plan, library: Path) -> compare.Bench:
-        from lmms_mtv.harness.lmms.evaluation import Bench
+    def load(plan: Plan, library: Path) -> compare.CellRunner:
+        from lmms_mtv.harness.lmms.evaluation import PlanRunner
 
-        return Bench(plan, library)
+        return PlanRunner(plan, library)
 
     ran = compare.run(asked, given.output, load)
     if not ran:

@@ -55,7 +55,7 @@ def _system() -> list[str]:
     return [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}: {sys.prefix}"]
 
 
-def _library(library: environment.Library) -> str:
+def _library(library: environment.RequiredLibrary) -> str:
     found = "missing" if library.installed is None else str(library.installed)
     state = "not supported" if not library.is_supported else "newer than tested" if library.is_newer else "ok"
     tested = str(library.tested).removeprefix("==") or "-"

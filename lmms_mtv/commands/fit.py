@@ -29,12 +29,12 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from lmms_mtv.harness.lmms.evaluation import Bench
+    from lmms_mtv.harness.lmms.evaluation import PlanRunner
 
     plan = Plan("fit", given.model_args, given.tasks, {"fit": {}}, given.seeds, given.batch_size)
-    bench = Bench(plan, given.library)
-    for place in bench.places():
-        vector = bench.fit(place)
-        if bench.leads:
+    runner = PlanRunner(plan, given.library)
+    for key in runner.cell_keys():
+        vector = runner.fit(key)
+        if runner.leads:
             edited = vector.described() if vector.edits else "nothing to fit"
-            sys.stdout.write(f"{place.task}, seed {place.seed}: {vector.card.method} {vector.id}, {edited}\n")
+            sys.stdout.write(f"{key.task}, seed {key.seed}: {vector.card.method} {vector.id}, {edited}\n")

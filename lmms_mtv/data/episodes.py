@@ -62,7 +62,7 @@ def row(episode: Mapping[str, str], references: Mapping[str, str]) -> Row:
     }
 
 
-def checked(content: Any, data: EpisodeSet, split: str, where: str, counted: bool = True) -> list[dict[str, str]]:
+def validated(content: Any, data: EpisodeSet, split: str, where: str, counted: bool = True) -> list[dict[str, str]]:
     """Return the paper's episodes of a split.
 
     Raises :class:`DataError` if their form, or a count where ``counted``, is another than expected.
@@ -110,7 +110,7 @@ def regenerated(classes: Classes, repeats: int, seed: int) -> list[dict[str, str
 
 def _fetch(data: EpisodeSet, split: str) -> list[Row]:
     path = hub.downloaded(data.files[split], data.task)
-    episodes = checked(parsed(path.read_bytes(), path), data, split, data.files[split].url)
+    episodes = validated(parsed(path.read_bytes(), path), data, split, data.files[split].url)
     references = _references(data.copies)
     needed = {PurePosixPath(episode[key]).name for episode in episodes for key in ("pos", "neg", "query")}
     if missing := sorted(needed - references.keys()):
@@ -163,7 +163,7 @@ def _given(data: EpisodeSet, split: str, official: Official) -> list[dict[str, s
                 "--regenerate to draw episodes from the official splits instead (their scores compare with each "
                 "other, not with the paper's)"
             ) from error
-    return checked(parsed(path.read_bytes(), path), data, split, str(path), counted=not official.partial)
+    return validated(parsed(path.read_bytes(), path), data, split, str(path), counted=not official.partial)
 
 
 def _flowers_classes(official: Official, _: File) -> dict[str, dict[str, list[str]]]:

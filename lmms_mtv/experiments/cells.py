@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmms_mtv.errors import DataError
-from lmms_mtv.experiments.plan import Place, slug
+from lmms_mtv.experiments.plan import CellKey, slug
 from lmms_mtv.runtime import files
 
 SCHEMA: Final = 1
@@ -57,35 +57,35 @@ class Cell:
     schema: int = SCHEMA
 
     @property
-    def place(self) -> Place:
-        return Place(self.task, self.arm, self.seed)
+    def key(self) -> CellKey:
+        return CellKey(self.task, self.arm, self.seed)
 
 
-def path(folder: Path, place: Place) -> Path:
+def path(folder: Path, key: CellKey) -> Path:
     """Return where a cell is kept."""
-    return folder / FOLDER / slug(place.task) / f"{slug(place.arm)}-seed{place.seed}.json"
+    return folder / FOLDER / slug(key.task) / f"{slug(key.arm)}-seed{key.seed}.json"
 
 
 def write(folder: Path, cell: Cell, of_harness: Mapping[str, Any]) -> Path:
     """Write a cell, sealed, with the harness's own figures beside it; whole or not at all."""
     content = {**of_harness, "mtv": dataclasses.asdict(cell)}
     content["seal"] = seal(content)
-    found = path(folder, cell.place)
+    found = path(folder, cell.key)
     files.write(found, _written(content).encode())
     return found
 
 
-def read(folder: Path, place: Place) -> Cell | None:
+def read(folder: Path, key: CellKey) -> Cell | None:
     """Return the cell at ``place``, None if there is none.
 
     Raises :class:`DataError` if its file is damaged, was altered, or is the cell of another place.
     """
-    found = path(folder, place)
+    found = path(folder, key)
     if not found.is_file():
         return None
     cell = _opened(found)
-    if cell.place != place:
-        raise DataError(f"{found} is the cell of {cell.place}, expected {place}: delete it and run lmms-mtv compare")
+    if cell.key != key:
+        raise DataError(f"{found} is the cell of {cell.key}, expected {key}: delete it and run lmms-mtv compare")
     return cell
 
 
@@ -94,7 +94,7 @@ def read_all(folder: Path) -> list[Cell]:
 
     Raises :class:`DataError` as :func:`read` does.
     """
-    return sorted((_opened(found) for found in folder.glob(f"{FOLDER}/*/*.json")), key=lambda cell: cell.place)
+    return sorted((_opened(found) for found in folder.glob(f"{FOLDER}/*/*.json")), key=lambda cell: cell.key)
 
 
 def contradictions(found: Sequence[Cell]) -> list[str]:
@@ -104,21 +104,21 @@ def contradictions(found: Sequence[Cell]) -> list[str]:
     documents, and those with the same demonstrations of the same prompts.
     """
     lines = []
-    models: dict[str, Place] = {}
-    documents: dict[str, tuple[set[Any], Place]] = {}
-    prompts: dict[str, tuple[dict[Any, Any], Place]] = {}
-    for cell in sorted(found, key=lambda cell: cell.place):
-        models.setdefault(described(cell.model), cell.place)
+    models: dict[str, CellKey] = {}
+    documents: dict[str, tuple[set[Any], CellKey]] = {}
+    prompts: dict[str, tuple[dict[Any, Any], CellKey]] = {}
+    for cell in sorted(found, key=lambda cell: cell.key):
+        models.setdefault(described(cell.model), cell.key)
         written_of = dict(zip(cell.samples["documents"], cell.samples["prompts"], strict=True))
-        shown, place = documents.setdefault(cell.task, (set(written_of), cell.place))
+        shown, key = documents.setdefault(cell.task, (set(written_of), cell.key))
         if shown != written_of.keys():
-            lines.append(f"{place} has {len(shown)} documents of task {cell.task}, {cell.place} has others")
+            lines.append(f"{key} has {len(shown)} documents of task {cell.task}, {cell.key} has others")
             continue
-        written, place = prompts.setdefault(_prompts_of(cell), (written_of, cell.place))
+        written, key = prompts.setdefault(_prompts_of(cell), (written_of, cell.key))
         if written != written_of:
-            lines.append(f"{place} and {cell.place} were measured with different prompts or documents")
+            lines.append(f"{key} and {cell.key} were measured with different prompts or documents")
     if len(models) > 1:
-        lines.insert(0, "several models: " + ", ".join(f"{model} ({place})" for model, place in models.items()))
+        lines.insert(0, "several models: " + ", ".join(f"{model} ({key})" for model, key in models.items()))
     return lines
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.experiments import cells, plan
 from lmms_mtv.experiments.cells import Cell
-from lmms_mtv.experiments.plan import Place, Plan
+from lmms_mtv.experiments.plan import CellKey, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ VECTORS: Final = "vectors"
 """Folder of the vector library in a folder of results."""
 
 
-class Bench(Protocol):
-    """A loaded model and its tasks: :class:`lmms_mtv.harness.lmms.evaluation.Bench`."""
+class CellRunner(Protocol):
+    """A loaded model and its tasks: :class:`lmms_mtv.harness.lmms.evaluation.CellRunner`."""
 
     @property
     def groups(self) -> Mapping[str, Sequence[str]]: ...
@@ -37,10 +37,10 @@ class Bench(Protocol):
         """Name, revision and dtype, as in a cell."""
         ...
 
-    def run(self, place: Place) -> tuple[Cell, dict[str, Any]] | None: ...
+    def run(self, key: CellKey) -> tuple[Cell, dict[str, Any]] | None: ...
 
 
-def run(asked: Plan, output: Path, load: Callable[[Plan, Path], Bench]) -> list[Place]:
+def run(asked: Plan, output: Path, load: Callable[[Plan, Path], CellRunner]) -> list[CellKey]:
     """Run what is missing of a plan in ``output``; the cells that ran.
 
     ``load(plan, library)`` gives the bench; it is not called if nothing is missing. ``output`` may have other arms,
@@ -53,22 +53,22 @@ def run(asked: Plan, output: Path, load: Callable[[Plan, Path], Bench]) -> list[
         asked = dataclasses.replace(asked, groups=known.groups)
         if set(asked.tasks) <= set(known.tasks) and not _missing(asked, output):
             return []
-    bench = load(asked, output / VECTORS)
-    asked = dataclasses.replace(asked, groups={**asked.groups, **bench.groups})
-    _same_model(bench.model, output)
-    if bench.leads:
+    runner = load(asked, output / VECTORS)
+    asked = dataclasses.replace(asked, groups={**asked.groups, **runner.groups})
+    _same_model(runner.model, output)
+    if runner.leads:
         (asked if known is None else _joined(known, asked)).write(output)
     todo = _missing(asked, output)
     took: dict[str, list[float]] = {}
-    bar = tqdm(total=len(todo), desc=asked.name, unit="cell", dynamic_ncols=True, disable=not bench.leads)
+    bar = tqdm(total=len(todo), desc=asked.name, unit="cell", dynamic_ncols=True, disable=not runner.leads)
     with bar:
-        for number, place in enumerate(todo):
-            bar.set_postfix_str(f"{place}{_left(todo[number:], took)}")
+        for number, key in enumerate(todo):
+            bar.set_postfix_str(f"{key}{_left(todo[number:], took)}")
             began = time.perf_counter()
-            found = bench.run(place)
+            found = runner.run(key)
             if found is not None:
                 cells.write(output, *found)
-            took.setdefault(place.arm, []).append(time.perf_counter() - began)
+            took.setdefault(key.arm, []).append(time.perf_counter() - began)
             bar.update()
     return todo
 
@@ -78,13 +78,13 @@ def _same_model(model: Mapping[str, Any], output: Path) -> None:
     for cell in cells.read_all(output):
         if cells.described(cell.model) != cells.described(model):
             raise ArgumentError(
-                f"{output} has results of {cells.described(cell.model)} ({cell.place}), this model is "
+                f"{output} has results of {cells.described(cell.model)} ({cell.key}), this model is "
                 f"{cells.described(model)}: choose another --output, or delete {output}"
             )
 
 
-def _missing(asked: Plan, output: Path) -> list[Place]:
-    return [place for place in asked.places() if cells.read(output, place) is None]
+def _missing(asked: Plan, output: Path) -> list[CellKey]:
+    return [key for key in asked.cell_keys() if cells.read(output, key) is None]
 
 
 def _agree(known: Plan, asked: Plan, output: Path) -> None:
@@ -120,10 +120,10 @@ def _joined(known: Plan, asked: Plan) -> Plan:
     )
 
 
-def _left(todo: Sequence[Place], took: Mapping[str, Sequence[float]]) -> str:
+def _left(todo: Sequence[CellKey], took: Mapping[str, Sequence[float]]) -> str:
     """Return an estimate of the time that ``todo`` takes, from the time that cells of each arm took."""
     if not took:
         return ""
     overall = statistics.mean(seconds for of_arm in took.values() for seconds in of_arm)
-    seconds = sum(statistics.mean(took[place.arm]) if place.arm in took else overall for place in todo)
+    seconds = sum(statistics.mean(took[key.arm]) if key.arm in took else overall for key in todo)
     return f", about {seconds / 60:.0f} min left" if seconds >= 60 else f", about {seconds:.0f} s left"

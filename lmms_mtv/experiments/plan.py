@@ -20,7 +20,7 @@ OF_THE_PLAN: Final = ("seed", "batch_size", "limit", "library", "reuse")
 """Model arguments that no arm has: the plan gives them."""
 
 
-class Place(NamedTuple):
+class CellKey(NamedTuple):
     """Which cell of a comparison: a task, an arm, a seed."""
 
     task: str
@@ -114,12 +114,12 @@ class Plan:
         seeds = [seed for seed in self.seeds if seed in self.seeds_of.get(arm, self.seeds)]
         return seeds if seeded({**self.model, **self.arms[arm]}) else seeds[:1]
 
-    def places(self) -> list[Place]:
+    def cell_keys(self) -> list[CellKey]:
         """Return all cells, in the order in which they run: what an arm needs of another arm with its seed comes
         before.
         """
         return [
-            Place(task, arm, seed)
+            CellKey(task, arm, seed)
             for seed in self.seeds
             for arm in self.arms
             if seed in self.seeds_for(arm)

@@ -36,7 +36,7 @@ class Reported:
     title: str
     arxiv: str | None
     venue: str | None
-    place: str | None
+    key: str | None
     read: str
     remarks: str
 
@@ -44,7 +44,7 @@ class Reported:
     def source(self) -> str:
         """The paper, its arXiv number, and where in it."""
         number = f"arXiv {self.arxiv}" if self.arxiv else ""
-        return ", ".join(part for part in (self.title, number, self.place) if part)
+        return ", ".join(part for part in (self.title, number, self.key) if part)
 
 
 def folder() -> Path:
@@ -75,7 +75,7 @@ def models(arxiv: str = MTV) -> list[str]:
     return sorted({entry.model for entry in entries() if entry.arxiv == arxiv and entry.model})
 
 
-def reported(task: str, arm: str, model: str, arxiv: str = MTV) -> Reported | None:
+def published_result(task: str, arm: str, model: str, arxiv: str = MTV) -> Reported | None:
     """Return the score that the paper reports for a task, an arm and a model; None where it has none."""
     for entry in entries():
         if (entry.arxiv, entry.quantity) == (arxiv, "score") and (entry.task, entry.arm, entry.model) == (
@@ -102,7 +102,7 @@ def _reported(table: dict[str, Any], entry: dict[str, Any]) -> Reported:
         title=source["title"],
         arxiv=source["arxiv"],
         venue=source["venue"],
-        place=source["place"],
+        key=source["place"],
         read=table["read"],
         remarks=" ".join(part for part in (entry.get("remarks", ""), table["remarks"]) if part),
     )

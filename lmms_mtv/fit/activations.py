@@ -13,8 +13,8 @@ from lmms_mtv.errors import HookError
 from lmms_mtv.fit.context import Context
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.fit.prefill_cache import PrefillCache
-from lmms_mtv.hooks import receivers, record, shape, written
-from lmms_mtv.runtime.batches import BatchSize, alone
+from lmms_mtv.hooks import attention_outputs, receivers, record, shape
+from lmms_mtv.runtime.batches import BatchSize, single_row
 from lmms_mtv.vectors import HEADS
 
 P = TypeVar("P")
@@ -33,18 +33,18 @@ class ActivationReader(Generic[P]):
         """Return the mean over ``episodes``; see :meth:`FitSession.mean_activations`."""
         context = self._context
         total = torch.zeros(shape(context.sites, stream), dtype=torch.float64)
-        own = context.ranks.share(episodes)
+        own = context.ranks.shard(episodes)
 
         def extracted(batch: Sequence[Episode]) -> Tensor:
             return self._of(batch, stream).to("cpu", torch.float64).sum(0)
 
         description = context.bar_options("Extracting activations")
-        with context.ranks.together(), tqdm(total=len(own), **description) as bar:
-            for batch, rows in self._batch_size.over(own, extracted):
+        with context.ranks.raise_together(), tqdm(total=len(own), **description) as bar:
+            for batch, rows in self._batch_size.run_batches(own, extracted):
                 total += rows
                 context.forwards += 1
                 bar.update(len(batch))
-        return (context.ranks.total(total) / len(episodes)).float()
+        return (context.ranks.all_reduce(total) / len(episodes)).float()
 
     @torch.no_grad()
     def each(self, episodes: Sequence[Episode], stream: str, layers: range, description: str) -> Tensor:
@@ -52,35 +52,35 @@ class ActivationReader(Generic[P]):
         context = self._context
         _, heads, size = shape(context.sites, stream)
         activations = torch.zeros(len(episodes), len(layers), heads, size)
-        own = context.ranks.share(range(len(episodes)))
+        own = context.ranks.shard(range(len(episodes)))
 
         def extracted(batch: Sequence[int]) -> Tensor:
             rows = self._of([episodes[index] for index in batch], stream)
             return rows[:, layers.start : layers.stop].cpu()
 
-        with context.ranks.together(), tqdm(total=len(own), **context.bar_options(description)) as bar:
-            for batch, rows in self._batch_size.over(own, extracted):
+        with context.ranks.raise_together(), tqdm(total=len(own), **context.bar_options(description)) as bar:
+            for batch, rows in self._batch_size.run_batches(own, extracted):
                 activations[list(batch)] = rows
                 context.forwards += 1
                 bar.update(len(batch))
-        return context.ranks.total(activations)
+        return context.ranks.all_reduce(activations)
 
-    def written(self, means: Tensor, chosen: Tensor) -> Tensor:
-        """Return what the ``chosen`` heads add to the hidden state; see :meth:`FitSession.written`."""
+    def head_contributions(self, means: Tensor, chosen: Tensor) -> Tensor:
+        """Return what the ``chosen`` heads add to the hidden state; see :meth:`FitSession.head_contributions`."""
         context = self._context
         with receivers(context.sites) as norms:
             # One prompt, to see where the output of attention goes.
             self._of([Episode(0, ())], HEADS)
         context.forwards += 1
-        return written(context.sites, means * chosen.unsqueeze(-1), means, norms)
+        return attention_outputs(context.sites, means * chosen.unsqueeze(-1), means, norms)
 
     @torch.no_grad()
     def answered(self, episodes: Sequence[Episode], stream: str) -> tuple[Tensor, Tensor]:
         """Return activations before and after the targets; see :meth:`FitSession.answered_activations`."""
         context = self._context
         both = torch.zeros(2, len(episodes), *shape(context.sites, stream))
-        with context.ranks.together(), alone():
-            for index in context.bar(context.ranks.share(range(len(episodes))), "Extracting activations"):
+        with context.ranks.raise_together(), single_row():
+            for index in context.bar(context.ranks.shard(range(len(episodes))), "Extracting activations"):
                 prefill, target = self._prefills.get(episodes[index], lean=None)
                 context.verify(prefill, [stream])
                 # A forward runs the target without its last token, so the whole of it needs one more.
@@ -89,7 +89,7 @@ class ActivationReader(Generic[P]):
                         prefill.forward(context.model, context.sites, {}, following)
                     both[which, index] = recording.last()[0].cpu()
                     context.forwards += 1
-        before, after = context.ranks.total(both)
+        before, after = context.ranks.all_reduce(both)
         return before, after
 
     def _of(self, batch: Sequence[Episode], stream: str) -> Tensor:

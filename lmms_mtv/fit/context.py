@@ -58,7 +58,7 @@ class Context(Generic[P]):
 
     def on_all_ranks(self, holds: bool) -> bool:
         """Return whether it holds on every rank: all of them have to do the same."""
-        return self.ranks.total(torch.tensor(float(holds))).item() == self.ranks.count
+        return self.ranks.all_reduce(torch.tensor(float(holds))).item() == self.ranks.count
 
 
 @contextmanager

@@ -51,8 +51,8 @@ class EpisodeSampler:
             self._drawn(query, shots, rng) if pool is None else _from_pool(query, shots, pool, rng) for query in queries
         ]
 
-    def redrawn(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
-        """Return the queries of ``episodes`` with other demonstrations; see :meth:`FitSession.redrawn`."""
+    def with_other_demonstrations(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
+        """Return the queries of ``episodes``, each with ``shots`` other demonstrations."""
         rng = self.random(purpose)
         self._check_enough(shots)
         return [self._drawn(episode.query, shots, rng) for episode in episodes]

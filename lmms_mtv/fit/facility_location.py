@@ -20,8 +20,8 @@ def greedy(points: Tensor, count: int) -> list[int]:
     units = torch.nn.functional.normalize(points.double() - points.double().mean(0), dim=1)
     covered = torch.zeros(len(units), dtype=torch.float64)
     # Alone, a point gains its row sum. A little more, so that rounding leaves it a bound.
-    alone = len(units) * (1 + 1e-6) + units @ units.sum(0)
-    bounds = [(-gain, index) for index, gain in enumerate(alone.tolist())]
+    single_row = len(units) * (1 + 1e-6) + units @ units.sum(0)
+    bounds = [(-gain, index) for index, gain in enumerate(single_row.tolist())]
     heapq.heapify(bounds)
     chosen: list[int] = []
     while bounds and len(chosen) < count:

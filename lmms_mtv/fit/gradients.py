@@ -15,7 +15,7 @@ from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.prefill_cache import PrefillCache
 from lmms_mtv.fit.replay import Replayer
 from lmms_mtv.hooks import Prefill, applied, checkpointed, record
-from lmms_mtv.runtime.batches import alone
+from lmms_mtv.runtime.batches import single_row
 from lmms_mtv.runtime.lru_cache import LruCache
 from lmms_mtv.vectors import Edits
 
@@ -53,7 +53,7 @@ class GradientRunner(Generic[P]):
         kept = self._answers.get((episode, tokens, stream))
         if kept is not None:
             return kept
-        with alone():
+        with single_row():
             prefill, prompted = self._prefills.prompted(episode)
             target = prompted.counting(tokens)
             run = self._replayer.unedited(prefill, target)
@@ -81,8 +81,8 @@ class GradientRunner(Generic[P]):
         """Return losses, and the gradient of their sum; see :meth:`FitSession.gradients`."""
         context = self._context
         rows = torch.zeros(len(episodes), 1 + sum(parameter.numel() for parameter in parameters))
-        with context.ranks.together(), alone():
-            for index in context.ranks.share(range(len(episodes))):
+        with context.ranks.raise_together(), single_row():
+            for index in context.ranks.shard(range(len(episodes))):
                 prefill, prompted = self._prefills.learner(episodes[index])
                 target = prompted.counting(tokens)
                 compared = loss(index)
@@ -105,7 +105,7 @@ class GradientRunner(Generic[P]):
                 context.forwards += 1
                 rows[index] = torch.cat([part.detach().float().flatten().cpu() for part in (value, *slopes)])
         # Added up in the order of the episodes, whichever process each of them was on.
-        rows = context.ranks.total(rows)
+        rows = context.ranks.all_reduce(rows)
         if not rows.isfinite().all():
             raise NumericsError("a gradient is NaN or infinite: use dtype=float32 or bfloat16, or a smaller lr")
         parts = torch.split(rows[:, 1:].sum(0), [parameter.numel() for parameter in parameters])

@@ -20,10 +20,10 @@ def best_layer(
     ``unedited`` and ``chosen``.
     """
     layers = len(value)
-    alone = torch.cat([torch.eye(layers), torch.zeros(1, layers)]).unsqueeze(-1)
-    found = losses(Edit(value, 1 - (1 - keep) * alone, alone, once=once))
+    single_row = torch.cat([torch.eye(layers), torch.zeros(1, layers)]).unsqueeze(-1)
+    found = losses(Edit(value, 1 - (1 - keep) * single_row, single_row, once=once))
     best = int(found[:-1].argmin())
-    chosen = alone[best]
+    chosen = single_row[best]
     edit = Edit(value * chosen.unsqueeze(-1), 1 - (1 - keep) * chosen, chosen.clone(), once=once)
     return edit, {
         "layers": found[:-1].tolist(),

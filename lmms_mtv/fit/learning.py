@@ -20,20 +20,25 @@ from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import Edits
 
 
-class Moment(NamedTuple):
+class TrainingQuery(NamedTuple):
     """One query of one epoch, counted within it."""
 
     epoch: int
     number: int
-    asked: Episode
+    episode: Episode
+
+    @property
+    def asked(self) -> Episode:
+        """The name of ``episode`` in version 0.1."""
+        return self.episode
 
 
 T = TypeVar("T")
 
-Make = Callable[[Moment | None], Edits]
+Make = Callable[[TrainingQuery | None], Edits]
 """Makes the edits of what is learned so far: for a moment, whose name noise may come from, or (None) to be kept."""
 
-Loss = Callable[[Moment], Callable[[Answer], Tensor]]
+Loss = Callable[[TrainingQuery], Callable[[Answer], Tensor]]
 """For a moment, a number to make small, of what the edited model answers then."""
 
 
@@ -152,21 +157,21 @@ def _learned(
     groups: list[dict[str, Any]] = [{"params": list(tensors), "lr": rate} for rate, tensors in parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
     steps = _steps(session, schedule, asked)
-    slower = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, len(steps), schedule.warmup))
+    slower = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda example: pace(example, len(steps), schedule.warmup))
     history = []
-    for moments in session.bar(steps, "Learning"):
+    for batch in session.bar(steps, "Learning"):
         losses, gradients = session.gradients(
-            [moment.asked for moment in moments],
+            [example.episode for example in batch],
             learned,
-            partial(_of, edits, moments),
-            partial(_of, loss, moments),
+            partial(_of, edits, batch),
+            partial(_of, loss, batch),
             tokens=schedule.loss,
             stream=stream,
             autocast=schedule.autocast,
             checkpointing=schedule.checkpointing,
         )
         for tensor, gradient in zip(learned, gradients, strict=True):
-            tensor.grad = gradient / len(moments)
+            tensor.grad = gradient / len(batch)
         optimizer.step()
         slower.step()
         history.append(losses.mean().item())
@@ -175,31 +180,35 @@ def _learned(
     return history
 
 
-def _of(make: Callable[[Moment], T], moments: Sequence[Moment], index: int) -> T:
+def _of(make: Callable[[TrainingQuery], T], batch: Sequence[TrainingQuery], index: int) -> T:
     """``make`` of the moment that an index means."""
-    return make(moments[index])
+    return make(batch[index])
 
 
-def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode]) -> list[list[Moment]]:
+def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode]) -> list[list[TrainingQuery]]:
     """Return the queries of each step."""
     order, steps = session.random("order"), []
     for epoch in range(schedule.epochs):
-        moments = [Moment(epoch, number, episode) for number, episode in enumerate(order.sample(asked, len(asked)))]
+        batch = [
+            TrainingQuery(epoch, number, episode) for number, episode in enumerate(order.sample(asked, len(asked)))
+        ]
         size = schedule.accumulation
-        steps += [moments[begin : begin + size] for begin in range(0, len(moments), size)]
+        steps += [batch[begin : begin + size] for begin in range(0, len(batch), size)]
     return steps
 
 
-def taught(session: FitSession[Any], settings: Distillation, moment: Moment, stream: str | None = None) -> Answer:
+def teacher_answer(
+    session: FitSession[Any], settings: Distillation, example: TrainingQuery, stream: str | None = None
+) -> Answer:
     """Return what the unedited model makes of the query after demonstrations, with the activations of ``stream`` if
     asked.
     """
-    query, teacher = moment.asked.query, moment.epoch % settings.teachers
-    (shown,) = session.redrawn([moment.asked], settings.fit_shots, f"teacher {teacher} of {query}")
+    query, teacher = example.episode.query, example.epoch % settings.teachers
+    (shown,) = session.with_other_demonstrations([example.episode], settings.fit_shots, f"teacher {teacher} of {query}")
     return session.answer(shown, settings.loss, stream)
 
 
-def typical(session: FitSession[Any], stream: str) -> Tensor:
+def mean_activation_norm(session: FitSession[Any], stream: str) -> Tensor:
     """Root mean square of a stream's numbers at the last token of a few training queries, float32 [L, 1, 1].
 
     What is learned in this unit can have the same learning rate in all models and layers.
@@ -209,12 +218,12 @@ def typical(session: FitSession[Any], stream: str) -> Tensor:
     return before.square().mean((0, 2, 3)).sqrt().view(-1, 1, 1)
 
 
-def pace(step: int, steps: int, warmup: float) -> float:
+def pace(example: int, steps: int, warmup: float) -> float:
     """Return the share of the learning rate at a step: a line up over ``warmup`` of the ``steps``, then a cosine."""
     rising = warmup * steps
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+    if example < rising:
+        return (example + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (example - rising) / max(steps - rising, 1)))
 
 
 def divergence(answer: Answer, teacher: Answer) -> Tensor:

@@ -11,7 +11,7 @@ from lmms_mtv.errors import DataError
 from lmms_mtv.fit.context import Context
 from lmms_mtv.fit.examples import Episode, Target
 from lmms_mtv.hooks import Prefill, capture
-from lmms_mtv.runtime.batches import alone
+from lmms_mtv.runtime.batches import single_row
 from lmms_mtv.runtime.lru_cache import LruCache
 
 P = TypeVar("P")
@@ -84,13 +84,13 @@ class PrefillCache(Generic[P]):
         for begin in range(0, len(ahead), ranks.count):
             wanted = ahead[begin : begin + ranks.count]
             own: Prompted | None = None
-            with ranks.together(), alone():
+            with ranks.raise_together(), single_row():
                 if ranks.rank < len(wanted):
                     prefill, target = self.prompted(wanted[ranks.rank])
                     prefill = prefill.without_media() if lean(prefill) else prefill
                     own = prefill.to(torch.device("cpu")), target
             for source, episode in enumerate(wanted):
-                prefill, target = ranks.passed(own, source)
+                prefill, target = ranks.broadcast(own, source)
                 if not self._prefills.room(prefill.bytes):
                     return
                 self._prefills.put(episode, (prefill.to(device), target), prefill.bytes)

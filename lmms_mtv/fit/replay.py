@@ -21,7 +21,7 @@ from lmms_mtv.fit.context import Context, frozen
 from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.prefill_cache import PrefillCache
 from lmms_mtv.hooks import Prefill, Sites, record
-from lmms_mtv.runtime.batches import BatchSize, alone
+from lmms_mtv.runtime.batches import BatchSize, single_row
 from lmms_mtv.vectors import Edit, Edits, by_stream, distinct, rows_of, taken
 
 logger = logging.getLogger(__name__)
@@ -119,11 +119,11 @@ class Replayer(Generic[P]):
         if rows is None:
             return self._of_rows(prefill, edits, target, *way).cpu()
         losses = torch.zeros(rows)
-        with context.ranks.together():
+        with context.ranks.raise_together():
             if rows > context.ranks.rank:
-                own = taken(edits, context.ranks.mine)
-                losses[context.ranks.mine] = self._of_rows(prefill, own, target, *way).cpu()
-        return context.ranks.total(losses)[alike]
+                own = taken(edits, context.ranks.shard_slice)
+                losses[context.ranks.shard_slice] = self._of_rows(prefill, own, target, *way).cpu()
+        return context.ranks.all_reduce(losses)[alike]
 
     def loss_gradient(self, episode: Episode, value: Tensor, mask: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return losses and their derivatives with respect to masks; see :meth:`FitSession.loss_gradient`."""
@@ -133,10 +133,10 @@ class Replayer(Generic[P]):
             prefill, target = self._ready(episode, edits, tokens, whole=False)
         way = self._run(prefill, edits, target, learning=True)
         losses, gradient = torch.zeros(len(mask)), torch.zeros(mask.shape)
-        with context.ranks.together():
-            if own := range(len(mask))[context.ranks.mine]:
+        with context.ranks.raise_together():
+            if own := range(len(mask))[context.ranks.shard_slice]:
                 losses[own], gradient[own] = self._gradient_of_rows(value, mask[own], target, *way)
-        return context.ranks.total(losses), context.ranks.total(gradient)
+        return context.ranks.all_reduce(losses), context.ranks.all_reduce(gradient)
 
     def unedited(self, prefill: Prefill, target: list[int]) -> Run:
         """Return how a whole prompt runs without edits: from its cache where that is found to be exact.
@@ -153,7 +153,7 @@ class Replayer(Generic[P]):
     def _ready(self, episode: Episode, edits: Edits, tokens: Tokens, whole: bool) -> tuple[Prefill, list[int]]:
         """Return the prefill of ``episode`` and the tokens that count, calibrated for ``edits``."""
         context = self._context
-        with context.ranks.together(), alone():
+        with context.ranks.raise_together(), single_row():
             lean = None if whole or not context.verified.issuperset(edits) else self.lean
             prefill, prompted = self._prefills.get(episode, lean)
             target = prompted.counting(tokens)
@@ -175,7 +175,7 @@ class Replayer(Generic[P]):
 
     def _may_pack(self, prefill: Prefill, edits: Edits, target: list[int]) -> bool:
         """Return whether as many edits as are compared side by side may stand in one row of this prompt."""
-        return bool(edits) and prefill.packs(self._context.model, edits, target, _compared(target))
+        return bool(edits) and prefill.fits_one_row(self._context.model, edits, target, _compared(target))
 
     def _replayed(self, prefill: Prefill, edits: Edits) -> bool:
         return self._exact.get(Kind.of(edits, prefill), False) and prefill.cache is not None
@@ -193,7 +193,7 @@ class Replayer(Generic[P]):
             self._exact[kind] = self._way != "full forwards"
             self._packs[kind] = self._way == "side by side"
             return
-        with self._context.ranks.together(), alone(), torch.no_grad():
+        with self._context.ranks.raise_together(), single_row(), torch.no_grad():
             probe = self._probe(prefill, edits)
         if kind not in self._exact:
             self._exact[kind] = self._agreed(lambda: self._is_exact(prefill, probe, target))
@@ -202,7 +202,7 @@ class Replayer(Generic[P]):
 
     def _agreed(self, holds: Callable[[], bool]) -> bool:
         """Return whether every process finds that it ``holds``."""
-        with self._context.ranks.together(), alone(), torch.no_grad():
+        with self._context.ranks.raise_together(), single_row(), torch.no_grad():
             own = holds()
         return self._context.on_all_ranks(own)
 
@@ -241,7 +241,7 @@ class Replayer(Generic[P]):
         order = [index % _PROBES for index in range(_compared(target))]
 
         def side_by_side(of: Sequence[int], prompt: Prefill = prefill) -> Tensor:
-            return cross_entropy(prompt.packed(model, sites, taken(probe, of), target), target)
+            return cross_entropy(prompt.replay_in_one_row(model, sites, taken(probe, of), target), target)
 
         own = torch.cat(self._in_batches(prefill.replay, probe, target))
         differ = (own - own[0]).abs().max().item() > 10 * _APART
@@ -281,8 +281,8 @@ class Replayer(Generic[P]):
         # With gradients, keys are kept for each query head, which are eight for a key in many models.
         fits = rows * len(target) <= _PACKED and (not learning or 8 * prefill.bytes <= self._memory)
         settled = self._packs.get(Kind.of(edits, prefill), False)
-        if settled and fits and rows > 1 and prefill.packs(self._context.model, edits, target):
-            return prefill.packed, sys.maxsize
+        if settled and fits and rows > 1 and prefill.fits_one_row(self._context.model, edits, target):
+            return prefill.replay_in_one_row, sys.maxsize
         # A replay copies the cache for each of its rows; with gradients, at the worst, these are as large.
         return prefill.replay, self._memory // max(prefill.bytes * (2 if learning else 1), 1)
 
@@ -308,7 +308,7 @@ class Replayer(Generic[P]):
             part = taken(edits, slice(rows[0], rows[-1] + 1))
             return cross_entropy(run(self._context.model, self._context.sites, part, target), target)
 
-        return [losses for _, losses in self._rows.over(range(rows_of(edits) or 1), of_rows, limit)]
+        return [losses for _, losses in self._rows.run_batches(range(rows_of(edits) or 1), of_rows, limit)]
 
     def _gradient_of_rows(
         self, value: Tensor, mask: Tensor, target: list[int], run: Run, limit: int
@@ -325,7 +325,7 @@ class Replayer(Generic[P]):
                 (gradient,) = torch.autograd.grad(losses.sum(), part)
             return losses.detach().cpu(), gradient
 
-        parts = [part for _, part in self._rows.over(range(len(mask)), of_rows, limit)]
+        parts = [part for _, part in self._rows.run_batches(range(len(mask)), of_rows, limit)]
         self._context.forwards += len(parts)
         losses, gradients = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(gradients)

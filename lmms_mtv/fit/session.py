@@ -142,14 +142,14 @@ class FitSession(Generic[P]):
         """
         return self._sampler.episodes(count, shots, purpose, pool, unlike)
 
-    def redrawn(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
+    def with_other_demonstrations(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
         """Return the queries of ``episodes``, each with ``shots`` random demonstrations instead of its own.
 
         Raises :class:`DataError` when the training split has fewer than ``shots`` + 1 examples.
         """
-        return self._sampler.redrawn(episodes, shots, purpose)
+        return self._sampler.with_other_demonstrations(episodes, shots, purpose)
 
-    def asked(self, queries: Sequence[Episode], steps: int) -> list[Episode]:
+    def random_queries(self, queries: Sequence[Episode], steps: int) -> list[Episode]:
         """Return a random one of ``queries`` for each step of a selection, prefilled as :meth:`prefetch` does."""
         chosen = self._sampler.order(queries, steps)
         self.prefetch(chosen)
@@ -180,7 +180,7 @@ class FitSession(Generic[P]):
         middle = len(self.sites) // 2
         return self._reader.each(queries, HEADS, range(middle, middle + 1), "Embedding queries").flatten(1)
 
-    def written(self, means: Tensor, chosen: Tensor) -> Tensor:
+    def head_contributions(self, means: Tensor, chosen: Tensor) -> Tensor:
         """Return what the ``chosen`` heads add to the hidden state of each layer where all heads have their ``means``.
 
         Args:
@@ -190,7 +190,10 @@ class FitSession(Generic[P]):
         Returns:
             float32 [L, 1, width], on the CPU.
         """
-        return self._reader.written(means, chosen)
+        return self._reader.head_contributions(means, chosen)
+
+    # The names of version 0.1, for methods of other packages.
+    redrawn, asked, written = with_other_demonstrations, random_queries, head_contributions
 
     def answered_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> tuple[Tensor, Tensor]:
         """Return activations at the last token of each prompt, and at that of its query's target after it.

@@ -60,7 +60,7 @@ class Arguments:
             raise ArgumentError(f"cache_gb={self.cache_gb!r}, expected a number of gigabytes, 0 or more")
 
 
-def checked(arguments: Arguments) -> None:
+def validate(arguments: Arguments) -> None:
     """Open the files that ``vector`` and ``heads`` name, if they name files: better known before a model is loaded.
 
     Raises :class:`VectorFileError` if one cannot be used.
@@ -106,7 +106,7 @@ def names(config: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(config))
 
 
-def divide(
+def split_arguments(
     given: Mapping[str, Any], base: Sequence[str], own: Sequence[str] | None = None
 ) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
     """Return the plugin's arguments, the method, the method's settings and the base's arguments in ``given``.

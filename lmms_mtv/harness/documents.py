@@ -6,10 +6,10 @@ from datasets import Dataset
 
 from lmms_mtv import data
 from lmms_mtv.errors import DataError
-from lmms_mtv.harness.lmms.failure import reported
+from lmms_mtv.harness.lmms.failure import fail_with_status
 
 
-@reported
+@fail_with_status
 def documents(named: Dataset) -> Dataset:
     """Return the rows that ``named`` stands for: one row with the name of the data, in a split of the wanted name.
 

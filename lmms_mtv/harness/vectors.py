@@ -63,7 +63,7 @@ class Model(Runner[P_contra], Protocol[P_contra]):
         """The settings that differ from the default and change what the model computes of the same text."""
         ...
 
-    def written(self, prompt: P_contra) -> list[str]:
+    def text_parts(self, prompt: P_contra) -> list[str]:
         """Return all that is written of a prompt with its target, in pieces."""
         ...
 
@@ -86,7 +86,7 @@ class Prompts(Examples[P_co], Protocol[P_co]):
         ...
 
 
-class Vectors(Generic[P]):
+class TaskVectorProvider(Generic[P]):
     """The task vectors of one run. What ``arguments.vector`` names, if it does, stands for all that would be fitted.
 
     ``made`` and ``record`` have an entry for each task that :meth:`of` was asked for. ``ranks`` gives the processes
@@ -185,7 +185,7 @@ class Vectors(Generic[P]):
         vector = self._kept(recipe)
         reused, remarks = vector is not None, list[str]()
         if vector is None:
-            with self._ranks().together():
+            with self._ranks().raise_together():
                 if self._method.settings() and self._leads:
                     self._library.check_writable()
                     if folder is not None and (reason := record.unwritable(folder)) is not None:
@@ -261,7 +261,7 @@ class Vectors(Generic[P]):
         if not self._arguments.reuse or not self._method.settings():
             return None
         found, together = self._library.get(recipe), self._ranks()
-        if together.total(torch.tensor(float(found is not None))).item() < together.count or found is None:
+        if together.all_reduce(torch.tensor(float(found is not None))).item() < together.count or found is None:
             return None
         if self._leads:
             self._logger.info(
@@ -334,7 +334,7 @@ class Vectors(Generic[P]):
         def right(edited: bool) -> tuple[float, float] | None:
             """Return the share of right answers, and of those that did not end."""
             size = self._model.batch_size.copy()
-            parts = size.over(made, lambda batch: self._model.answered(batch, limit, edited))
+            parts = size.run_batches(made, lambda batch: self._model.answered(batch, limit, edited))
             replies = [cut(reply) for _, found in parts for reply in found]
             if len(replies) < len(targets):
                 return None
@@ -359,7 +359,7 @@ class Vectors(Generic[P]):
     def _prompt_digest(self, prompts: Prompts[P]) -> str:
         """Return SHA-256 of a written prompt with its target: of everything that shapes a prompt."""
         example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
-        written: list[Any] = self._model.written(example)
+        written: list[Any] = self._model.text_parts(example)
         if recipe := dict(self._model.recipe):
             written.append(recipe)
         if lead := self._model.lead_ids(example):

@@ -4,12 +4,12 @@ from lmms_mtv.hooks.checkpointing import checkpointed
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
 from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
-from lmms_mtv.hooks.streams import Place, places, receivers, shape, written
+from lmms_mtv.hooks.streams import HookPoint, attention_outputs, hook_points, receivers, shape
 from lmms_mtv.hooks.watch import Watch, watched
 
 __all__ = [
     "Fired",
-    "Place",
+    "HookPoint",
     "Prefill",
     "Recording",
     "ReplayError",
@@ -17,14 +17,14 @@ __all__ = [
     "Sites",
     "Watch",
     "applied",
+    "attention_outputs",
     "capture",
     "checkpointed",
     "find_sites",
-    "places",
+    "hook_points",
     "receivers",
     "record",
     "shape",
     "verify",
     "watched",
-    "written",
 ]

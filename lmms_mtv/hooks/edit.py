@@ -14,7 +14,7 @@ from lmms_mtv.hooks.gates import Gates
 from lmms_mtv.hooks.generation import token_by_token
 from lmms_mtv.hooks.positions import Positions
 from lmms_mtv.hooks.sites import Sites, find_sites
-from lmms_mtv.hooks.streams import Change, Place, changing, places, shape
+from lmms_mtv.hooks.streams import Change, HookPoint, changed_at, hook_points, shape
 from lmms_mtv.runtime.compat import uncompiled
 from lmms_mtv.vectors import HEADS, Edit, Edits, TaskVector, by_stream
 
@@ -22,11 +22,11 @@ from lmms_mtv.vectors import HEADS, Edit, Edits, TaskVector, by_stream
 class Recording:
     """Activations of the last real token of each row, of the forwards since the recording began."""
 
-    def __init__(self, places: Sequence[Place], prompts_only: bool = False, attached: bool = False) -> None:
-        self._places = places
+    def __init__(self, hook_points: Sequence[HookPoint], prompts_only: bool = False, attached: bool = False) -> None:
+        self._places = hook_points
         self._prompts_only = prompts_only
         self._attached = attached
-        self._seen: list[list[Tensor]] = [[] for _ in places]
+        self._seen: list[list[Tensor]] = [[] for _ in hook_points]
 
     def last(self) -> Tensor:
         """float32 [rows, layers, heads, head_dim], on the device of the first; rows of later forwards follow.
@@ -34,27 +34,27 @@ class Recording:
         Raises :class:`HookError` if nothing ran, :class:`NumericsError`, with the module's name, on NaN or infinity.
         """
         if not all(self._seen):
-            silent = [place.name for place, seen in zip(self._places, self._seen, strict=True) if not seen]
+            silent = [point.name for point, seen in zip(self._places, self._seen, strict=True) if not seen]
             raise HookError(f"nothing was recorded at {', '.join(silent)}: run the model inside the block")
         first = self._seen[0][0].device
         layers = [torch.cat(seen).to(first) for seen in self._seen]
-        for place, layer in zip(self._places, layers, strict=True):
+        for point, layer in zip(self._places, layers, strict=True):
             if not layer.isfinite().all():
                 raise NumericsError(
-                    f"NaN or infinity in the activations of {place.name}: load the model in float32 or bfloat16 "
+                    f"NaN or infinity in the activations of {point.name}: load the model in float32 or bfloat16 "
                     "(dtype=)"
                 )
         return torch.stack(layers, 1)
 
     def _keeping(self, index: int, positions: Positions) -> Change:
-        place = self._places[index]
+        point = self._places[index]
 
         def keep(x: Tensor) -> None:
             if self._prompts_only and positions.continues:
                 return
             rows = x[positions.of(x)].float()
             rows = rows if self._attached else rows.detach()
-            self._seen[index].append(rows.view(-1, place.heads, place.size))
+            self._seen[index].append(rows.view(-1, point.heads, point.size))
 
         return keep
 
@@ -69,20 +69,20 @@ def record(
     last real tokens of each row instead of one, one after the other. What is ``attached`` keeps its gradients. An edit
     that is applied around the block is seen.
     """
-    found = places(sites, stream)
+    found = hook_points(sites, stream)
     recording, positions = Recording(found, prompts_only, attached), Positions(tail)
-    hooks = [(place, recording._keeping(index, positions)) for index, place in enumerate(found)]
+    hooks = [(point, recording._keeping(index, positions)) for index, point in enumerate(found)]
     with _hooked(sites, positions, hooks):
         yield recording
 
 
 @contextmanager
-def _hooked(sites: Sites, positions: Positions, hooks: Sequence[tuple[Place, Change]]) -> Iterator[None]:
+def _hooked(sites: Sites, positions: Positions, hooks: Sequence[tuple[HookPoint, Change]]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(uncompiled(sites.around))
         stack.enter_context(positions.watching(sites.decoder, sites.model))
-        for place, change in hooks:
-            stack.enter_context(changing(place, change))
+        for point, change in hooks:
+            stack.enter_context(changed_at(point, change))
         yield
 
 
@@ -149,11 +149,11 @@ def applied(
     fired, gates = Fired(len(sites) * len(edits)), Gates(sites)
     positions = Positions(tail, real, resumed, packed is not None)
     steps = [
-        (place, edit, layer) for stream, edit in edits.items() for layer, place in enumerate(places(sites, stream))
+        (point, edit, layer) for stream, edit in edits.items() for layer, point in enumerate(hook_points(sites, stream))
     ]
-    hooks = [(place, _editing(edit, layer, positions, gates, fired, i)) for i, (place, edit, layer) in enumerate(steps)]
+    hooks = [(point, _editing(edit, layer, positions, gates, fired, i)) for i, (point, edit, layer) in enumerate(steps)]
     if packed is not None:
-        hooks = [(place, _of_packed(change, packed)) for place, change in hooks]
+        hooks = [(point, _of_packed(change, packed)) for point, change in hooks]
     gated = any(edit.gate is not None for edit in edits.values())
     follows = not resumed and packed is None and not all(edit.everywhere for edit in edits.values())
     with (

@@ -129,8 +129,10 @@ class Prefill:
             logits: Tensor = model(**given).logits
         return logits[:, -len(target) :].float()
 
-    def packs(self, model: nn.Module, edit: Edit | Edits, target: Sequence[int], rows: int | None = None) -> bool:
-        """Return whether :meth:`packed` may take this prompt and ``rows`` such edits, if it takes ``model`` at all.
+    def fits_one_row(
+        self, model: nn.Module, edit: Edit | Edits, target: Sequence[int], rows: int | None = None
+    ) -> bool:
+        """Return whether :meth:`replay_in_one_row` may take this prompt with ``rows`` such edits.
 
         Not where attention is computed by code that makes something else of a mask for each token, or reaches back no
         further than a window that they would not fit; where a gate looks at the attention of each row; and where
@@ -146,15 +148,15 @@ class Prefill:
             and (self.position_ids is not None or bool(self._real(0).all()))
         )
 
-    def packed(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
+    def replay_in_one_row(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """Return the same logits as :meth:`replay`, with the K edits side by side in one row.
 
         Each sees the prompt and itself alone, by an attention mask of its own, so that the cache is neither copied nor
         read K times. Whether a model takes such a mask, and position ids that repeat, has to be found out by comparing.
-        Raises :class:`ReplayError` where :meth:`packs` says no.
+        Raises :class:`ReplayError` where :meth:`fits_one_row` says no.
         """
         edits = by_stream(edit)
-        if not self.packs(model, edits, target):
+        if not self.fits_one_row(model, edits, target):
             raise ReplayError("this prompt cannot be replayed with these edits side by side")
         rows, steps = rows_of(edits) or 1, len(target)
         ids = self._followed_by(target)[:, self.length - 1 :]

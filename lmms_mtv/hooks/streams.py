@@ -18,7 +18,7 @@ Change = Callable[[Tensor], Tensor | None]
 """Sees a stream, [rows, tokens, heads * size], and gives what goes on in its place, or None to leave it."""
 
 
-class Place(NamedTuple):
+class HookPoint(NamedTuple):
     """Where a stream runs through one block: as the input of a module, or else as its output, or the first of these."""
 
     name: str
@@ -28,16 +28,16 @@ class Place(NamedTuple):
     size: int
 
 
-def places(sites: Sites, stream: str) -> tuple[Place, ...]:
+def hook_points(sites: Sites, stream: str) -> tuple[HookPoint, ...]:
     """Return the places of ``stream``, one for each site.
 
     Raises :class:`DiscoveryError` if the blocks have no module of their own for it.
     """
     if stream == HEADS:
-        return tuple(Place(site.name, site.module, True, site.heads, site.head_dim) for site in sites)
+        return tuple(HookPoint(site.name, site.module, True, site.heads, site.head_dim) for site in sites)
     modules = [{ATTENTION: _attention, MLP: _mlp, RESIDUAL: _block}[stream](site) for site in sites]
-    found = tuple(Place(name, module, False, 1, sites.width) for name, module in modules)
-    if len({id(place.module) for place in found}) < len(found):
+    found = tuple(HookPoint(name, module, False, 1, sites.width) for name, module in modules)
+    if len({id(point.module) for point in found}) < len(found):
         raise DiscoveryError(
             f"blocks share the module of their {stream} ({found[0].name}, ...), whose runs cannot be told apart: "
             "choose a method that edits another stream"
@@ -80,7 +80,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 @contextmanager
-def changing(place: Place, change: Change) -> Iterator[None]:
+def changed_at(point: HookPoint, change: Change) -> Iterator[None]:
     """Hand what runs through ``place`` inside the block to ``change``."""
 
     def entering(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -89,10 +89,10 @@ def changing(place: Place, change: Change) -> Iterator[None]:
 
     def leaving(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first, *others = output if isinstance(output, tuple) else (output,)
-        if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[-1] != place.size:
+        if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[-1] != point.size:
             found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
             raise HookError(
-                f"{place.name} gave {found}, expected a tensor of [rows, tokens, {place.size}]: choose a method that "
+                f"{point.name} gave {found}, expected a tensor of [rows, tokens, {point.size}]: choose a method that "
                 "edits another stream"
             )
         changed = change(first)
@@ -100,7 +100,7 @@ def changing(place: Place, change: Change) -> Iterator[None]:
             return None
         return (changed, *others) if isinstance(output, tuple) else changed
 
-    hook = before(place.module, entering, with_kwargs=False) if place.enters else after(place.module, leaving)
+    hook = before(point.module, entering, with_kwargs=False) if point.enters else after(point.module, leaving)
     with hook:
         yield
 
@@ -142,7 +142,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-def written(
+def attention_outputs(
     sites: Sites, heads: Tensor, among: Tensor | None = None, norms: Sequence[Sequence[nn.Module]] = ()
 ) -> Tensor:
     """Return what heads of the values ``heads`` [L, H, D] add to the hidden state, float32 [L, 1, width] on the CPU.

@@ -74,7 +74,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     # Heads of one model may be fewer than asked for.
     chosen = torch.zeros(effects.numel())
     chosen[effects.flatten().topk(min(config.top, effects.numel())).indices] = 1
-    vector = session.written(means, chosen.view_as(effects)).sum(0)
+    vector = session.head_contributions(means, chosen.view_as(effects)).sum(0)
     queries = session.episodes(config.examples, session.shots, "selection", unlike=(*prompts, *corrupted))
     with session.stage("layer"):
         edit, losses = best_layer(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.fit.learning import Moment, Schedule, cross_entropy, learn
+from lmms_mtv.fit.learning import Schedule, TrainingQuery, cross_entropy, learn
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
 from lmms_mtv.runtime.settings import setting
@@ -58,10 +58,10 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     gains = [torch.full(value.shape[:2], config.initial_weight) for value in values]
     keeps = [torch.ones_like(gain) for gain in gains]
 
-    def edits(moment: Moment | None) -> dict[str, Edit]:
+    def edits(example: TrainingQuery | None) -> dict[str, Edit]:
         vectors = values
-        if moment is not None:
-            generator = session.generator(f"noise {moment.epoch} {moment.number}")
+        if example is not None:
+            generator = session.generator(f"noise {example.epoch} {example.number}")
             vectors = [_noisy(value, config.noise, generator) for value in values]
         parts = zip(streams, vectors, keeps, gains, strict=True)
         return {name: Edit(value, keep, gain, everywhere=True) for name, value, keep, gain in parts}

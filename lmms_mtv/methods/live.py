@@ -8,7 +8,7 @@ without demonstrations.
 
 The initial values, the losses and the kind of schedule are those of the authors' code. The choices that are ours: the
 numbers of queries, of demonstrations and of queries in a step, and vectors learned in the unit of the hidden states
-(:func:`~lmms_mtv.fit.learning.typical`), with learning rates chosen on training queries of shapes tasks (theirs are
+(``mean_activation_norm``), with learning rates chosen on training queries of shapes tasks (theirs are
 0.001 and 0.01, for many more steps).
 """
 
@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.fit.gradients import Answer
-from lmms_mtv.fit.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
+from lmms_mtv.fit.learning import (
+    TrainingQuery,
+    Weighted,
+    cross_entropy,
+    divergence,
+    learn,
+    mean_activation_norm,
+    teacher_answer,
+)
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.hooks import shape
 from lmms_mtv.methods import Fitted
@@ -37,14 +45,14 @@ class Config(Weighted):
 def fit(session: FitSession[Any], config: Config) -> Fitted:
     """Vectors and weights that were learned from few-shot prompts."""
     value = torch.randn(shape(session.sites, RESIDUAL), generator=session.generator("vectors")) * config.spread
-    unit = typical(session, RESIDUAL)
+    unit = mean_activation_norm(session, RESIDUAL)
     gain = torch.full(value.shape[:2], config.initial_weight)
 
-    def edits(_: Moment | None) -> dict[str, Edit]:
+    def edits(_: TrainingQuery | None) -> dict[str, Edit]:
         return {RESIDUAL: Edit(unit * value, torch.ones_like(gain), gain, everywhere=True, renormed=True)}
 
-    def loss(moment: Moment) -> Callable[[Answer], Tensor]:
-        teacher = taught(session, config, moment)
+    def loss(example: TrainingQuery) -> Callable[[Answer], Tensor]:
+        teacher = teacher_answer(session, config, example)
         return lambda answer: divergence(answer, teacher) + config.supervision * cross_entropy(answer)
 
     return Fitted(*learn(session, config, [(config.vector_lr, [value]), (config.weight_lr, [gain])], edits, loss))

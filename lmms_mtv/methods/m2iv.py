@@ -12,7 +12,7 @@ synergy, which draws the two vectors of a layer together and those of different 
 cross-entropy of the target. Demonstrations beyond the context window: each of several ``teachers`` shows others.
 
 The paper's text was not available to us; losses and injection are as later papers describe them. The choices that are
-ours: vectors are learned in the unit of what they are added to (:func:`~lmms_mtv.fit.learning.typical`), with learning
+ours: vectors are learned in the unit of what they are added to (``mean_activation_norm``), with learning
 rates chosen on training queries of shapes tasks; the initial values and the kind of schedule are those of LIVE; queries
 are drawn at random instead of by clusters of their features, and no copy of a prompt with its demonstrations in another
 order is added; the synergy is of the cosines between layers, ``M = Z_a Z_m^T`` with rows of length 1, since divided by
@@ -31,7 +31,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from lmms_mtv.fit.gradients import Answer
-from lmms_mtv.fit.learning import Moment, Weighted, cross_entropy, divergence, learn, taught, typical
+from lmms_mtv.fit.learning import (
+    TrainingQuery,
+    Weighted,
+    cross_entropy,
+    divergence,
+    learn,
+    mean_activation_norm,
+    teacher_answer,
+)
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.hooks import shape
 from lmms_mtv.methods import Fitted
@@ -58,17 +66,17 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     generator = session.generator("vectors")
     streams = (ATTENTION, MLP)
     values = [torch.randn(shape(session.sites, name), generator=generator) * config.spread for name in streams]
-    units = [typical(session, name) for name in streams]
+    units = [mean_activation_norm(session, name) for name in streams]
     gains = [torch.full(value.shape[:2], config.initial_weight) for value in values]
 
-    def edits(_: Moment | None) -> dict[str, Edit]:
+    def edits(_: TrainingQuery | None) -> dict[str, Edit]:
         parts = zip(streams, units, values, gains, strict=True)
         return {
             name: Edit(unit * value, torch.ones_like(gain), gain, everywhere=True) for name, unit, value, gain in parts
         }
 
-    def loss(moment: Moment) -> Callable[[Answer], Tensor]:
-        teacher = taught(session, config, moment)
+    def loss(example: TrainingQuery) -> Callable[[Answer], Tensor]:
+        teacher = teacher_answer(session, config, example)
         return lambda answer: (
             config.mimicry * divergence(answer, teacher)
             + config.synergy * synergy(*(value.squeeze(1) for value in values))

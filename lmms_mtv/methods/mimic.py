@@ -11,7 +11,7 @@ its attention by ``scaled_dot_product_attention``.
 
 The losses and initial vectors are those of the authors' code. The choices that are ours: states are compared at the
 positions that predict the target, as the distance's share of the state's length, mean over layers; vectors are learned
-in the unit of what the heads give (:func:`~lmms_mtv.fit.learning.typical`), with a learning rate chosen on training
+in the unit of what the heads give (``mean_activation_norm``), with a learning rate chosen on training
 queries of shapes tasks (theirs is 0.005); functions begin as torch's linear layers do; the numbers of queries (theirs:
 1,000) and of demonstrations.
 """
@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.fit.gradients import Answer
-from lmms_mtv.fit.learning import Distillation, Moment, comparable, cross_entropy, learn, taught, typical
+from lmms_mtv.fit.learning import (
+    Distillation,
+    TrainingQuery,
+    comparable,
+    cross_entropy,
+    learn,
+    mean_activation_norm,
+    teacher_answer,
+)
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
 from lmms_mtv.runtime.settings import setting
@@ -58,13 +66,13 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
     generator, (layers, heads, size) = session.generator("vectors"), session.shape
     value = torch.randn(session.shape, generator=generator) * config.spread
     gate = (2 * torch.rand(layers, heads, size + 1, generator=generator) - 1) / size**0.5
-    unit, ones = typical(session, HEADS), torch.ones(layers, heads)
+    unit, ones = mean_activation_norm(session, HEADS), torch.ones(layers, heads)
 
-    def edits(_: Moment | None) -> dict[str, Edit]:
+    def edits(_: TrainingQuery | None) -> dict[str, Edit]:
         return {HEADS: Edit(unit * value, ones, ones, everywhere=True, gate=gate)}
 
-    def loss(moment: Moment) -> Callable[[Answer], Tensor]:
-        teacher = taught(session, config, moment, RESIDUAL)
+    def loss(example: TrainingQuery) -> Callable[[Answer], Tensor]:
+        teacher = teacher_answer(session, config, example, RESIDUAL)
         return lambda answer: distance(answer, teacher) + config.supervision * cross_entropy(answer)
 
     parameters = [(config.vector_lr, [value]), (config.gate_lr, [gate])]

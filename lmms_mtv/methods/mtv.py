@@ -202,7 +202,7 @@ def _learned(
     gradient = config.optimizer is not None
     names = [f"gradient_{name}" if gradient else name for name in _OF_GRADIENT]
     steps, samples, lr = (getattr(config, name) for name in names)
-    chosen = session.asked(queries, steps)
+    chosen = session.random_queries(queries, steps)
 
     def losses(step: int, masks: Tensor) -> Tensor:
         return session.losses(chosen[step], Edit.replace(value, masks), config.loss)

@@ -157,7 +157,7 @@ def _searched(
     session: FitSession[Any], config: Config, queries: Sequence[Episode], bank: Tensor, mask: Tensor
 ) -> tuple[Categorical, list[float]]:
     """Return the choice among the centroids of each head, and its mean loss at each step."""
-    asked = session.asked(queries, config.steps)
+    asked = session.random_queries(queries, config.steps)
 
     def losses(step: int, options: Tensor) -> Tensor:
         return session.losses(asked[step], Edit.replace(_inserted(bank, options, mask), mask), config.loss)

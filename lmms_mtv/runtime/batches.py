@@ -33,7 +33,7 @@ class BatchSize:
         """Return the same to begin with, for forwards of another length."""
         return BatchSize(self.rows, self.automatic)
 
-    def over(
+    def run_batches(
         self, items: Sequence[T], run: Callable[[Sequence[T]], R], at_most: int | None = None
     ) -> Iterator[tuple[Sequence[T], R]]:
         """``run`` of one batch of ``items`` after the other, in their order, with what it gives.
@@ -65,7 +65,7 @@ class BatchSize:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_row() -> Iterator[None]:
     """A block of forwards of one row. Raises :class:`MemoryLimitError` when the memory runs out in it."""
     try:
         yield

@@ -26,15 +26,15 @@ class Ranks:
     count: int = 1
 
     @property
-    def mine(self) -> slice:
+    def shard_slice(self) -> slice:
         """The share of this rank in any sequence: every ``count``-th element."""
         return slice(self.rank, None, self.count)
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """Return the elements of ``items`` that this rank works on; there may be none."""
-        return items[self.mine]
+        return items[self.shard_slice]
 
-    def total(self, part: Tensor) -> Tensor:
+    def all_reduce(self, part: Tensor) -> Tensor:
         """Return the sum over all ranks of ``part``, which has the same shape and dtype on each, on the CPU."""
         if self.count == 1:
             return part.cpu()
@@ -42,7 +42,7 @@ class Ranks:
         distributed.all_reduce(gathered)
         return gathered.cpu()
 
-    def passed(self, own: T | None, source: int) -> T:
+    def broadcast(self, own: T | None, source: int) -> T:
         """Return what rank ``source`` gives as ``own``, on every rank. It is pickled: tensors in it are on the CPU."""
         box: list[Any] = [own]
         if self.count > 1:
@@ -51,7 +51,7 @@ class Ranks:
         return found
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """A block that all ranks finish, or none: an exception in one of them raises in all.
 
         Without it the others would wait for a rank that has given up. Raises :class:`MtvError` on the others.
@@ -61,7 +61,7 @@ class Ranks:
             yield
         except Exception as raised:
             error = raised
-        failed = self.total(torch.tensor(float(error is not None)))
+        failed = self.all_reduce(torch.tensor(float(error is not None)))
         if error is not None:
             raise error
         if failed:

@@ -25,7 +25,7 @@ WATCHED: Final = ("filelock", "lm-eval", "lmms-eval", "torch", "transformers")
 
 
 @dataclass(frozen=True)
-class Library:
+class RequiredLibrary:
     """One library that this package needs.
 
     ``installed`` is None if the library is missing. ``supported`` are the bounds of this package. ``tested`` are the
@@ -51,18 +51,18 @@ class Library:
         return bool(bounds) and self.installed > max(bounds)
 
 
-def libraries() -> list[Library]:
+def libraries() -> list[RequiredLibrary]:
     """Return the libraries that this package needs without its extras, in alphabetical order."""
     tested = {requirement.name: requirement.specifier for requirement in _tested()}
     needed = (Requirement(line) for line in importlib.metadata.requires(PACKAGE) or ())
     needed = (one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""}))
     return [
-        Library(one.name, _installed(one.name), one.specifier, tested.get(_normal(one.name), SpecifierSet()))
+        RequiredLibrary(one.name, _installed(one.name), one.specifier, tested.get(_normal(one.name), SpecifierSet()))
         for one in sorted(needed, key=lambda one: one.name)
     ]
 
 
-def problem(found: Sequence[Library]) -> str | None:
+def problem(found: Sequence[RequiredLibrary]) -> str | None:
     """Return one line that names the libraries that cannot work and the command that mends them, or None."""
     wrong = [library for library in found if not library.is_supported]
     if not wrong:
@@ -74,7 +74,7 @@ def problem(found: Sequence[Library]) -> str | None:
     return f"lmms-mtv cannot work with {listed}: python -m pip install {mend}"
 
 
-def newer(found: Sequence[Library]) -> str | None:
+def newer(found: Sequence[RequiredLibrary]) -> str | None:
     """Return one line that names the watched libraries that are newer than the tested ones, or None."""
     listed = [
         f"{library.name} {library.installed} (tested: {library.tested})"

@@ -53,7 +53,7 @@ def metadata(path: Path) -> dict[str, str]:
         return _metadata(path, file, size)
 
 
-def packed(tensors: Mapping[str, Tensor], described: Mapping[str, str]) -> bytes:
+def safetensors_bytes(tensors: Mapping[str, Tensor], described: Mapping[str, str]) -> bytes:
     """Return the content of a file of tensors, with ``described`` as its metadata."""
     content: bytes = serialized(dict(tensors), dict(described))
     return content

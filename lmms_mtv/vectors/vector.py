@@ -100,7 +100,9 @@ class TaskVector:
             if not tensor.isfinite().all():
                 raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
         card = self.card.to_json()
-        return files.packed(tensors, {"format": "lmms-mtv", "card": card, "checksum": checksum(card, tensors)})
+        return files.safetensors_bytes(
+            tensors, {"format": "lmms-mtv", "card": card, "checksum": checksum(card, tensors)}
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file with the card in its metadata. The file appears whole or not at all.

@@ -40,14 +40,14 @@ def test_a_score_is_reported_once_in_a_paper():
 
 
 def test_reported_finds_the_number_and_its_source():
-    found = published.reported("vizwiz", "MTV", "Idefics2-8B")
+    found = published.published_result("vizwiz", "MTV", "Idefics2-8B")
     assert found is not None
     assert (found.value, found.unit, found.read) == (52.5, "percent", "paper")
     assert "2406.15334" in found.source
-    assert published.reported("okvqa", "MTV", "Qwen-VL-7B").value == 62.0
-    assert published.reported("okvqa", "MTV", "Qwen-VL-7B", arxiv="2511.08246").value == 60.51
-    assert published.reported("vizwiz", "MTV", "Blip3") is None
-    assert published.reported("shapes_color_en", "MTV", "Idefics2-8B") is None
+    assert published.published_result("okvqa", "MTV", "Qwen-VL-7B").value == 62.0
+    assert published.published_result("okvqa", "MTV", "Qwen-VL-7B", arxiv="2511.08246").value == 60.51
+    assert published.published_result("vizwiz", "MTV", "Blip3") is None
+    assert published.published_result("shapes_color_en", "MTV", "Idefics2-8B") is None
 
 
 def rows(heading: str, header: str) -> list[list[str]]:
@@ -60,7 +60,7 @@ def rows(heading: str, header: str) -> list[list[str]]:
 
 
 def check(text: str, task: str, arm: str, model: str) -> None:
-    found = published.reported(task, arm, model)
+    found = published.published_result(task, arm, model)
     if text == "-":
         assert found is None, (task, arm, model)
     else:

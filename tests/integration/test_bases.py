@@ -22,7 +22,7 @@ from lmms_mtv.errors import ArgumentError, HookError
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.harness.lmms import bases, plugin
-from lmms_mtv.harness.lmms.bases.wrapped import Wrapped
+from lmms_mtv.harness.lmms.bases.wrapped import WrapperBase
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.shapes import questions, scenes
 from lmms_mtv.vectors import Edit
@@ -261,7 +261,7 @@ def test_the_prompts_that_a_task_keeps_for_a_model_are_asked_of_it_as_a_base(fol
         assert own != evaluated("mtv", f"base=hf,method=none,prompt_style=chat,pretrained={folders[base.name]}")
 
 
-def built(base: Base, folders, **more) -> Wrapped:
+def built(base: Base, folders, **more) -> WrapperBase:
     given = dict(pair.split("=") for pair in base.arguments.split(","))
     given |= {"pretrained": str(folders[base.checkpoint or base.name]), "device": "cpu"}
     for name in ("min_pixels", "max_pixels", "max_patches"):

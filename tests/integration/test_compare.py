@@ -20,12 +20,12 @@ from lmms_mtv import cli
 from lmms_mtv.errors import ArgumentError, DataError, LibraryError
 from lmms_mtv.experiments import cells, check, compare, plan
 from lmms_mtv.experiments.cells import Cell
-from lmms_mtv.experiments.plan import Place, Plan
+from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.experiments.report import results as results_of
 from lmms_mtv.experiments.report import tables
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.fit.session import FitSession
-from lmms_mtv.harness.lmms.evaluation import Bench
+from lmms_mtv.harness.lmms.evaluation import PlanRunner
 from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.vectors import HEADS, Edit, TaskVector
@@ -46,18 +46,22 @@ ARMS = {
 PLAN = Plan("p", {"pretrained": "tiny"}, [ENGLISH, SPANISH], ARMS, seeds=(0, 1), batch_size=8, limit=8)
 
 
-def load(plan: Plan, library: Path) -> Bench:
-    return Bench(plan, library)
+def anew(plan, root):
+    return PlanRunner(plan, root, reuse=False)
 
 
-def refused(plan: Plan, library: Path) -> Bench:
+def load(plan: Plan, library: Path) -> PlanRunner:
+    return PlanRunner(plan, library)
+
+
+def refused(plan: Plan, library: Path) -> PlanRunner:
     raise AssertionError("nothing had to be loaded")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compare") / "p"
-    assert compare.run(PLAN, folder, load) == PLAN.places()
+    assert compare.run(PLAN, folder, load) == PLAN.cell_keys()
     return folder
 
 
@@ -67,15 +71,15 @@ def copy(results, tmp_path) -> Path:
 
 
 def cell(folder: Path, arm: str, task: str = ENGLISH, seed: int = 0) -> Cell:
-    found = cells.read(folder, Place(task, arm, seed))
+    found = cells.read(folder, CellKey(task, arm, seed))
     assert found is not None
     return found
 
 
-def figures(folder: Path) -> dict[Place, tuple]:
+def figures(folder: Path) -> dict[CellKey, tuple]:
     """What must not depend on when or how often a comparison was interrupted."""
     return {
-        found.place: (found.score, found.samples, found.tokens, found.vector and found.vector["checksum"])
+        found.key: (found.score, found.samples, found.tokens, found.vector and found.vector["checksum"])
         for found in cells.read_all(folder)
     }
 
@@ -149,30 +153,30 @@ class TestReuse:
             assert len(degraded - chosen) == round(0.25 * len(chosen))
 
     def test_a_vector_of_the_same_recipe_is_reused_and_the_same_run_without_it_fits(self, tmp_path):
-        bench = Bench(PLAN, tmp_path)
-        first = bench.fit(Place(ENGLISH, "MTV", 0))
-        again = bench.fit(Place(ENGLISH, "MTV", 0))
+        runner = PlanRunner(PLAN, tmp_path)
+        first = runner.fit(CellKey(ENGLISH, "MTV", 0))
+        again = runner.fit(CellKey(ENGLISH, "MTV", 0))
         assert again.card.seconds == first.card.seconds
-        anew = Bench(PLAN, tmp_path, reuse=False).fit(Place(ENGLISH, "MTV", 0))
+        anew = PlanRunner(PLAN, tmp_path, reuse=False).fit(CellKey(ENGLISH, "MTV", 0))
         assert anew.id == first.id
         assert anew.card.seconds != first.card.seconds
         assert anew.checksum == first.checksum
 
     def test_a_damaged_vector_is_fitted_again(self, tmp_path, caplog):
-        bench = Bench(PLAN, tmp_path)
-        first = bench.fit(Place(ENGLISH, "MTV", 0))
+        runner = PlanRunner(PLAN, tmp_path)
+        first = runner.fit(CellKey(ENGLISH, "MTV", 0))
         (path,) = tmp_path.rglob("vector.safetensors")
         path.write_bytes(path.read_bytes()[:-3])
-        again = bench.fit(Place(ENGLISH, "MTV", 0))
+        again = runner.fit(CellKey(ENGLISH, "MTV", 0))
         assert again.checksum == first.checksum
         assert TaskVector.load(path).checksum == first.checksum
 
     def test_a_library_that_cannot_be_written_is_told_before_the_fit(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("no folder")
-        bench = Bench(PLAN, tmp_path / "file" / "library")
+        runner = PlanRunner(PLAN, tmp_path / "file" / "library")
         monkeypatch.setattr(FitSession, "mean_activations", lambda *_: pytest.fail("it fits"))
         with pytest.raises(LibraryError, match=r"the library .*file/library cannot be written to: .*library="):
-            bench.fit(Place(ENGLISH, "MTV", 0))
+            runner.fit(CellKey(ENGLISH, "MTV", 0))
 
     @pytest.mark.parametrize(
         ("arguments", "match"),
@@ -246,27 +250,27 @@ class TestResuming:
     def test_interrupted_and_started_again_it_is_the_same(self, results, copy, monkeypatch):
         shutil.rmtree(copy / "cells")
         shutil.rmtree(copy / "vectors")
-        real, left = Bench.run, iter([5, 0, 3, 99])
+        real, left = PlanRunner.run, iter([5, 0, 3, 99])
 
-        def interrupted(bench: Bench, place: Place) -> Any:
-            bench.count = getattr(bench, "count", next(left) if not hasattr(bench, "count") else 0) - 1
-            if bench.count < 0:
+        def interrupted(runner: PlanRunner, key: CellKey) -> Any:
+            runner.count = getattr(runner, "count", next(left) if not hasattr(runner, "count") else 0) - 1
+            if runner.count < 0:
                 raise KeyboardInterrupt
-            return real(bench, place)
+            return real(runner, key)
 
-        monkeypatch.setattr(Bench, "run", interrupted)
+        monkeypatch.setattr(PlanRunner, "run", interrupted)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 compare.run(PLAN, copy, load)
         done = len(figures(copy))
         assert done == 8
-        assert len(compare.run(PLAN, copy, load)) == len(PLAN.places()) - done
+        assert len(compare.run(PLAN, copy, load)) == len(PLAN.cell_keys()) - done
         assert figures(copy) == figures(results)
 
     def test_another_seed_is_added_to_what_is_there(self, copy):
         arms = {name: ARMS[name] for name in ("zero-shot", "2-shot")}
         ran = compare.run(dataclasses.replace(PLAN, arms=arms, seeds=(0, 7)), copy, load)
-        assert ran == [Place(ENGLISH, "2-shot", 7), Place(SPANISH, "2-shot", 7)]
+        assert ran == [CellKey(ENGLISH, "2-shot", 7), CellKey(SPANISH, "2-shot", 7)]
         assert set(check.plan.read(copy).arms) == set(ARMS)
         assert tuple(check.plan.read(copy).seeds) == (0, 1, 7)
 
@@ -278,7 +282,7 @@ class TestResuming:
             "seeds_of: {1-shot: [1]}\n"
         )
         found = plan.read(path)
-        assert [(place.arm, place.seed) for place in found.places()] == [
+        assert [(key.arm, key.seed) for key in found.cell_keys()] == [
             *(("2-shot", 0), ("zero", 0)),
             *(("2-shot", 1), ("1-shot", 1)),
         ]
@@ -288,7 +292,7 @@ class TestResuming:
         kept = plan.read(folder)
         assert kept.seeds_of == {"1-shot": [1]}
         cli.main(["compare", str(folder), "--output", str(folder)])
-        assert {cell.place for cell in cells.read_all(folder)} == set(found.places())
+        assert {cell.key for cell in cells.read_all(folder)} == set(found.cell_keys())
         table = tables.overview(results_of.read(folder)).notes
         assert "1-shot: seed 1 alone." in table
 
@@ -308,7 +312,7 @@ class TestResuming:
                 compare.run(dataclasses.replace(PLAN, **changes), copy, refused)
 
     def test_a_damaged_cell_is_told_before_anything_runs(self, copy):
-        path = cells.path(copy, Place(ENGLISH, "MTV", 0))
+        path = cells.path(copy, CellKey(ENGLISH, "MTV", 0))
         path.write_text(path.read_text()[:-40])
         with pytest.raises(DataError, match=r"MTV-seed0\.json is no cell"):
             compare.run(PLAN, copy, refused)
@@ -335,7 +339,7 @@ class TestCheck:
 
     @pytest.mark.parametrize("text", ['"score": ', '"prompts": ["', '"checksum": "'])
     def test_an_altered_file_is_named(self, copy, capsys, text):
-        path = cells.path(copy, Place(SPANISH, "MTV", 1))
+        path = cells.path(copy, CellKey(SPANISH, "MTV", 1))
         content = path.read_text()
         where = content.index(text) + len(text)
         path.write_text(content[:where] + ("1" if content[where] == "0" else "0") + content[where + 1 :])
@@ -344,7 +348,7 @@ class TestCheck:
         assert "| shapes_color_es, MTV, seed 1 | cell |" in capsys.readouterr().out
 
     def test_a_missing_and_a_foreign_cell(self, copy, capsys):
-        path = cells.path(copy, Place(ENGLISH, "2-shot", 0))
+        path = cells.path(copy, CellKey(ENGLISH, "2-shot", 0))
         path.rename(path.with_name("3-shot-seed0.json"))
         with pytest.raises(SystemExit, match="2 differences"):
             checked(copy, "--stored")
@@ -400,25 +404,29 @@ class TestCheck:
     def test_what_runs_again_differs_from_what_was_forged(self, copy, capsys, change, told):
         """Without the stored vectors, which alone would tell of some of it."""
         shutil.rmtree(copy / "vectors")
-        place = Place(SPANISH, "MTV", 1)
-        resealed(cells.path(copy, place), change)
+        key = CellKey(SPANISH, "MTV", 1)
+        resealed(cells.path(copy, key), change)
         # Another prompt than that of the arms beside it is told without running anything.
         assert {difference.what for difference in check.stored(copy)} == ({"one table"} if "prompt" in told else set())
-        found = check.rerun(copy, [place], copy.parent / "scratch", lambda plan, root: Bench(plan, root, reuse=False))
+        found = check.rerun(
+            copy, [key], copy.parent / "scratch", lambda plan, root: PlanRunner(plan, root, reuse=False)
+        )
         assert found
-        assert all(difference.where.startswith(str(place)) for difference in found)
+        assert all(difference.where.startswith(str(key)) for difference in found)
         assert told in check.table(found)
 
     def test_answers_that_changed_are_shown(self, copy):
-        place = Place(ENGLISH, "2-shot", 0)
+        key = CellKey(ENGLISH, "2-shot", 0)
 
         def forged(found: Mapping[str, Any]) -> None:
             found["samples"]["answers"][:] = ["x"] * 8
             found["samples"]["scores"][:] = [0] * 8
             found["score"] = 0.0
 
-        resealed(cells.path(copy, place), forged)
-        found = check.rerun(copy, [place], copy.parent / "scratch", lambda plan, root: Bench(plan, root, reuse=False))
+        resealed(cells.path(copy, key), forged)
+        found = check.rerun(
+            copy, [key], copy.parent / "scratch", lambda plan, root: PlanRunner(plan, root, reuse=False)
+        )
         shown = [difference for difference in found if difference.what == "answer"]
         assert len(shown) == check.SHOWN
         assert shown[0].stored == "'x' (0)"
@@ -428,8 +436,8 @@ class TestCheck:
         drawn = check.chosen(PLAN, 5, seed=0)
         assert len(drawn) == 5 == len(set(drawn))
         assert drawn == check.chosen(PLAN, 5, seed=0) != check.chosen(PLAN, 5, seed=1)
-        assert [place for place in PLAN.places() if place in drawn] == drawn
-        assert check.chosen(PLAN, None, seed=0) == check.chosen(PLAN, 999, seed=0) == PLAN.places()
+        assert [key for key in PLAN.cell_keys() if key in drawn] == drawn
+        assert check.chosen(PLAN, None, seed=0) == check.chosen(PLAN, 999, seed=0) == PLAN.cell_keys()
 
 
 def command(*arguments: str, processes: int = 1) -> str:

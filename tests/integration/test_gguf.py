@@ -19,7 +19,7 @@ from lmms_mtv.harness import gguf
 from lmms_mtv.harness.checkpoint import LOCAL
 from lmms_mtv.harness.lm.model import Mtv as LmMtv
 from lmms_mtv.harness.lm.model import _Runner
-from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
+from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Prompt
 from support import gguf_files, official_files
 from support.text_tasks import run, task_file
@@ -35,7 +35,7 @@ def question(text: str) -> Prompt:
 
 
 def test_a_file_is_loaded_whole(file):
-    base = Hf(HfConfig(pretrained=str(file)))
+    base = HfBase(HfConfig(pretrained=str(file)))
     torch.manual_seed(0)
     expected = LlamaForCausalLM(gguf_files.config()).state_dict()
     found = base.model.state_dict()
@@ -55,14 +55,14 @@ def test_a_file_is_known_by_its_contents(file, tmp_path):
         HfConfig(pretrained=str(moved)),
         HfConfig(pretrained=str(tmp_path), gguf_file="moved.gguf"),
     ):
-        base = Hf(config)
+        base = HfBase(config)
         assert (base.name, base.revision, dict(base.recipe)) == (LOCAL + digest, f"sha256:{digest}", {})
-    other = Hf(HfConfig(pretrained=str(gguf_files.build(tmp_path / "other.gguf", seed=1))))
+    other = HfBase(HfConfig(pretrained=str(gguf_files.build(tmp_path / "other.gguf", seed=1))))
     assert other.name != LOCAL + digest
 
 
 def test_both_harnesses_know_and_read_it_alike(file):
-    ours = Hf(HfConfig(pretrained=str(file)))
+    ours = HfBase(HfConfig(pretrained=str(file)))
     theirs = _Runner(LmMtv(pretrained=str(file), method="mtv", device="cpu"))
     assert (theirs.name, theirs.revision, theirs.dtype, theirs.recipe) == (ours.name, ours.revision, ours.dtype, {})
     prompt = question("Q: ab\nA:")
@@ -88,7 +88,7 @@ def test_without_a_method_the_answers_are_those_of_lm_evals_own_model(file, tmp_
 def test_a_file_that_is_not_there(pretrained, gguf_file, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArgumentError, match=told):
-        Hf(HfConfig(pretrained=pretrained, gguf_file=gguf_file))
+        HfBase(HfConfig(pretrained=pretrained, gguf_file=gguf_file))
 
 
 class TestPackages:
@@ -125,22 +125,22 @@ class TestPackages:
         self.known(file, monkeypatch)
         monkeypatch.setattr(gguf, "user_cache", lambda: tmp_path)
         for _ in range(2):
-            base = Hf(HfConfig(pretrained="gemma3-270m"))
+            base = HfBase(HfConfig(pretrained="gemma3-270m"))
         assert base.name == "gemma3-270m"
         assert len(packaged.calls) == 1
         assert [path.name for path in (tmp_path / "models").iterdir()] == ["gemma-3-270m-q4_k_m.gguf"]
-        assert Hf(HfConfig(pretrained=str(file))).name == "gemma3-270m", "a copy of the file is the same model"
+        assert HfBase(HfConfig(pretrained=str(file))).name == "gemma3-270m", "a copy of the file is the same model"
 
     def test_another_checksum_is_refused(self, packaged, tmp_path, monkeypatch):
         monkeypatch.setattr(gguf, "user_cache", lambda: tmp_path)
         with pytest.raises(ArgumentError, match=r"has the checksum .*, expected a5fd3b62"):
-            Hf(HfConfig(pretrained="gemma3-270m"))
+            HfBase(HfConfig(pretrained="gemma3-270m"))
 
     @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
     def test_a_package_that_is_not_installed_is_named_with_its_extra(self, name, monkeypatch):
         monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(InstallationError, match=rf"pip install 'lmms-mtv\[{name}\]'"):
-            Hf(HfConfig(pretrained=name))
+            HfBase(HfConfig(pretrained=name))
 
     def test_nor_is_the_one_that_reads_the_files(self, file, monkeypatch):
         monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)

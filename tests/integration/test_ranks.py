@@ -27,7 +27,7 @@ def work(rank: int, count: int, port: int, folder: str) -> None:
     try:
         result = fitted(current())
         try:
-            with current().together():
+            with current().raise_together():
                 if rank == count - 1:
                     raise ValueError("only here")
         except (ValueError, MtvError) as error:
@@ -154,15 +154,15 @@ def test_prompts_are_prefilled_in_shares_and_passed_on(tmp_path):
 def test_one_process_talks_to_nobody():
     ranks = current()
     assert ranks == Ranks(0, 1)
-    assert ranks.share([1, 2, 3]) == [1, 2, 3]
-    assert torch.equal(ranks.total(torch.ones(2)), torch.ones(2))
-    with pytest.raises(KeyError), ranks.together():
+    assert ranks.shard([1, 2, 3]) == [1, 2, 3]
+    assert torch.equal(ranks.all_reduce(torch.ones(2)), torch.ones(2))
+    with pytest.raises(KeyError), ranks.raise_together():
         raise KeyError("own")
 
 
 def test_shares_cover_everything_once():
     for count in (1, 2, 3, 5):
-        shares = [Ranks(rank, count).share(list(range(7))) for rank in range(count)]
+        shares = [Ranks(rank, count).shard(list(range(7))) for rank in range(count)]
         assert sorted(index for share in shares for index in share) == list(range(7))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

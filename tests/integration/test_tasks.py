@@ -20,7 +20,7 @@ from loguru import logger
 from lmms_mtv import TaskVector, cli, data
 from lmms_mtv.errors import DataError
 from lmms_mtv.fit.examples import Episode
-from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
+from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from support import checkpoints, golden, official_files
@@ -53,13 +53,13 @@ def utils(folder: str):
 
 class TestPrompts:
     @pytest.fixture(scope="class")
-    def bases(self) -> dict[str, Hf]:
+    def bases(self) -> dict[str, HfBase]:
         configs = {
             "raw": HfConfig(pretrained="tiny"),
             "chat": HfConfig(pretrained="tiny", prompt_style="chat"),
             "chat, demonstrations inline": HfConfig(pretrained="tiny", prompt_style="chat", fewshot_as_multiturn=False),
         }
-        return {name: Hf(config) for name, config in configs.items()}
+        return {name: HfBase(config) for name, config in configs.items()}
 
     @pytest.mark.parametrize("task", TASKS)
     def test_golden(self, task, bases, request):

@@ -11,7 +11,7 @@ import numpy as np
 from lmms_mtv.commands.compare import ARMS
 from lmms_mtv.experiments import cells
 from lmms_mtv.experiments.cells import Cell
-from lmms_mtv.experiments.plan import Place, Plan
+from lmms_mtv.experiments.plan import CellKey, Plan
 
 CHANCE = {"zero-shot": 0.12, "random heads": 0.09, "1-shot": 0.80, "2-shot": 0.88, "4-shot": 0.94, "8-shot": 0.96}
 TASKS = [*(f"shapes_{what}_{of}" for what in ("background", "color", "position", "shape") for of in ("en", "es"))]
@@ -26,25 +26,25 @@ def plan(**changes: Any) -> Plan:
     )
 
 
-def cell(planned: Plan, place: Place, n: int = 40, steps: int = 60, shape: Sequence[int] = (4, 8, 12)) -> Cell:
-    """A cell with plausible numbers, which depend on its place alone."""
-    random = np.random.default_rng([*f"{place.task}/{place.arm}".encode(), place.seed])
-    arguments = {**planned.model, **planned.arms[place.arm]}
+def cell(planned: Plan, key: CellKey, n: int = 40, steps: int = 60, shape: Sequence[int] = (4, 8, 12)) -> Cell:
+    """A cell with plausible numbers, which depend on its key alone."""
+    random = np.random.default_rng([*f"{key.task}/{key.arm}".encode(), key.seed])
+    arguments = {**planned.model, **planned.arms[key.arm]}
     method, shots = arguments.get("method", "mtv"), arguments.get("shots", 0)
     # Documents are hard or easy whatever the seed is, as real ones are.
-    hard = np.random.default_rng([*place.task.encode()]).normal(0, 0.25, n)
-    right = (CHANCE.get(place.arm, 0.93) + hard * 0.4 > random.uniform(0, 1, n)).astype(float)
+    hard = np.random.default_rng([*key.task.encode()]).normal(0, 0.25, n)
+    right = (CHANCE.get(key.arm, 0.93) + hard * 0.4 > random.uniform(0, 1, n)).astype(float)
     image = 4.0 * (1 + shots)
     text = 9.0 + 11.0 * shots
     vector = None
     if method != "none":
-        vector = _vector(planned, place, method, arguments, steps, shape)
+        vector = _vector(planned, key, method, arguments, steps, shape)
     return Cell(
         plan=planned.name,
-        task=place.task,
-        arm=place.arm,
-        seed=place.seed,
-        arguments=planned.arms[place.arm],
+        task=key.task,
+        arm=key.arm,
+        seed=key.seed,
+        arguments=planned.arms[key.arm],
         model={"name": arguments["pretrained"], "revision": "sha256:0", "dtype": "float32"},
         method=method,
         shots=shots,
@@ -73,17 +73,17 @@ def cell(planned: Plan, place: Place, n: int = 40, steps: int = 60, shape: Seque
 
 
 def _vector(
-    planned: Plan, place: Place, method: str, arguments: Mapping[str, Any], steps: int, shape: Sequence[int]
+    planned: Plan, key: CellKey, method: str, arguments: Mapping[str, Any], steps: int, shape: Sequence[int]
 ) -> dict[str, Any]:
     """The same for arms that differ in shots alone, as MTV's values and heads then are."""
-    random = np.random.default_rng([*f"{place.task}/{method}".encode(), place.seed])
-    logits = np.random.default_rng([*place.task.encode()]).normal(-1.5, 2.0, shape[:2])
+    random = np.random.default_rng([*f"{key.task}/{method}".encode(), key.seed])
+    logits = np.random.default_rng([*key.task.encode()]).normal(-1.5, 2.0, shape[:2])
     probabilities = 1 / (1 + np.exp(-logits - random.normal(0, 0.5, shape[:2])))
     chosen = random.uniform(0, 1, shape[:2]) < probabilities
     loss = 0.2 + 1.2 * np.exp(-np.arange(steps) / (steps / 6)) + random.normal(0, 0.12, steps) ** 2
     searched = method == "mtv"
     return {
-        "id": f"{method}-{place.task}-{place.seed}",
+        "id": f"{method}-{key.task}-{key.seed}",
         "heads": [[int(layer), int(head)] for layer, head in np.argwhere(chosen)],
         "shape": list(shape),
         "probabilities": probabilities.ravel().tolist() if searched else None,
@@ -97,13 +97,13 @@ def _vector(
 def write(
     folder: Path,
     planned: Plan,
-    change: Callable[[Place, Cell], Cell | None] = lambda place, found: found,
+    change: Callable[[CellKey, Cell], Cell | None] = lambda key, found: found,
     **options: Any,
 ) -> Path:
     """A results folder of ``planned``; ``change`` may alter a cell, or leave it out by None."""
     planned.write(folder)
-    for place in planned.places():
-        found = change(place, cell(planned, place, **options))
+    for key in planned.cell_keys():
+        found = change(key, cell(planned, key, **options))
         if found is not None:
-            cells.write(folder, found, {"results": {place.task: {f"{found.metric},none": found.score}}})
+            cells.write(folder, found, {"results": {key.task: {f"{found.metric},none": found.score}}})
     return folder

@@ -21,7 +21,7 @@ Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Mean difference of two arms, and the ends of its interval."""
 
     mean: float
@@ -54,7 +54,7 @@ def _scores(cell: Cell, documents: Sequence[int]) -> Numbers:
 
 def differences(
     results: Results, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[tuple[str, str | None], Difference]:
+) -> dict[tuple[str, str | None], PairedDifference]:
     """Return the difference of each arm to the baseline, by arm and task, and for task None the mean over all tasks.
 
     With ``d[t, i]`` the difference of document ``i`` of task ``t``, mean over seeds (``paired``), and ``n[t]``
@@ -74,7 +74,7 @@ def differences(
     """
     if results.baseline is None:
         return {}
-    found: dict[tuple[str, str | None], Difference] = {}
+    found: dict[tuple[str, str | None], PairedDifference] = {}
     others = [arm for arm in results.arms if arm != results.baseline]
     draws: dict[str, list[tuple[float, Numbers]]] = {arm: [] for arm in others}
     for task in results.tasks:
@@ -92,10 +92,10 @@ def differences(
     return found
 
 
-def _difference(tasks: Sequence[tuple[float, Numbers]]) -> Difference:
+def _difference(tasks: Sequence[tuple[float, Numbers]]) -> PairedDifference:
     drawn = np.mean([means for _, means in tasks], axis=0)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference(float(np.mean([mean for mean, _ in tasks])), float(low), float(high))
+    return PairedDifference(float(np.mean([mean for mean, _ in tasks])), float(low), float(high))
 
 
 def _resampled(task: str, values: Numbers, resamples: int, seed: int) -> Numbers:

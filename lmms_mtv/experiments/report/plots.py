@@ -123,18 +123,18 @@ def curve(results: Results) -> Plot | None:
     declared = results.plan.x
     if declared is not None:
         axis = declared.axis
-        places = {arm: float(place) for arm, place in declared.values.items()}
-        names = {arm: declared.series.get(arm, "") for arm in places}
+        cell_keys = {arm: float(key) for arm, key in declared.values.items()}
+        names = {arm: declared.series.get(arm, "") for arm in cell_keys}
     else:
         axis = "demonstrations used, in the prompt and in the vector"
-        places = {arm: used for arm in results.arms if (used := _examples(results.of(arm)))}
-        names = {arm: _method(results.of(arm)) for arm in places}
-    lines = _lines(results, places, names, lambda arm: summary.mean_score(results, arm))
+        cell_keys = {arm: used for arm in results.arms if (used := _examples(results.of(arm)))}
+        names = {arm: _method(results.of(arm)) for arm in cell_keys}
+    lines = _lines(results, cell_keys, names, lambda arm: summary.mean_score(results, arm))
     if len({x for points in lines.values() for x, _, _ in points}) < 2:
         return None
     figure, axes = _figure(f"Score against {axis.split(',')[0]}")
     _draw(axes, lines)
-    baseline = results.baseline if results.baseline not in places else None
+    baseline = results.baseline if results.baseline not in cell_keys else None
     if baseline is not None and (level := summary.mean_score(results, baseline).value) is not None:
         axes.axhline(level, color=INK, linestyle=(0, (1, 2)), linewidth=1.2, label=baseline)
     _x_scale(axes, sorted({x for points in lines.values() for x, _, _ in points}))
@@ -189,13 +189,13 @@ def tokens(results: Results) -> Plot | None:
         return None
     totals = {arm: summary.prompt_tokens(results.of(arm)) for arm in shares}
     figure, axes = _figure("Share of image tokens", height=1.0 + 0.32 * len(shares))
-    places = range(len(shares))
+    cell_keys = range(len(shares))
     image = [100 * share for share in shares.values()]
-    axes.barh(places, image, color=COLOURS[0], label="image", height=0.7)
+    axes.barh(cell_keys, image, color=COLOURS[0], label="image", height=0.7)
     rest = [100 - share for share in image]
-    axes.barh(places, rest, left=image, color="none", edgecolor=COLOURS[4], hatch="///", label="text", height=0.7)
+    axes.barh(cell_keys, rest, left=image, color="none", edgecolor=COLOURS[4], hatch="///", label="text", height=0.7)
     labels = [f"{arm}\n({_rounded(totals[arm], 0)} tokens)" for arm in shares]
-    axes.set_yticks(list(places), labels, fontsize=7.5)
+    axes.set_yticks(list(cell_keys), labels, fontsize=7.5)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the tokens of a prompt, %")
@@ -225,11 +225,11 @@ def heads(results: Results) -> list[Plot]:
             probability, chosen, seeds = _selection([cell for cell in cells if cell.task == task])
             layers, count = probability.shape
             image = axes.imshow(probability, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="none")
-            places = np.argwhere(chosen > 0)
+            cell_keys = np.argwhere(chosen > 0)
             size = min(1.0, 12 / count) ** 2 * 34
             axes.scatter(
-                places[:, 1],
-                places[:, 0],
+                cell_keys[:, 1],
+                cell_keys[:, 0],
                 s=size * chosen[chosen > 0],
                 marker="o",
                 facecolor="white",
@@ -348,8 +348,8 @@ def _against_shots(
         known = [value for cells in seeds.values() if (value := of(cells)) is not None]
         return summary.mean(known, len(results.expected(arm)))
 
-    places = {arm: float(cells[0].shots) for arm in results.arms if (cells := results.of(arm))}
-    lines = _lines(results, places, {arm: results.of(arm)[0].method for arm in places}, at)
+    cell_keys = {arm: float(cells[0].shots) for arm in results.arms if (cells := results.of(arm))}
+    lines = _lines(results, cell_keys, {arm: results.of(arm)[0].method for arm in cell_keys}, at)
     if len({x for points in lines.values() for x, _, _ in points}) < 2:
         return None
     figure, axes = _figure(title)
@@ -365,23 +365,23 @@ def _against_shots(
 
 
 def _lines(
-    results: Results, places: Mapping[str, float], names: Mapping[str, str], at: Callable[[str], Mean]
+    results: Results, cell_keys: Mapping[str, float], names: Mapping[str, str], at: Callable[[str], Mean]
 ) -> dict[str, Points]:
     """Points by line. Arms of one name at one place cannot share a line: then each arm is a line of its own."""
-    arms = [arm for arm in results.arms if arm in places]
-    taken = [(names[arm], places[arm]) for arm in arms]
-    crowded = {name for name, place in taken if taken.count((name, place)) > 1}
+    arms = [arm for arm in results.arms if arm in cell_keys]
+    taken = [(names[arm], cell_keys[arm]) for arm in arms]
+    crowded = {name for name, key in taken if taken.count((name, key)) > 1}
     lines: dict[str, Points] = {}
     for arm in arms:
         found = at(arm)
         if found.value is not None:
-            lines.setdefault(arm if names[arm] in crowded else names[arm], []).append((places[arm], found, arm))
+            lines.setdefault(arm if names[arm] in crowded else names[arm], []).append((cell_keys[arm], found, arm))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
 
 
 def _draw(axes: Axes, lines: Mapping[str, Points]) -> None:
     for index, (name, points) in enumerate(lines.items()):
-        x = [place for place, _, _ in points]
+        x = [key for key, _, _ in points]
         y = np.array([found.value for _, found, _ in points], dtype=float)
         spread = np.array([found.spread or 0.0 for _, found, _ in points])
         style = _line(index)
@@ -437,14 +437,14 @@ def _legend(figure: Figure, axes: Axes) -> None:
         )
 
 
-def _x_scale(axes: Axes, places: Sequence[float]) -> None:
+def _x_scale(axes: Axes, cell_keys: Sequence[float]) -> None:
     """A logarithmic axis with a tick at each place, where places are positive and far apart."""
-    if places[0] > 0 and places[-1] / places[0] >= 8:
+    if cell_keys[0] > 0 and cell_keys[-1] / cell_keys[0] >= 8:
         axes.set_xscale("log")
         kept: list[float] = []
-        for place in places:
-            if not kept or place / kept[-1] >= (places[-1] / places[0]) ** 0.06:
-                kept.append(place)
+        for key in cell_keys:
+            if not kept or key / kept[-1] >= (cell_keys[-1] / cell_keys[0]) ** 0.06:
+                kept.append(key)
         axes.xaxis.set_major_locator(FixedLocator(kept))
         axes.xaxis.set_minor_locator(NullLocator())
         formatter = ScalarFormatter()

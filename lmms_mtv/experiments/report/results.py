@@ -68,9 +68,9 @@ def read(folder: Path) -> Results:
     ResultsError where cells are of several models, documents or prompts.
     """
     planned = plan.read(folder)
-    places = set(planned.places())
+    cell_keys = set(planned.cell_keys())
     found = cells.read_all(folder)
-    kept = [cell for cell in found if cell.place in places]
+    kept = [cell for cell in found if cell.key in cell_keys]
     if not kept:
         raise DataError(f"no cell of the plan in {folder / cells.FOLDER}: run `lmms-mtv compare` on its plan first")
     if wrong := cells.contradictions(kept):

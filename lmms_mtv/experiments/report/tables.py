@@ -9,11 +9,11 @@ from statistics import fmean
 from lmms_mtv.errors import ArgumentError, unknown
 from lmms_mtv.experiments import published
 from lmms_mtv.experiments.report import summary
-from lmms_mtv.experiments.report.bootstrap import LEVEL, RESAMPLES, Difference, differences
+from lmms_mtv.experiments.report.bootstrap import LEVEL, RESAMPLES, PairedDifference, differences
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.summary import MISSING, NONE, number
 
-Differences = Mapping[tuple[str, str | None], Difference]
+Differences = Mapping[tuple[str, str | None], PairedDifference]
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _reported(results: Results, arm: str, tasks: Sequence[str]) -> list[str]:
             f"paper: {model} in {results.folder / 'plan.yaml'} is no model of the paper. "
             f"Known: {', '.join(published.models())}."
         )
-    found = [published.reported(task, arm, model) if task in results.tasks else None for task in tasks]
+    found = [published.published_result(task, arm, model) if task in results.tasks else None for task in tasks]
     return [NONE if entry is None else number(entry.value / 100) for entry in found]
 
 

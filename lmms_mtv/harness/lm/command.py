@@ -76,7 +76,7 @@ def _folders(given: Namespace) -> list[str]:
 def _evaluation(given: Namespace) -> Evaluation:
     config = EvaluatorConfig.from_cli(given)
     # Better known before lm-eval has read all of its task files.
-    model.divided(config.model_args)
+    model.split_lm_eval_arguments(config.model_args)
     return Evaluation(
         task=_tasks(config),
         system_instruction=config.system_instruction,

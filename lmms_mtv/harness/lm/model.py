@@ -20,13 +20,13 @@ from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError, ContextLengthError, HookError
 from lmms_mtv.harness import gguf, record
-from lmms_mtv.harness.arguments import Arguments, as_written, checked, divide, names
+from lmms_mtv.harness.arguments import Arguments, as_written, names, split_arguments, validate
 from lmms_mtv.harness.checkpoint import adapter_of, identity, text_files_of
 from lmms_mtv.harness.lm.evaluation import Evaluation, current
 from lmms_mtv.harness.lm.task import LmPrompt, LmPrompts, Turns
 from lmms_mtv.harness.lmms.bases.hf import GREEDY, attention_of, one_line
 from lmms_mtv.harness.prompts import Reply, blanks
-from lmms_mtv.harness.vectors import Vectors
+from lmms_mtv.harness.vectors import TaskVectorProvider
 from lmms_mtv.hooks import applied, find_sites
 from lmms_mtv.methods import Method
 from lmms_mtv.runtime.batches import BatchSize
@@ -75,15 +75,15 @@ _BASE: Final = (
 )
 
 
-def divided(given: Mapping[str, Any]) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
-    """Model arguments by whom they are for: see :func:`~lmms_mtv.harness.arguments.divide`.
+def split_lm_eval_arguments(given: Mapping[str, Any]) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
+    """Model arguments by whom they are for: see :func:`~lmms_mtv.harness.arguments.split_arguments`.
 
     Raises :class:`ArgumentError` for one that nobody knows or that is lm-eval's to take, or if there is no model.
     """
     for name, instead in _ELSEWHERE.items():
         if name in given:
             raise ArgumentError(f"{name}={given[name]} is no argument of mtv in lm-eval; {instead}")
-    parts = divide(given, _BASE, _OWN)
+    parts = split_arguments(given, _BASE, _OWN)
     if "pretrained" not in given:
         raise ArgumentError("pretrained= is missing: give the name of a model on the hub, or a folder")
     return parts
@@ -108,8 +108,8 @@ class Mtv(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, evaluation: Evaluation | None = None, **given: Any) -> None:
-        self._arguments, method, settings, for_base = divided(given)
-        checked(self._arguments)
+        self._arguments, method, settings, for_base = split_lm_eval_arguments(given)
+        validate(self._arguments)
         self._plain = self._arguments.vector is None and method.name == "none"
         source, file = gguf.located(str(for_base["pretrained"]), for_base.get("gguf_file"))
         if file is not None:
@@ -132,7 +132,9 @@ class Mtv(HFLM):  # type: ignore[misc]
                 "edit: use method=none"
             )
         self._sites = find_sites(unwrapped(self.model), self._arguments.decoder)
-        self._vectors = Vectors[LmPrompt](self._arguments, method, settings, _Runner(self), self._sites, logger)
+        self._vectors = TaskVectorProvider[LmPrompt](
+            self._arguments, method, settings, _Runner(self), self._sites, logger
+        )
         self._record = self._vectors.record
 
     @classmethod
@@ -191,15 +193,15 @@ class Mtv(HFLM):  # type: ignore[misc]
     def finished(self, chat_history: Turns) -> str:
         """Return a conversation as text, its last turn ended, without a system turn where the template has none."""
 
-        def written(turns: Turns) -> str:
+        def as_text(turns: Turns) -> str:
             options = {"tokenize": False, "add_generation_prompt": False, **self.chat_template_args}
             text: str = self.tokenizer.apply_chat_template(turns, **options)
             return text
 
         try:
-            return written(chat_history)
+            return as_text(chat_history)
         except jinja2.exceptions.TemplateError:
-            return written([turn for turn in chat_history if turn["role"] != "system"])
+            return as_text([turn for turn in chat_history if turn["role"] != "system"])
 
     def _by_task(
         self, requests: list[Instance], answer: Callable[[list[Instance], bool], list[A]], disable_tqdm: bool
@@ -328,7 +330,7 @@ class _Runner:
         # An automatic batch size is one of evaluation; activations do not depend on it.
         self.batch_size = BatchSize(lm.batch_size if isinstance(lm.batch_size, int) else 1)
 
-    def written(self, prompt: LmPrompt) -> list[str]:
+    def text_parts(self, prompt: LmPrompt) -> list[str]:
         """Return the context, and what stands before, in and after the target."""
         return [prompt.context, prompt.delimiter, prompt.target, prompt.ending]
 

@@ -20,7 +20,7 @@ from tenacity import RetryError
 
 from lmms_mtv.errors import DataError, MtvError, unknown
 from lmms_mtv.experiments.cells import Cell
-from lmms_mtv.experiments.plan import Place, Plan
+from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.harness import record
 from lmms_mtv.harness.lmms.model import Mtv
 from lmms_mtv.harness.lmms.plugin import register_tasks
@@ -31,7 +31,7 @@ _PATIENCE: Final = timedelta(hours=24)
 _OF_HARNESS: Final = ("results", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
-class Bench:
+class PlanRunner:
     """The model and the tasks of a plan, loaded once.
 
     ``library`` is the folder of the vectors (None: the default one), ``reuse`` says whether one of the same recipe is
@@ -69,58 +69,58 @@ class Bench:
         """Name, revision and dtype of the loaded model."""
         return self._model.identity
 
-    def places(self) -> list[Place]:
+    def cell_keys(self) -> list[CellKey]:
         """Return all cells of the plan."""
-        return dataclasses.replace(self._plan, groups=self.groups).places()
+        return dataclasses.replace(self._plan, groups=self.groups).cell_keys()
 
-    def fit(self, place: Place) -> TaskVector:
+    def fit(self, key: CellKey) -> TaskVector:
         """Return the vector of a cell, fitted or from the library, without evaluating."""
-        arm = self._model.arm({**self._plan.arms[place.arm], "seed": place.seed})
-        task = self._tasks[place.task]
+        arm = self._model.arm({**self._plan.arms[key.arm], "seed": key.seed})
+        task = self._tasks[key.task]
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
         return arm.fit(task)
 
-    def run(self, place: Place) -> tuple[Cell, dict[str, Any]] | None:
+    def run(self, key: CellKey) -> tuple[Cell, dict[str, Any]] | None:
         """Return a cell, and the harness's own figures of it. None on all processes but the first."""
-        arguments = dict(self._plan.arms[place.arm])
-        arm = self._model.arm({**arguments, "seed": place.seed})
+        arguments = dict(self._plan.arms[key.arm])
+        arm = self._model.arm({**arguments, "seed": key.seed})
         # The harness lets the model free what it holds before it gives its results.
         recorded, vectors, base = arm.used, arm.vectors, self._model.base
         prompts: dict[str, dict[int, str]] = {}
         arm.prompts = prompts
         found = simple_evaluate(
             arm,
-            tasks=[self._tasks[place.task]],
+            tasks=[self._tasks[key.task]],
             limit=self._plan.limit,
             task_manager=self._manager,
             log_samples=True,
             verbosity="ERROR",
             distributed_executor_backend="torchrun" if distributed.current().count > 1 else "accelerate",
         )
-        seen = _gathered(prompts[place.task])
+        seen = _gathered(prompts[key.task])
         if found is None:
             return None
-        used = recorded[place.task]
-        samples = sorted(found["samples"][place.task], key=lambda sample: sample["doc_id"])
-        metric, higher = _metric(place.task, found)
-        scores = [_number(place.task, metric, sample) for sample in samples]
-        key = f"{metric},{_filter(found['results'][place.task], metric)}"
-        error = found["results"][place.task].get(key.replace(",", "_stderr,"))
+        used = recorded[key.task]
+        samples = sorted(found["samples"][key.task], key=lambda sample: sample["doc_id"])
+        metric, higher = _metric(key.task, found)
+        scores = [_number(key.task, metric, sample) for sample in samples]
+        entry = f"{metric},{_filter(found['results'][key.task], metric)}"
+        error = found["results"][key.task].get(entry.replace(",", "_stderr,"))
         evaluation = used["evaluation"]
         text = None if evaluation["image_tokens"] is None else evaluation["input_tokens"] - evaluation["image_tokens"]
         cell = Cell(
             plan=self._plan.name,
-            task=place.task,
-            arm=place.arm,
-            seed=place.seed,
+            task=key.task,
+            arm=key.arm,
+            seed=key.seed,
             arguments=arguments,
             model=self.model,
             method=used["method"],
             shots=used["shots"],
             settings=used["settings"],
             metric=metric,
-            score=float(found["results"][place.task][key]),
+            score=float(found["results"][key.task][entry]),
             stderr=error if isinstance(error, float) else None,
             n=len(samples),
             higher_is_better=higher,
@@ -132,16 +132,16 @@ class Bench:
             },
             tokens={"prompt": evaluation["input_tokens"], "image": evaluation["image_tokens"], "text": text},
             seconds={
-                "fit": round(used["fit_seconds"], 3) if vectors[place.task].edits else None,
+                "fit": round(used["fit_seconds"], 3) if vectors[key.task].edits else None,
                 **{f"fit/{name}": seconds for name, seconds in used["fit_stages"].items()},
                 "evaluation": round(evaluation["seconds"], 3),
             },
             memory={"fit": used["fit_bytes"], "evaluation": evaluation["bytes"]},
-            vector=_vector(vectors[place.task]),
+            vector=_vector(vectors[key.task]),
             versions=record.versions(),
             hardware=_hardware(base.device),
         )
-        return cell, {name: {place.task: found[name][place.task]} for name in _OF_HARNESS}
+        return cell, {name: {key.task: found[name][key.task]} for name in _OF_HARNESS}
 
 
 def _loaded(name: str, manager: TaskManager, kind: str) -> dict[str, Any]:

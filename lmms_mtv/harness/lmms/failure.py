@@ -2,8 +2,8 @@
 
 lmms-eval catches every exception of an evaluation, prints a traceback and exits with status 0, so that a failed run
 looks like a good one to a script. A ``SystemExit`` is not caught: it prints one line and gives status 1. Exceptions of
-the model become one by :func:`reported`. For all others, as of a task or of a metric, :func:`end_failed_runs` listens
-to what the harness logs of them.
+the model become one by :func:`fail_with_status`. :func:`end_failed_runs` listens to what the harness logs of all
+others, as of a task or of a metric.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMAND_LINE = "lmms_eval.__main__"
 EVALUATOR = "lmms_eval.evaluator"
 
 
-def reported(function: Callable[A, R]) -> Callable[A, R]:
+def fail_with_status(function: Callable[A, R]) -> Callable[A, R]:
     """Let an exception end the run when the harness was started from its command line.
 
     An :class:`MtvError` is one line, any other exception keeps its traceback. Called from Python, or with

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from lmms_mtv.data.pictures import UNREADABLE
 from lmms_mtv.errors import ArgumentError, DataError, DocumentError, HookError, MtvError
 from lmms_mtv.harness import record
-from lmms_mtv.harness.arguments import Arguments, as_written, checked, divide
+from lmms_mtv.harness.arguments import Arguments, as_written, split_arguments, validate
 from lmms_mtv.harness.lmms import bases
-from lmms_mtv.harness.lmms.bases.hf import Hf, one_line
-from lmms_mtv.harness.lmms.bases.wrapped import Wrapped
-from lmms_mtv.harness.lmms.failure import caches_answers, reported
+from lmms_mtv.harness.lmms.bases.hf import HfBase, one_line
+from lmms_mtv.harness.lmms.bases.wrapped import WrapperBase
+from lmms_mtv.harness.lmms.failure import caches_answers, fail_with_status
 from lmms_mtv.harness.lmms.task import TaskPrompts, as_loaded_for, asked
 from lmms_mtv.harness.prompts import Prompt
-from lmms_mtv.harness.vectors import Vectors
+from lmms_mtv.harness.vectors import TaskVectorProvider
 from lmms_mtv.hooks import Fired, Sites, applied, watched
 from lmms_mtv.methods import Method
 from lmms_mtv.runtime import distributed
@@ -56,22 +56,24 @@ class Mtv(lmms):  # type: ignore[misc]
         super().__init__()
         base = given.get("base", Arguments.base)
         known = bases.known(base, bool(given.get("force_simple", False)))
-        arguments, method, settings, for_base = divide(given, known)
-        checked(arguments)
+        arguments, method, settings, for_base = split_arguments(given, known)
+        validate(arguments)
         self._given, self._known = given, known
         self._pretrained = given.get("pretrained", "")
         built = bases.build(base, for_base, arguments.decoder)
         self._begin(arguments, method, settings, *built)
 
     def _begin(
-        self, arguments: Arguments, method: Method, settings: dict[str, Any], base: Hf | Wrapped, sites: Sites
+        self, arguments: Arguments, method: Method, settings: dict[str, Any], base: HfBase | WrapperBase, sites: Sites
     ) -> None:
         self._arguments, self._base, self._sites = arguments, base, sites
-        if isinstance(base, Wrapped):
+        if isinstance(base, WrapperBase):
             # The harness asks as it asks the base: a simple one with a text and its images, a chat one with messages.
             self.is_simple = base.is_simple
             base.share(self)
-        self._vectors = Vectors[Prompt](arguments, method, settings, base, sites, logger, distributed.current)
+        self._vectors = TaskVectorProvider[Prompt](
+            arguments, method, settings, base, sites, logger, distributed.current
+        )
         # Digests of the prompts by document, for each task; filled where somebody wants to compare them.
         self.prompts: dict[str, dict[int, str]] | None = None
 
@@ -81,16 +83,16 @@ class Mtv(lmms):  # type: ignore[misc]
 
         Raises :class:`ArgumentError` for an argument of the base, which is loaded already, or an unknown one.
         """
-        arguments, method, settings, _ = self._divided(given)
+        arguments, method, settings, _ = self._split(given)
         arm = Mtv.__new__(Mtv)
         super(Mtv, arm).__init__()
         arm._given, arm._known, arm._pretrained = {**self._given, **given}, self._known, self._pretrained
-        checked(arguments)
+        validate(arguments)
         arm._begin(arguments, method, settings, self._base, self._sites)
         return arm
 
     @property
-    def base(self) -> Hf | Wrapped:
+    def base(self) -> HfBase | WrapperBase:
         """The loaded model."""
         return self._base
 
@@ -106,24 +108,24 @@ class Mtv(lmms):  # type: ignore[misc]
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Raise :class:`ArgumentError` unless :meth:`arm` could be made with ``given``."""
-        self._divided(given)
+        self._split(given)
 
-    def _divided(self, given: Mapping[str, Any]) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
-        """Return what :func:`divide` makes of ``given`` beside the arguments that this model was made with."""
+    def _split(self, given: Mapping[str, Any]) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
+        """Return what :func:`split_arguments` makes of ``given`` beside the arguments that this model was made with."""
         if fixed := sorted(key for key in given if key in self._known or key in ("base", "decoder")):
             raise ArgumentError(f"{', '.join(fixed)}: one model is loaded for all arms, so this belongs to the model")
-        return divide({**self._given, **given}, self._known)
+        return split_arguments({**self._given, **given}, self._known)
 
     def fit(self, task: Any) -> TaskVector:
         """Return the vector of a task of the harness, fitted or reused, without evaluating."""
         return self._vectors.of(self._prompts(task), self._shots(task), None)
 
     def _prompts(self, task: Any) -> TaskPrompts:
-        wrapped, given = isinstance(self._base, Wrapped), self._arguments
+        wrapped, given = isinstance(self._base, WrapperBase), self._arguments
         return TaskPrompts(task, given.demonstrations, as_sent=wrapped, wrong=given.wrong, seed=given.seed)
 
     @classmethod
-    @reported
+    @fail_with_status
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Mtv:
         """Return the model that the command line describes.
 
@@ -162,7 +164,7 @@ class Mtv(lmms):  # type: ignore[misc]
         del self._base, self._sites, self._vectors
         super().clean()
 
-    @reported
+    @fail_with_status
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Return answers in the order of the requests. Each task gets its own vector, fitted when its turn comes."""
         self._check_uncached()
@@ -187,25 +189,25 @@ class Mtv(lmms):  # type: ignore[misc]
                 logger.error(f"the record of this run is not written ({error}): choose another --output_path")
         return [answers[index] for index in range(len(requests))]
 
-    @reported
+    @fail_with_status
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise _only_generation(requests)
 
-    @reported
+    @fail_with_status
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise _only_generation(requests)
 
     def _answers(
         self, task: Any, requests: Sequence[Instance], indices: Sequence[int], output: str | None
     ) -> dict[int, GenerationResult]:
-        if isinstance(self._base, Wrapped) and (own := as_loaded_for(task, self._base.config.name)) is not task:
+        if isinstance(self._base, WrapperBase) and (own := as_loaded_for(task, self._base.config.name)) is not task:
             task, requests = own, asked(own, requests)
         prompts = self._prompts(task)
         shots = self._shots(task)
         vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
 
         # An lmms-eval model gets the harness's own requests at once, and makes its own batches of them.
-        as_sent = isinstance(self._base, Wrapped) and not shots and not task.config.num_fewshot
+        as_sent = isinstance(self._base, WrapperBase) and not shots and not task.config.num_fewshot
         groups = [range(len(requests))] if as_sent else _alike(requests)
         size = BatchSize(len(requests)) if as_sent else self._base.batch_size.copy()
         answers: dict[int, GenerationResult] = {}
@@ -223,7 +225,7 @@ class Mtv(lmms):  # type: ignore[misc]
             }
         began = time.perf_counter()
         with (
-            together.together(),
+            together.raise_together(),
             edited as fired,
             watched(self._base.model, self._sites) as watch,
             peak(self._base.device) as memory,
@@ -241,7 +243,7 @@ class Mtv(lmms):  # type: ignore[misc]
             def generated(ours: Sequence[Instance], made: Sequence[Prompt]) -> tuple[list[GenerationResult], int]:
                 """Return answers to prompts; what cannot be shown costs no other document its answer."""
                 try:
-                    if isinstance(self._base, Wrapped) and as_sent:
+                    if isinstance(self._base, WrapperBase) and as_sent:
                         return self._base.answers(ours, self.cache_hook, edited=bool(vector.edits))
                     return self._base.generate(made, _settings(ours[0]), edited=bool(vector.edits))
                 except (DocumentError, ValueError, *UNREADABLE) as error:
@@ -257,7 +259,7 @@ class Mtv(lmms):  # type: ignore[misc]
 
             def answered(batch: Sequence[int]) -> tuple[list[GenerationResult], int]:
                 ours = [requests[position] for position in batch]
-                if isinstance(self._base, Wrapped):
+                if isinstance(self._base, WrapperBase):
                     self._base.share(self)
                 if as_sent:
                     found = generated(ours, ())
@@ -276,7 +278,7 @@ class Mtv(lmms):  # type: ignore[misc]
                     )
                 return found
 
-            for batch, (given, tokens) in (part for group in groups for part in size.over(group, answered)):
+            for batch, (given, tokens) in (part for group in groups for part in size.run_batches(group, answered)):
                 bar.update(len(batch))
                 input_tokens += tokens
                 for position, answer in zip(batch, given, strict=True):
@@ -291,7 +293,9 @@ class Mtv(lmms):  # type: ignore[misc]
         limit = int(_settings(requests[0]).get("max_new_tokens") or _settings(requests[0]).get("max_gen_toks") or 0)
         cut = sum(count >= limit for count in made) if limit else 0
         sums = [len(answers), input_tokens, len(made), sum(made), len(unreadable), cut]
-        count, taken, told, written, lost, endless = together.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+        count, taken, told, written, lost, endless = together.all_reduce(
+            torch.tensor(sums, dtype=torch.float64)
+        ).tolist()
         if lost == count:
             raise next(iter(unreadable.values()), DocumentError(f"no document of task {prompts.name} could be shown"))
         self._tell_of(unreadable, prompts.name, len(requests))

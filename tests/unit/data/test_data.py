@@ -174,9 +174,9 @@ class TestEpisodes:
         assert EPISODES[task].counts == published[task]
         with pytest.raises(DataError, match=r"\(1, 1, 1\) episodes, positive and negative classes, expected"):
             one = dict.fromkeys(("pos", "neg", "query", "pos_label", "neg_label"), "x")
-            episodes.checked([one], EPISODES[task], "train", "a file")
+            episodes.validated([one], EPISODES[task], "train", "a file")
         with pytest.raises(DataError, match="no list of episodes with pos, neg"):
-            episodes.checked([{"pos": "x"}], EPISODES[task], "train", "a file", counted=False)
+            episodes.validated([{"pos": "x"}], EPISODES[task], "train", "a file", counted=False)
 
 
 def test_the_drawn_order_never_changes():
@@ -230,7 +230,7 @@ def test_the_published_files_are_what_the_tasks_say(tmp_path):
         official = data.Official(known.task, Path(PUBLISHED), tmp_path, progress=False)
         for split, file in known.files.items():
             stated = json.loads(official.find(file).read_text())
-            assert len(episodes.checked(stated, known, split, file.name)) == known.counts[split][0]
+            assert len(episodes.validated(stated, known, split, file.name)) == known.counts[split][0]
 
 
 def test_characters_that_look_like_line_breaks_stay_inside_their_row(files, used):

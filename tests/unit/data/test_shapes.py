@@ -99,14 +99,14 @@ def test_training_sees_what_the_harness_will_show(chat):
     items = [(index, questions.QUESTION, answer(scene)) for index, scene in enumerate(shown)]
     batch = train.encode(processor, bank, [items], [chat])
 
-    from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
+    from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
     from lmms_mtv.harness.prompts import Demonstration, Prompt
 
     def asked(scene: scenes.Scene) -> list[dict]:
         content = [{"type": "image", "url": scenes.draw(scene)}, {"type": "text", "text": questions.QUESTION}]
         return [{"role": "user", "content": content}]
 
-    base = Hf(HfConfig(pretrained="tiny", prompt_style="chat" if chat else "raw"))
+    base = HfBase(HfConfig(pretrained="tiny", prompt_style="chat" if chat else "raw"))
     prompt = Prompt(
         asked(shown[2]),
         [Demonstration(asked(scene), answer(scene)) for scene in shown[:2]],

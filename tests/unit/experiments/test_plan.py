@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lmms_mtv.errors import ArgumentError, DataError
 from lmms_mtv.experiments import cells, plan
 from lmms_mtv.experiments.cells import Cell
-from lmms_mtv.experiments.plan import Axis, Place, Plan
+from lmms_mtv.experiments.plan import Axis, CellKey, Plan
 
 ARMS = {
     "zero-shot": {"method": "none"},
@@ -57,9 +57,9 @@ def cell(**changes) -> Cell:
 class TestPlan:
     def test_cells_in_the_order_in_which_they_run(self):
         """Seeds outermost, arms before tasks; an arm that no seed changes runs once."""
-        found = made(seeds=[3, 5], groups={"g": ["b", "a", "c"]}).places()
-        expected = [Place(t, arm, 3) for arm in ARMS for t in "abc"]
-        expected += [Place(t, arm, 5) for arm in list(ARMS)[1:] for t in "abc"]
+        found = made(seeds=[3, 5], groups={"g": ["b", "a", "c"]}).cell_keys()
+        expected = [CellKey(t, arm, 3) for arm in ARMS for t in "abc"]
+        expected += [CellKey(t, arm, 5) for arm in list(ARMS)[1:] for t in "abc"]
         assert found == expected
 
     def test_the_baseline_is_the_arm_without_anything(self):
@@ -73,7 +73,7 @@ class TestPlan:
         )
         written.write(tmp_path)
         found = plan.read(tmp_path)
-        assert found.places() == written.places()
+        assert found.cell_keys() == written.cell_keys()
         assert (found.limit, found.title, dict(found.arms), found.x) == (3, "T", ARMS, written.x)
 
     @pytest.mark.parametrize(
@@ -115,17 +115,17 @@ class TestCells:
         written = cell()
         path = cells.write(tmp_path, written, {"results": {"a": {"exact_match,none": 0.5}}})
         assert path == tmp_path / "cells" / "a" / "MTV-seed0.json"
-        assert cells.read(tmp_path, written.place) == written
+        assert cells.read(tmp_path, written.key) == written
         assert cells.read_all(tmp_path) == [written]
         assert json.loads(path.read_text())["results"] == {"a": {"exact_match,none": 0.5}}
-        assert cells.read(tmp_path, Place("a", "MTV", 1)) is None
+        assert cells.read(tmp_path, CellKey("a", "MTV", 1)) is None
         assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
     def test_a_cell_at_another_place_is_refused(self, tmp_path):
         path = cells.write(tmp_path, cell(), {})
         path.rename(path.with_name("MTV-seed1.json"))
         with pytest.raises(DataError, match="is the cell of a, MTV, seed 0, expected a, MTV, seed 1"):
-            cells.read(tmp_path, Place("a", "MTV", 1))
+            cells.read(tmp_path, CellKey("a", "MTV", 1))
 
     def test_a_newer_schema_is_refused(self, tmp_path):
         cells.write(tmp_path, dataclasses.replace(cell(), schema=99), {})

@@ -90,9 +90,9 @@ def test_the_same_difference_in_every_seed_is_no_more_evidence(tmp_path):
     """Seeds share documents: five copies of one seed give the interval of one."""
     arms = {"zero-shot": {"method": "none"}, "MTV": {"method": "mtv"}}
 
-    def copied(place, cell):
-        first = grids.cell(planned, place._replace(seed=0))
-        return dataclasses.replace(first, seed=place.seed)
+    def copied(key, cell):
+        first = grids.cell(planned, key._replace(seed=0))
+        return dataclasses.replace(first, seed=key.seed)
 
     widths = []
     for name, seeds in (("one", [0]), ("five", [0, 1, 2, 3, 4])):
@@ -103,8 +103,8 @@ def test_the_same_difference_in_every_seed_is_no_more_evidence(tmp_path):
 
 
 def test_pairs_need_the_same_documents(tmp_path):
-    def other(place, cell):
-        if place.arm != "MTV" or place.task != "a_en":
+    def other(key, cell):
+        if key.arm != "MTV" or key.task != "a_en":
             return cell
         return dataclasses.replace(cell, samples={**cell.samples, "documents": [100 + i for i in range(cell.n)]})
 
@@ -121,8 +121,8 @@ def test_pairs_need_the_same_documents(tmp_path):
 
 
 def test_the_order_of_documents_does_not_matter(tmp_path, found):
-    def turned(place, cell):
-        if place.arm != "MTV":
+    def turned(key, cell):
+        if key.arm != "MTV":
             return cell
         return dataclasses.replace(cell, samples={key: list(value)[::-1] for key, value in cell.samples.items()})
 
@@ -158,8 +158,8 @@ def plain(tmp_path):
     right = {("a_en", "zero-shot", 0): 0.0, ("b_en", "zero-shot", 0): 0.5, ("a_en", "MTV", 0): 0.0}
     right |= {("a_en", "MTV", 1): 1.0, ("b_en", "MTV", 0): 1.0, ("b_en", "MTV", 1): 1.0}
 
-    def set_scores(place, cell):
-        value = right[place]
+    def set_scores(key, cell):
+        value = right[key]
         seconds = {"fit": 5.0 if cell.vector else None, "evaluation": 1.0}
         samples = {**cell.samples, "scores": [value] * 2}
         return dataclasses.replace(cell, score=value, samples=samples, seconds=seconds)
@@ -205,8 +205,8 @@ def test_marks_that_cannot_be_filled(plain, tmp_path):
 
 
 def test_missing_cells_are_said(tmp_path):
-    def without(place, cell):
-        gone = place in {("a_en", "MTV", 1)} or (place.task, place.arm) == ("b_en", "2-shot")
+    def without(key, cell):
+        gone = key in {("a_en", "MTV", 1)} or (key.task, key.arm) == ("b_en", "2-shot")
         return None if gone else cell
 
     found = results.read(grids.write(tmp_path / "grid", grids.plan(**SMALL), without))
@@ -227,8 +227,8 @@ def test_cells_of_another_plan_are_left_out_and_counted(folder, tmp_path):
 
 def test_what_a_mean_over_tasks_mixes_is_said(tmp_path):
     def changed(change):
-        def of(place, cell):
-            return dataclasses.replace(cell, **change) if place.task == "b_en" else cell
+        def of(key, cell):
+            return dataclasses.replace(cell, **change) if key.task == "b_en" else cell
 
         path = grids.write(tmp_path / "-".join(change), grids.plan(**SMALL), of)
         return tables.overview(results.read(path))
@@ -261,7 +261,7 @@ def test_several_folders_stand_in_one_table(found, plain):
 
 
 def test_tokens_that_cannot_be_told_apart_and_costs(tmp_path):
-    def unknown(place, cell):
+    def unknown(key, cell):
         tokens = {"prompt": 13.0, "image": None, "text": None}
         return dataclasses.replace(cell, tokens=tokens, memory={"fit": None, "evaluation": None})
 

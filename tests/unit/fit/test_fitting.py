@@ -69,8 +69,8 @@ def test_replay_equals_full_forwards_for_32_masks(tiny, tokens, generating):
     assert prefill.length == len(tiny.row(list(prompt.text)))
 
     targets = torch.tensor(target).expand(MASKS, -1)
-    assert prefill.packs(tiny.model, edit, target) == (tiny.name not in WINDOWED or tokens == 1)
-    packed = [prefill.packed] if prefill.packs(tiny.model, edit, target) else []
+    assert prefill.fits_one_row(tiny.model, edit, target) == (tiny.name not in WINDOWED or tokens == 1)
+    packed = [prefill.replay_in_one_row] if prefill.fits_one_row(tiny.model, edit, target) else []
     for run in (prefill.replay, *packed, prefill.forward, prefill.replay):  # again: a replay leaves its cache as it was
         logits = run(tiny.model, sites, edit, target)
         assert logits.shape == (MASKS, tokens, zoo.VOCABULARY)
@@ -102,7 +102,7 @@ def test_padding_before_a_prompt_changes_no_loss(tiny, tokens, generating):
     expected = loop_of_full_forwards(tiny, PROMPT, edit, tokens)
     prefill = captured_from(TokenRunner(tiny, generating, padding), PROMPT)
     assert prefill.length == len(tiny.row(list(PROMPT.text))) + padding
-    packed = [prefill.without_media().packed] if prefill.packs(tiny.model, edit, target) else []
+    packed = [prefill.without_media().replay_in_one_row] if prefill.fits_one_row(tiny.model, edit, target) else []
     for run in (prefill.replay, prefill.without_media().replay, *packed, prefill.forward):
         assert (losses_of(run, tiny, edit, target) - expected).abs().max() < 1e-4
 
@@ -178,7 +178,7 @@ def test_blocks_that_attend_to_an_image_keep_its_keys_and_its_mask(tokens, gener
         34,
         *[prefill.length - 1] * 2,
     ]
-    for run in (prefill.replay, prefill.without_media().replay, prefill.packed, prefill.forward):
+    for run in (prefill.replay, prefill.without_media().replay, prefill.replay_in_one_row, prefill.forward):
         assert (losses_of(run, tiny, edit, target) - expected).abs().max() < 1e-4
 
 
@@ -268,7 +268,7 @@ def test_a_window_as_long_as_the_prompt_is_replayed_right_or_not_at_all(architec
         if replays[window]:
             expected = loop_of_full_forwards(tiny, PROMPT, edit, 3, padding)
             assert (losses_of(prefill.replay, tiny, edit, list(PROMPT.target)) - expected).abs().max() < 1e-4
-            assert not prefill.packs(tiny.model, edit, PROMPT.target)
+            assert not prefill.fits_one_row(tiny.model, edit, PROMPT.target)
     assert not replays[length - 2]
     assert replays[length + 3]
 
@@ -281,13 +281,13 @@ def test_edits_side_by_side_fit_a_window_or_are_refused(architecture, padding):
         tiny = zoo.build(lambda spare=spare: architecture(length - 1 + 4 * 3 + spare))
         edit, prefill = edits(tiny, 4), captured_from(TokenRunner(tiny, padding=padding), PROMPT)
         packs = spare >= 0 and (prefill.position_ids is not None or not padding)
-        assert prefill.packs(tiny.model, edit, PROMPT.target) == packs
+        assert prefill.fits_one_row(tiny.model, edit, PROMPT.target) == packs
         if packs:
             expected = loop_of_full_forwards(tiny, PROMPT, edit, 3, padding)
-            assert (losses_of(prefill.packed, tiny, edit, list(PROMPT.target)) - expected).abs().max() < 1e-4
+            assert (losses_of(prefill.replay_in_one_row, tiny, edit, list(PROMPT.target)) - expected).abs().max() < 1e-4
         else:
             with pytest.raises(HookError, match="side by side"):
-                prefill.packed(tiny.model, find_sites(tiny.model), edit, PROMPT.target)
+                prefill.replay_in_one_row(tiny.model, find_sites(tiny.model), edit, PROMPT.target)
 
 
 class Nearsighted(LlamaForCausalLM):
@@ -379,7 +379,7 @@ def test_attention_that_takes_no_mask_of_its_own_is_not_tried():
     prefill = captured_from(TokenRunner(tiny), PROMPT)
     for implementation, packs in (("sdpa", True), ("eager", True), ("flash_attention_2", False)):
         tiny.model.config._attn_implementation_internal = implementation
-        assert prefill.packs(tiny.model, edits(tiny, 4), PROMPT.target) is packs
+        assert prefill.fits_one_row(tiny.model, edits(tiny, 4), PROMPT.target) is packs
 
 
 class Forgetful(LlamaForCausalLM):

@@ -13,7 +13,7 @@ from lmms_mtv import applied, methods, record
 from lmms_mtv.errors import ArgumentError, DataError, HookError
 from lmms_mtv.fit import learning
 from lmms_mtv.fit.examples import Episode
-from lmms_mtv.fit.learning import Distillation, Moment
+from lmms_mtv.fit.learning import Distillation, TrainingQuery
 from lmms_mtv.hooks import checkpointed, find_sites, shape
 from lmms_mtv.methods import i2cl, live, m2iv, mimic
 from lmms_mtv.vectors import ATTENTION, HEADS, MLP, RESIDUAL, Edit
@@ -164,15 +164,15 @@ def test_steps_go_through_all_queries_in_a_new_order_and_teachers_take_turns():
     asked = used.episodes(5, 0, "learning")
     steps = learning._steps(used, settings, asked)
     assert [len(step) for step in steps] == [2, 2, 1] * 3
-    epochs = [[moment for step in steps for moment in step if moment.epoch == epoch] for epoch in range(3)]
-    assert all(sorted(moment.asked for moment in epoch) == sorted(asked) for epoch in epochs)
-    assert len({tuple(moment.asked for moment in epoch) for epoch in epochs}) == 3
+    epochs = [[step for step in steps for step in step if step.epoch == epoch] for epoch in range(3)]
+    assert all(sorted(step.asked for step in epoch) == sorted(asked) for epoch in epochs)
+    assert len({tuple(step.asked for step in epoch) for epoch in epochs}) == 3
 
     seen: list[Episode] = []
     answered = used.answer
     used.answer = lambda episode, *rest: seen.append(episode) or answered(episode, *rest)
     for epoch in range(3):
-        learning.taught(used, settings, Moment(epoch, 0, asked[0]))
+        learning.teacher_answer(used, settings, TrainingQuery(epoch, 0, asked[0]))
     assert seen[0] == seen[2] != seen[1]
     assert all(episode.query == asked[0].query and len(episode.demonstrations) == 2 for episode in seen)
     assert all(asked[0].query not in episode.demonstrations for episode in seen)

@@ -25,7 +25,7 @@ from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, Re
 from lmms_mtv.experiments import cells, check, compare
 from lmms_mtv.experiments.report import results
 from lmms_mtv.harness import record
-from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
+from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
 from lmms_mtv.harness.vectors import _doubts
 from lmms_mtv.shapes import CHECKPOINT
@@ -139,7 +139,7 @@ class TestDocuments:
             self.evaluated(folder, "pretrained=tiny,method=none")
 
     def test_a_picture_that_the_processor_refuses_is_named_by_its_size(self, monkeypatch):
-        base = Hf(HfConfig(pretrained="tiny", batch_size=2))
+        base = HfBase(HfConfig(pretrained="tiny", batch_size=2))
         processor = base._processor
 
         def refusing(text, images, **options):
@@ -154,7 +154,7 @@ class TestDocuments:
 
 
 def test_prompts_with_and_without_images_go_into_one_batch(tmp_path):
-    base = Hf(HfConfig(pretrained=str(checkpoints.mllama(tmp_path)), batch_size=3))
+    base = HfBase(HfConfig(pretrained=str(checkpoints.mllama(tmp_path)), batch_size=3))
     picture = Image.new("RGB", (32, 32), "red")
     prompts = [Prompt(question("What is it?", *images)) for images in ([picture], [], [picture])]
     together, tokens = base.generate(prompts, {"max_new_tokens": 3})
@@ -174,7 +174,7 @@ def test_a_tokenizer_without_pad_and_eos_token(text_model, tmp_path):
     prompts = [Prompt(question("red")), Prompt(question("red blue green"))]
     texts = []
     for size in (1, 2):
-        base = Hf(HfConfig(pretrained=str(folder), batch_size=size))
+        base = HfBase(HfConfig(pretrained=str(folder), batch_size=size))
         texts.append(
             [a.text for i in range(0, 2, size) for a in base.generate(prompts[i : i + size], {"max_new_tokens": 4})[0]]
         )
@@ -182,7 +182,7 @@ def test_a_tokenizer_without_pad_and_eos_token(text_model, tmp_path):
 
 
 def test_a_prompt_that_does_not_fit_says_what_mends_it(text_model):
-    base = Hf(HfConfig(pretrained=str(text_model)))
+    base = HfBase(HfConfig(pretrained=str(text_model)))
     context = base.context
     alone, shown = Prompt(question("red")), Prompt(question("red"), [Demonstration(question("red"), "blue")] * 200)
     with pytest.raises(ContextLengthError, match=rf"at most {context - 1} max_new_tokens") as failed:
@@ -195,7 +195,7 @@ def test_a_prompt_that_does_not_fit_says_what_mends_it(text_model):
 
 
 def test_generation_arguments_reach_transformers_and_unknown_ones_are_named_once(text_model, said):
-    base = Hf(HfConfig(pretrained=str(text_model)))
+    base = HfBase(HfConfig(pretrained=str(text_model)))
     prompt = Prompt(question("red"), fewshot_delimiter="")
     plain = base.generate([prompt], {"max_new_tokens": 8})[0][0].text
     first = plain.split()[0]
@@ -283,8 +283,8 @@ class TestOneTable:
     def mixed(self, request, tmp_path) -> Path:
         import dataclasses
 
-        def change(place, cell):
-            odd = (place.arm, place.seed) == ("MTV", 1)
+        def change(key, cell):
+            odd = (key.arm, key.seed) == ("MTV", 1)
             return dataclasses.replace(cell, **CHANGES[request.param](cell)) if odd else cell
 
         planned = grids.plan(tasks=["shapes_color_en"], seeds=[0, 1], arms={n: ARMS[n] for n in ("zero-shot", "MTV")})
@@ -301,8 +301,8 @@ class TestOneTable:
     def test_few_shot_prompts_of_other_seeds_and_shots_may_differ(self, tmp_path):
         import dataclasses
 
-        def change(place, cell):
-            written = [f"{cell.shots}{place.seed if cell.shots else 0}"] * cell.n
+        def change(key, cell):
+            written = [f"{cell.shots}{key.seed if cell.shots else 0}"] * cell.n
             return dataclasses.replace(cell, samples={**cell.samples, "prompts": written})
 
         folder = grids.write(tmp_path / "grid", grids.plan(tasks=["shapes_color_en"], seeds=[0, 1]), change)
@@ -367,7 +367,7 @@ class TestTrial:
 
     def test_blanks_before_a_target_tell_nothing_of_it(self):
         """Whatever stands before all answers is written with the answer, and is not its first token."""
-        base = Hf(HfConfig(pretrained="tiny"))
+        base = HfBase(HfConfig(pretrained="tiny"))
         prompt = Prompt(question("what is this?"), target="red circle")
         spaced = dataclasses.replace(prompt, target_delimiter="\n")
         assert base.lead_ids(prompt) == []

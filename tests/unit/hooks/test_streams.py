@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmms_mtv import Edit, Episode, TaskVector, applied, combined, find_sites, record, verify
 from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, VectorFileError
-from lmms_mtv.hooks import ReplayError, capture, places, receivers, shape, written
+from lmms_mtv.hooks import ReplayError, attention_outputs, capture, hook_points, receivers, shape
 from lmms_mtv.vectors import ATTENTION, HEADS, MLP, RESIDUAL, STREAMS, checksum
 from lmms_mtv.vectors.library import page
 from support import zoo
@@ -40,11 +40,11 @@ def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def test_places_are_the_parts_of_the_blocks_that_have_sites(tiny):
     sites = find_sites(tiny.model)
-    for site, attention, mlp, block in zip(sites, *(places(sites, stream) for stream in OTHERS), strict=True):
+    for site, attention, mlp, block in zip(sites, *(hook_points(sites, stream) for stream in OTHERS), strict=True):
         assert site.name.startswith(attention.name + ".")
         assert attention.name.startswith(block.name + ".")
         assert mlp.name == block.name + ".mlp"
-        assert all(tiny.model.get_submodule(place.name) is place.module for place in (attention, mlp, block))
+        assert all(tiny.model.get_submodule(point.name) is point.module for point in (attention, mlp, block))
     for stream in OTHERS:
         assert shape(sites, stream) == (zoo.LAYERS, 1, zoo.HEADS * zoo.HEAD_DIM)
 
@@ -117,8 +117,8 @@ def test_recorded_activations_are_what_the_modules_gave(tiny, stream):
     before = zoo.hooks(tiny.model)
     seen: list[Tensor] = []
     handles = [
-        place.module.register_forward_hook(lambda _, args, output: seen.append(first(output).clone()))
-        for place in places(sites, stream)
+        point.module.register_forward_hook(lambda _, args, output: seen.append(first(output).clone()))
+        for point in hook_points(sites, stream)
     ]
     with record(sites, stream) as recording:
         tiny.model(**inputs)
@@ -188,7 +188,7 @@ def test_an_edit_that_is_once_is_at_the_end_of_the_prompt_alone(tiny):
         longer.pop("position_ids", None)
         longer |= tiny.kinds_of(longer["input_ids"])
         expected = []
-        for place, layer in zip(places(sites, RESIDUAL), range(zoo.LAYERS), strict=True):
+        for point, layer in zip(hook_points(sites, RESIDUAL), range(zoo.LAYERS), strict=True):
 
             def write(_, args, output, layer=layer):
                 state, edit = first(output).clone(), edits[RESIDUAL]
@@ -196,7 +196,7 @@ def test_an_edit_that_is_once_is_at_the_end_of_the_prompt_alone(tiny):
                 state[:, length - 1] = edit.keep[layer] * at + edit.gain[layer] * edit.value[layer]
                 return (state, *output[1:]) if isinstance(output, tuple) else state
 
-            expected.append(place.module.register_forward_hook(write))
+            expected.append(point.module.register_forward_hook(write))
         by_hand = tiny.model(**longer).logits[0, -1]
         for handle in expected:
             handle.remove()
@@ -294,14 +294,14 @@ def test_a_block_without_an_mlp_of_its_own_has_the_other_streams():
     model = transformers.OPTForCausalLM(config).eval()
     sites, inputs = find_sites(model), {"input_ids": torch.tensor([TEXTS[0]])}
     with pytest.raises(DiscoveryError, match=r"layers\.0 has no single module.*layers\.0\.fc1.*layers\.0\.fc2"):
-        places(sites, MLP)
+        hook_points(sites, MLP)
     for stream in (ATTENTION, RESIDUAL):
         verify(model, sites, inputs, stream)
     tied = zoo.build(zoo.llama)
     for block in tied.model.model.layers:
         block.mlp = tied.model.model.layers[0].mlp
     with pytest.raises(DiscoveryError, match="share the module of their mlp"):
-        places(find_sites(tied.model), MLP)
+        hook_points(find_sites(tied.model), MLP)
 
 
 def test_what_heads_write_is_their_projection_without_the_bias(tiny):
@@ -311,7 +311,9 @@ def test_what_heads_write_is_their_projection_without_the_bias(tiny):
     for site, value in zip(sites, heads, strict=True):
         weight = site.module.weight.T if hasattr(site.module, "nf") else site.module.weight
         expected.append(weight @ value.flatten())
-    torch.testing.assert_close(written(sites, heads), torch.stack(expected).unsqueeze(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        attention_outputs(sites, heads), torch.stack(expected).unsqueeze(1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_what_heads_write_goes_through_the_norm_that_receives_attention():
@@ -326,7 +328,7 @@ def test_what_heads_write_goes_through_the_norm_that_receives_attention():
         handle.remove()
     assert [list(modules) for modules in found] == [[norm] for norm in norms]
     heads = recording.last()[0].float().cpu()
-    whole = written(sites, heads, heads, found)
+    whole = attention_outputs(sites, heads, heads, found)
     torch.testing.assert_close(whole, torch.stack(added).unsqueeze(1), rtol=1e-4, atol=1e-5)
     chosen = torch.zeros(sites.shape[:2])
     chosen[:, 0] = 1
@@ -335,7 +337,7 @@ def test_what_heads_write_goes_through_the_norm_that_receives_attention():
             norm(site.module((value * (1 - mask).unsqueeze(-1)).flatten()))
             for norm, site, value, mask in zip(norms, sites, heads, chosen, strict=True)
         ]
-    part = written(sites, heads * chosen.unsqueeze(-1), heads, found)
+    part = attention_outputs(sites, heads * chosen.unsqueeze(-1), heads, found)
     torch.testing.assert_close(part, whole - torch.stack(rest).unsqueeze(1), rtol=1e-4, atol=1e-5)
 
 

@@ -26,7 +26,7 @@ def test_everything_is_run_once_and_in_order(total, rows, fitting, at_most):
         done.extend(batch)
         return len(batch)
 
-    batches = list(size.over(range(total), run, at_most))
+    batches = list(size.run_batches(range(total), run, at_most))
     assert done == list(range(total)) == [item for batch, _ in batches for item in batch]
     assert all(len(batch) == result <= fitting for batch, result in batches)
     assert size.rows <= rows
@@ -42,7 +42,7 @@ def test_halving_is_said_and_remembered(caplog):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
         return batch
 
-    assert [list(batch) for batch, _ in size.over(range(5), run)] == [[0, 1], [2, 3], [4]]
+    assert [list(batch) for batch, _ in size.run_batches(range(5), run)] == [[0, 1], [2, 3], [4]]
     assert seen == [5, 2, 2, 1]
     assert "out of memory with 5 rows in a forward: going on with 2" in caplog.text
     assert size.copy() == size
@@ -53,9 +53,9 @@ def test_without_auto_and_with_one_row_it_is_an_error_that_says_what_to_do():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(MemoryLimitError, match=r"4 rows .* smaller batch_size=, or batch_size=auto"):
-        list(BatchSize(4).over(range(4), run))
+        list(BatchSize(4).run_batches(range(4), run))
     with pytest.raises(MemoryLimitError, match=r"one prompt alone .*dtype=bfloat16, device_map=auto"):
-        list(BatchSize(4, automatic=True).over(range(1), run))
+        list(BatchSize(4, automatic=True).run_batches(range(1), run))
 
 
 def test_other_errors_are_not_mistaken_for_it():
@@ -63,7 +63,7 @@ def test_other_errors_are_not_mistaken_for_it():
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        list(BatchSize(4, automatic=True).over(range(4), run))
+        list(BatchSize(4, automatic=True).run_batches(range(4), run))
     assert not out_of_memory(RuntimeError("size mismatch"))
     assert out_of_memory(MemoryError())
 

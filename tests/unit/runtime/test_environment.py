@@ -16,14 +16,16 @@ from packaging.version import Version
 from lmms_mtv.errors import InstallationError
 from lmms_mtv.harness.lmms.plugin import names_model
 from lmms_mtv.runtime import environment
-from lmms_mtv.runtime.environment import Library, newer, problem
+from lmms_mtv.runtime.environment import RequiredLibrary, newer, problem
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def library(installed: str | None, supported: str = "", tested: str = "", name: str = "transformers") -> Library:
+def library(
+    installed: str | None, supported: str = "", tested: str = "", name: str = "transformers"
+) -> RequiredLibrary:
     version = None if installed is None else Version(installed)
-    return Library(name, version, SpecifierSet(supported), SpecifierSet(tested))
+    return RequiredLibrary(name, version, SpecifierSet(supported), SpecifierSet(tested))
 
 
 def pinned() -> list[Requirement]:

@@ -125,7 +125,12 @@ def test_a_repository_without_a_vector_or_with_too_large_a_one_is_not_downloaded
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x80\x04K\x01.", (10 * 2**30).to_bytes(8, "little") + b"{}", files.packed({}, {"format": "other"})],
+    [
+        b"",
+        b"\x80\x04K\x01.",
+        (10 * 2**30).to_bytes(8, "little") + b"{}",
+        files.safetensors_bytes({}, {"format": "other"}),
+    ],
     ids=["empty", "pickle", "claim", "foreign"],
 )
 def test_what_is_no_vector_is_refused(hub, library, content):

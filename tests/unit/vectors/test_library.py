@@ -353,7 +353,9 @@ def test_pipes_folders_and_other_dtypes_are_refused(tmp_path):
     for name in ("pipe", "folder", "missing"):
         with pytest.raises(VectorFileError, match="no vector file"):
             TaskVector.load(tmp_path / f"{name}.safetensors")
-    halves = files.packed({"heads.value": torch.zeros(1, dtype=torch.bfloat16)}, {"format": "lmms-mtv", "card": "{}"})
+    halves = files.safetensors_bytes(
+        {"heads.value": torch.zeros(1, dtype=torch.bfloat16)}, {"format": "lmms-mtv", "card": "{}"}
+    )
     (tmp_path / FILE).write_bytes(halves)
     with pytest.raises(VectorFileError, match="not float32"):
         TaskVector.load(tmp_path / FILE)
@@ -398,7 +400,7 @@ def test_a_card_with_a_field_of_a_wrong_type_is_refused(library, change):
 def test_a_card_that_is_no_json_and_a_vector_with_nan_are_found(library):
     good = library.add(vector(seed=1))
     text = library.add(vector(seed=2))
-    raw = files.packed({}, {"format": "lmms-mtv", "card": "not json", "checksum": ""})
+    raw = files.safetensors_bytes({}, {"format": "lmms-mtv", "card": "not json", "checksum": ""})
     text.write_bytes(raw)
     numbers = library.add(vector(seed=3))
     made = vector(seed=3)

@@ -13,8 +13,8 @@ from loguru import logger
 from lmms_mtv.errors import ArgumentError, unknown
 from lmms_mtv.harness.arguments import names
 from lmms_mtv.harness.lmms.bases import wrapped
-from lmms_mtv.harness.lmms.bases.hf import Hf, HfConfig
-from lmms_mtv.harness.lmms.bases.wrapped import Wrapped, WrappedConfig
+from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
+from lmms_mtv.harness.lmms.bases.wrapped import WrappedConfig, WrapperBase
 from lmms_mtv.hooks import Sites, find_sites
 
 OWN = "hf"
@@ -58,15 +58,15 @@ def _lack(name: str) -> str | None:
     return None
 
 
-def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -> tuple[Hf | Wrapped, Sites]:
+def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -> tuple[HfBase | WrapperBase, Sites]:
     """Return the base ``name``, loaded, and where its heads are; ``decoder`` as in :func:`~lmms_mtv.hooks.find_sites`.
 
     Raises :class:`ArgumentError` if it cannot be loaded or has no torch module to edit.
     """
     if name == OWN:
-        base = Hf(HfConfig(**arguments))
+        base = HfBase(HfConfig(**arguments))
         return base, find_sites(base.model, decoder)
     own = {key: arguments[key] for key in wrapped.OWN if key in arguments}
     others = {key: value for key, value in arguments.items() if key not in own}
-    wrapping = Wrapped(WrappedConfig(name, arguments=others, **own), decoder)
+    wrapping = WrapperBase(WrappedConfig(name, arguments=others, **own), decoder)
     return wrapping, wrapping.sites

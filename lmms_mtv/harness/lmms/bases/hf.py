@@ -115,7 +115,7 @@ class _Until(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(found, device=input_ids.device)  # type: ignore[return-value]
 
 
-class Hf:
+class HfBase:
     """A loaded model with its processor. It runs :class:`Prompt` batches, left-padded."""
 
     def __init__(self, config: HfConfig) -> None:
@@ -208,7 +208,7 @@ class Hf:
     def _conversation(self, prompt: Prompt) -> Prompt:
         return prompt if self.config.fewshot_as_multiturn else prompt.inline()
 
-    def written(self, prompt: Prompt) -> list[str]:
+    def text_parts(self, prompt: Prompt) -> list[str]:
         """Return the prompt as text, and what stands before, in and after its target."""
         return [self.rendered(prompt), prompt.target_delimiter, prompt.target, prompt.fewshot_delimiter]
 

@@ -129,7 +129,7 @@ def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
     return (*OWN, *parameters(wrapper_class(name, force_simple)))
 
 
-class Wrapped:
+class WrapperBase:
     """A loaded wrapper of lmms-eval. ``sites`` are those of the torch module it runs.
 
     Raises :class:`ArgumentError` if the wrapper cannot be constructed, or has no torch module,
@@ -182,7 +182,7 @@ class Wrapped:
         files = {} if self._text_files is None else {"files": self._text_files}
         return {"base": self.config.name, **given, **files}
 
-    def written(self, prompt: Prompt) -> list[str]:
+    def text_parts(self, prompt: Prompt) -> list[str]:
         """Return the tokens that the wrapper makes of the prompt, and what stands before, in and after its target."""
         kind = "simple" if self.is_simple else "chat"
         ids = json.dumps(self._ids(prompt))
