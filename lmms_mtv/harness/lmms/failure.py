@@ -1,19 +1,20 @@
 """Errors at the command line of the harness.
 
 lmms-eval catches every exception of an evaluation, prints a traceback and exits with status 0, so that a failed run
-looks like a good one to a script. A ``SystemExit`` is not caught: it prints one line and gives status 1. Exceptions of
-the model become one by :func:`fail_with_status`. :func:`end_failed_runs` listens to what the harness logs of all
-others, as of a task or of a metric.
+looks like a good one to a script. lmms-eval does not catch a ``SystemExit``, which prints one line and gives status 1.
+:func:`fail_with_status` turns exceptions of the model into a ``SystemExit``. :func:`end_failed_runs` listens to the
+errors that the harness logs itself, as for a task or a metric.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from loguru import logger
 
@@ -22,17 +23,20 @@ from lmms_mtv.errors import MtvError
 A = ParamSpec("A")
 R = TypeVar("R")
 
-COMMAND_LINE = "lmms_eval.__main__"
+COMMAND_LINE: Final = "lmms_eval.__main__"
 """The module that only the harness's command line imports."""
 
-EVALUATOR = "lmms_eval.evaluator"
+EVALUATOR: Final = "lmms_eval.evaluator"
+
+VERBOSITY: Final = "VERBOSITY"
+"""The environment variable in which the harness's command line keeps the value of ``--verbosity``."""
 
 
 def fail_with_status(function: Callable[A, R]) -> Callable[A, R]:
-    """Let an exception end the run when the harness was started from its command line.
+    """Let an exception end the run with status 1 when the harness was started from its command line.
 
-    An :class:`MtvError` is one line, any other exception keeps its traceback. Called from Python, or with
-    ``--verbosity DEBUG``, the exception goes on as it is.
+    An :class:`MtvError` is printed as one line, any other exception with its traceback. The exception stays as it is
+    when the function is called from Python, or when ``--verbosity`` is ``DEBUG``: the harness then raises it too.
     """
 
     @functools.wraps(function)
@@ -40,7 +44,7 @@ def fail_with_status(function: Callable[A, R]) -> Callable[A, R]:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if COMMAND_LINE not in sys.modules or any("DEBUG" in argument for argument in sys.argv):
+            if COMMAND_LINE not in sys.modules or os.environ.get(VERBOSITY) == "DEBUG":
                 raise
             if not isinstance(error, MtvError):
                 traceback.print_exc()
@@ -53,8 +57,8 @@ def fail_with_status(function: Callable[A, R]) -> Callable[A, R]:
 def end_failed_runs() -> None:
     """Let an error that the harness's command line logs end the run with status 1.
 
-    Only the module of the command line counts, and only where the harness was started from it. The message itself is
-    printed by the harness's own handler, which comes first.
+    Errors of other modules, and of a harness that was called from Python, end nothing. The harness's own handler comes
+    first and prints the message.
     """
     if COMMAND_LINE not in sys.modules:
         return
@@ -66,9 +70,9 @@ def end_failed_runs() -> None:
 
 
 def caches_answers() -> bool:
-    """Return whether the evaluation that called this keeps answers (``--use_cache``).
+    """Return whether the evaluation that called this function caches answers (``--use_cache``).
 
-    lmms-eval tells its models nothing of the cache: ``simple_evaluate`` has to be looked for among the callers.
+    lmms-eval does not tell its models about the cache: ``simple_evaluate`` has to be looked for among the callers.
     """
     frame = inspect.currentframe()
     while frame is not None:
