@@ -27,7 +27,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 
 from benchmarks import measure
 from lmms_mtv import Edit, TaskVector, VectorCard, find_sites
-from lmms_mtv.harness.lmms.model import Mtv
+from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.shapes import CHECKPOINT
 
@@ -80,7 +80,7 @@ def evaluations(
     dtype = str(measure.dtype_of(given, device)).removeprefix("torch.")
     arguments = ",".join(filter(None, (f"pretrained={pretrained},dtype={dtype},device={device}", given.arguments)))
     alone = get_model(given.base).create_from_arg_string(arguments, {"batch_size": given.batch})
-    around = Mtv.create_from_arg_string(
+    around = LmmsEvalMtv.create_from_arg_string(
         f"base={given.base},{arguments}", {"batch_size": given.batch, "device": str(device)}
     )
     ready = unchanging(around).save(folder / "vector.safetensors")
@@ -112,7 +112,7 @@ def evaluations(
     return {name: evaluated(name) for name in models}
 
 
-def unchanging(model: Mtv) -> TaskVector:
+def unchanging(model: LmmsEvalMtv) -> TaskVector:
     """A vector of the geometry of ``model`` that edits every head and changes no answer."""
     base = model.base
     sites = find_sites(base.model)

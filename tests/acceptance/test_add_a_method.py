@@ -17,7 +17,7 @@ from loguru import logger
 
 from lmms_mtv import methods
 from lmms_mtv.errors import MethodError, MtvError
-from lmms_mtv.harness.lmms.model import Mtv
+from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.methods import mtv
 from support import zoo
 from support.sessions import session
@@ -171,7 +171,7 @@ def test_a_broken_package_stops_no_other_method(beside, tmp_path):
     said: list[str] = []
     sink = logger.add(lambda message: said.append(str(message)), level="WARNING")
     try:
-        model = Mtv(pretrained="tiny", reuse=False)
+        model = LmmsEvalMtv(pretrained="tiny", reuse=False)
         quick = {"iterations": 4, "steps": 2, "samples": 2, "examples": 2, "candidates": 2, "candidate_examples": 2}
         assert model.arm(quick).fit(task).card.method == "mtv"
     finally:

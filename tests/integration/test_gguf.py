@@ -17,8 +17,7 @@ from lmms_mtv import cli, data
 from lmms_mtv.errors import ArgumentError, InstallationError
 from lmms_mtv.harness import gguf
 from lmms_mtv.harness.checkpoint import LOCAL
-from lmms_mtv.harness.lm.model import Mtv as LmMtv
-from lmms_mtv.harness.lm.model import _Runner
+from lmms_mtv.harness.lm.model import LmEvalMtv, _Runner
 from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Prompt
 from support import gguf_files, official_files
@@ -63,7 +62,7 @@ def test_a_file_is_known_by_its_contents(file, tmp_path):
 
 def test_both_harnesses_know_and_read_it_alike(file):
     ours = HfBase(HfConfig(pretrained=str(file)))
-    theirs = _Runner(LmMtv(pretrained=str(file), method="mtv", device="cpu"))
+    theirs = _Runner(LmEvalMtv(pretrained=str(file), method="mtv", device="cpu"))
     assert (theirs.name, theirs.revision, theirs.dtype, theirs.recipe) == (ours.name, ours.revision, ours.dtype, {})
     prompt = question("Q: ab\nA:")
     assert ours._ids(ours.rendered(prompt)) == theirs._lm.tok_encode(ours.rendered(prompt))
@@ -145,7 +144,7 @@ class TestPackages:
     def test_nor_is_the_one_that_reads_the_files(self, file, monkeypatch):
         monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(InstallationError, match=r"pip install 'lmms-mtv\[gguf\]'"):
-            LmMtv(pretrained=str(file), method="none")
+            LmEvalMtv(pretrained=str(file), method="none")
 
 
 def test_a_table_of_word_pairs_is_checked_again(file, tmp_path, monkeypatch, capsys):

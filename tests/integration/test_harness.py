@@ -28,7 +28,7 @@ from lmms_mtv.errors import (
     VectorFileError,
 )
 from lmms_mtv.harness.checkpoint import revision_of
-from lmms_mtv.harness.lmms.model import Mtv
+from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.shapes import CHECKPOINT
 from lmms_mtv.vectors.library import Library
 from support.evaluations import task_manager
@@ -85,7 +85,7 @@ def test_answers_of_a_vector_are_not_taken_from_a_cache_that_does_not_know_it(tm
     assert done.returncode == 1
     assert "--use_cache knows a model by the text of its arguments" in done.stderr
     given = f"pretrained=tiny,{SHORT}"
-    for model, arguments in (("mtv", given), (Mtv.create_from_arg_string(given), None)):
+    for model, arguments in (("mtv", given), (LmmsEvalMtv.create_from_arg_string(given), None)):
         with pytest.raises(ArgumentError, match="--use_cache knows a model"):
             simple_evaluate(
                 model,
@@ -424,7 +424,7 @@ class TestBadInput:
     def test_a_vector_of_another_model_or_geometry(self, saved, tmp_path):
         copy = tmp_path / "copy"
         shutil.copytree(CHECKPOINT, copy)
-        same = Mtv(pretrained=str(copy), vector=str(saved))
+        same = LmmsEvalMtv(pretrained=str(copy), vector=str(saved))
         assert same.base.name != "lmms-mtv/tiny"
         assert same.base.revision == TaskVector.load(saved).card.revision, "the same weights are the same model"
         changed = json.loads((copy / "config.json").read_text()) | {"initializer_range": 0.5}

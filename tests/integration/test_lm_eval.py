@@ -25,7 +25,7 @@ from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, Geomet
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.checkpoint import name_of, revision_of
 from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
-from lmms_mtv.harness.lm.model import Mtv, _Runner
+from lmms_mtv.harness.lm.model import LmEvalMtv, _Runner
 from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.vectors import HEADS
@@ -173,7 +173,7 @@ class TestWithoutEdits:
 
     def test_any_model_that_the_library_scores(self, text_model, folder):
         """Without edits nothing is looked for in the model, and no task is needed."""
-        lm = Mtv(pretrained=str(text_model), device="cpu", method="none")
+        lm = LmEvalMtv(pretrained=str(text_model), device="cpu", method="none")
         tasks = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         results = simple_evaluate(lm, tasks=["own_arc"], task_manager=tasks, limit=2)
         assert results["config"]["mtv"]["tasks"]["own_arc"]["method"] == "none"
@@ -236,7 +236,7 @@ class TestEdited:
 
     def test_an_exception_leaves_no_hook(self, text_model, folder, vector):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
-        lm = Mtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", vector=str(vector))
+        lm = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", vector=str(vector))
         before = zoo.hooks(lm.model)
 
         def fail(*_):
@@ -253,7 +253,7 @@ class TestEdited:
 
     def test_a_forward_that_mtv_did_not_expect_is_refused(self, text_model, folder, vector):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
-        lm = Mtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", vector=str(vector))
+        lm = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", vector=str(vector))
         with lm._editing(TaskVector.load(vector)), pytest.raises(HookError, match="in the order that mtv knows"):
             lm._model_call(torch.tensor([[5, 6]]))
 
@@ -273,7 +273,7 @@ class TestFits:
     def test_one_fit_serves_all_requests_of_a_task(self, text_model, folder, tmp_path, caplog):
         """The library asks for likelihoods and for answers in calls of their own."""
         tasks = Tasks(include_path=str(folder), include_defaults=False)
-        lm = Mtv(Evaluation(tasks.of, folder=tmp_path), pretrained=str(text_model), device="cpu", **SHORT)
+        lm = LmEvalMtv(Evaluation(tasks.of, folder=tmp_path), pretrained=str(text_model), device="cpu", **SHORT)
         with caplog.at_level(logging.INFO, logger="lm_eval"):
             logging.getLogger("lm_eval").propagate = True
             task = tasks.load("own_arc")["tasks"]["own_arc"]
@@ -285,8 +285,8 @@ class TestFits:
         assert len(parts) == len(task.instances)
         (saved,) = tmp_path.rglob("vector.safetensors")
         assert saved.relative_to(tmp_path).parts[0] == "own_arc"
-        again = Mtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", vector=str(saved))
-        assert again.loglikelihood(task.instances) == Mtv(
+        again = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", vector=str(saved))
+        assert again.loglikelihood(task.instances) == LmEvalMtv(
             Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **SHORT
         ).loglikelihood(task.instances)
 
@@ -307,7 +307,7 @@ class TestFits:
         found = tasks.load([f"own_{kind}", "mirror"])["tasks"]
         form = {"system_instruction": "green ring." if chat else None, "apply_chat_template": chat}
         evaluation = Evaluation(tasks.of, fewshot_as_multiturn=chat, **form)
-        lm = Mtv(evaluation, pretrained=str(text_model), device="cpu")
+        lm = LmEvalMtv(evaluation, pretrained=str(text_model), device="cpu")
         mirror, shots = found["mirror"], 2
         mirror.set_config("num_fewshot", shots)
         mirror.build_all_requests(
@@ -339,7 +339,7 @@ class TestFits:
         from lmms_eval.evaluator import simple_evaluate as lmms_evaluate
         from lmms_eval.tasks import TaskManager as LmmsTasks
 
-        from lmms_mtv.harness.lmms.model import Mtv as LmmsMtv
+        from lmms_mtv.harness.lmms.model import LmmsEvalMtv
         from lmms_mtv.harness.lmms.task import TaskPrompts
 
         settings = SHORT | {"loss": "all", "seed": 5}
@@ -347,7 +347,7 @@ class TestFits:
         folder = task_file(tmp_path, "answers", description="red circle. ")
         lm, _ = run(text_model, folder, ["answers"], **settings)
         manager = LmmsTasks("ERROR", include_path=str(folder), include_defaults=False, model_name="mtv")
-        other = LmmsMtv(pretrained=str(text_model), **settings)
+        other = LmmsEvalMtv(pretrained=str(text_model), **settings)
         base, vectors = other._base, other._vectors
         lmms_evaluate(other, tasks=["own_answers"], task_manager=manager, limit=2)
         ours, theirs = lm._record["own_answers"], vectors.record["own_answers"]
@@ -396,7 +396,7 @@ class TestFits:
 
     def test_an_evaluation_in_another_form_than_the_model_was_told_is_refused(self, text_model, folder):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
-        lm = Mtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **SHORT)
+        lm = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **SHORT)
         evaluated = {"tasks": ["own_arc"], "task_manager": tasks, "limit": 2}
         with pytest.raises(DataError, match=r"as mtv knows it, asks .*lmms-mtv lm-eval"):
             simple_evaluate(lm, apply_chat_template=True, **evaluated)
@@ -408,7 +408,7 @@ class TestFits:
         known = Tasks(include_path=str(folder), include_defaults=False)
         known.load("own_arc")
         other = Tasks(include_path=str(task_file(tmp_path, "arc", doc_to_text="{{question}}")), include_defaults=False)
-        lm = Mtv(Evaluation(known.of), pretrained=str(text_model), device="cpu", **SHORT)
+        lm = LmEvalMtv(Evaluation(known.of), pretrained=str(text_model), device="cpu", **SHORT)
         with pytest.raises(DataError, match="as mtv knows it, asks"):
             simple_evaluate(lm, tasks=["own_arc"], task_manager=other, limit=2)
 
@@ -441,20 +441,20 @@ class TestFits:
 
     def test_caches_keep_working_and_never_mix_tasks(self, text_model, folder, tmp_path):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
-        lm = Mtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **SHORT)
+        lm = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **SHORT)
         cache, score = str(tmp_path / "cache"), []
         for _ in range(2):
             results = simple_evaluate(lm, tasks=["own_arc"], task_manager=tasks, use_cache=cache)
             score.append([sample["resps"] for sample in results["samples"]["own_arc"]])
         assert json.dumps(score[0]) == json.dumps(score[1])
         for other in (SHORT | {"seed": 1}, SHORT | {"steps": 4}, {"method": "none"}, SHORT | {"add_bos_token": True}):
-            another = Mtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **other)
+            another = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **other)
             with pytest.raises(ArgumentError, match="answers of another model, method, seed or vector"):
                 simple_evaluate(another, tasks=["own_arc"], task_manager=tasks, use_cache=cache)
         task_file(tmp_path / "more", "arc")
         task_file(tmp_path / "more", "arc", task="own_arc_again")
         twice = Tasks(include_path=str(tmp_path / "more"), include_defaults=False)
-        lm = Mtv(Evaluation(twice.of), pretrained=str(text_model), device="cpu", **SHORT)
+        lm = LmEvalMtv(Evaluation(twice.of), pretrained=str(text_model), device="cpu", **SHORT)
         with pytest.raises(ArgumentError, match="ask the same, and --use_cache"):
             simple_evaluate(
                 lm, tasks=["own_arc", "own_arc_again"], task_manager=twice, use_cache=str(tmp_path / "other")
@@ -520,15 +520,15 @@ class TestBadInput:
     def test_arguments(self, text_model):
         model = str(text_model)
         with pytest.raises(ArgumentError, match=r"'stepz'. Did you mean 'steps'\?.*seed.*iterations.*add_bos_token"):
-            Mtv(pretrained=model, stepz=3)
+            LmEvalMtv(pretrained=model, stepz=3)
         with pytest.raises(ArgumentError, match=r"shots=2 is no argument.*--num_fewshot"):
-            Mtv(pretrained=model, shots=2)
+            LmEvalMtv(pretrained=model, shots=2)
         with pytest.raises(ArgumentError, match=r"base=hf is no argument.*lm-eval's model hf"):
-            Mtv(pretrained=model, base="hf")
+            LmEvalMtv(pretrained=model, base="hf")
         with pytest.raises(ArgumentError, match="pretrained= is missing"):
-            Mtv(method="none")
+            LmEvalMtv(method="none")
         with pytest.raises(ArgumentError, match="no/such-model cannot be loaded"):
-            Mtv(pretrained="no/such-model")
+            LmEvalMtv(pretrained="no/such-model")
         assert {"shots", "base"} <= set(Arguments.__dataclass_fields__)
 
     def test_encoder_decoder_models(self, tmp_path, text_model):
@@ -539,12 +539,12 @@ class TestBadInput:
         T5ForConditionalGeneration(config).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         with pytest.raises(ArgumentError, match=r"encoder-decoder model.*method=none"):
-            Mtv(pretrained=str(tmp_path), device="cpu")
-        assert Mtv(pretrained=str(tmp_path), device="cpu", method="none").backend == "seq2seq"
+            LmEvalMtv(pretrained=str(tmp_path), device="cpu")
+        assert LmEvalMtv(pretrained=str(tmp_path), device="cpu", method="none").backend == "seq2seq"
 
     def test_a_model_that_was_not_told_the_tasks(self, text_model, folder):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
-        lm = Mtv(pretrained=str(text_model), device="cpu", **SHORT)
+        lm = LmEvalMtv(pretrained=str(text_model), device="cpu", **SHORT)
         with pytest.raises(ArgumentError, match="start the evaluation with lmms-mtv lm-eval"):
             simple_evaluate(lm, tasks=["own_arc"], task_manager=tasks, limit=1)
 
@@ -571,7 +571,7 @@ class TestBadInput:
         model.save_pretrained(copy)
         AutoTokenizer.from_pretrained(text_model).save_pretrained(copy)
         with pytest.raises(GeometryError, match="was fitted for model"):
-            Mtv(pretrained=str(copy), device="cpu", vector=str(vector))
+            LmEvalMtv(pretrained=str(copy), device="cpu", vector=str(vector))
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

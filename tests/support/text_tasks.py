@@ -12,7 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
-from lmms_mtv.harness.lm.model import Mtv
+from lmms_mtv.harness.lm.model import LmEvalMtv
 
 LIBRARY = Path(lm_eval.tasks.__file__).parent
 
@@ -123,7 +123,7 @@ def run(
     evaluation = evaluation or {}
     form = {key: evaluation[key] for key in evaluation.keys() & {"system_instruction", "apply_chat_template"}}
     given = {"pretrained": str(model), "device": "cpu"} | given
-    lm = HFLM(**given) if library else Mtv(Evaluation(tasks.of, fewshot_as_multiturn=True, **form), **given)
+    lm = HFLM(**given) if library else LmEvalMtv(Evaluation(tasks.of, fewshot_as_multiturn=True, **form), **given)
     names = [kind if kind.startswith(prefix) else f"{prefix}{kind}" for kind in kinds]
     results = simple_evaluate(lm, tasks=names, task_manager=tasks, bootstrap_iters=0, **evaluation)
     answers = {

@@ -97,7 +97,7 @@ class _Row(NamedTuple):
 
 
 @register_model(NAME)
-class Mtv(HFLM):  # type: ignore[misc]
+class LmEvalMtv(HFLM):  # type: ignore[misc]
     """MTV and its controls on lm-eval's ``hf`` model; with ``method=none`` it is that model.
 
     Takes the arguments of ``hf``, of the method, and :class:`~lmms_mtv.harness.arguments.Arguments` but for ``base``
@@ -138,13 +138,15 @@ class Mtv(HFLM):  # type: ignore[misc]
         self._record = self._vectors.record
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Mtv:
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> LmEvalMtv:
         """Return the model that the command line describes. What is among the model arguments wins over flags."""
         flags = {key: value for key, value in (additional_config or {}).items() if value is not None}
         return cls(current(), **flags | arg_dict)
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Mtv:
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> LmEvalMtv:
         """Return the same for arguments in one string."""
         return cls.create_from_arg_obj(as_written(simple_parse_args_string(arg_string), arg_string), additional_config)
 
@@ -316,7 +318,7 @@ class Mtv(HFLM):  # type: ignore[misc]
 class _Runner:
     """The model as a fit uses it: the same tokens as in the evaluation, padded on the left."""
 
-    def __init__(self, lm: Mtv) -> None:
+    def __init__(self, lm: LmEvalMtv) -> None:
         self._lm = lm
         self.model: torch.nn.Module = unwrapped(lm.model)
         source = lm.pretrained if isinstance(lm.pretrained, str) else lm.model.name_or_path
@@ -410,7 +412,7 @@ class _Runner:
         return before, lm.tok_encode(answer, add_special_tokens=False)
 
 
-def _recipe(lm: Mtv, files: str | None) -> dict[str, Any]:
+def _recipe(lm: LmEvalMtv, files: str | None) -> dict[str, Any]:
     """Return what changes tokens or what is computed of them, where it is not the default of lm-eval's ``hf``."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(HFLM).parameters.items()}
     given = {name: value for name, value in lm.given.items() if name not in _NOT_COMPUTING}

@@ -22,7 +22,7 @@ from lmms_mtv.errors import DataError, MtvError, unknown
 from lmms_mtv.experiments.cells import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.harness import record
-from lmms_mtv.harness.lmms.model import Mtv
+from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.runtime import distributed
 from lmms_mtv.vectors import TaskVector
@@ -51,7 +51,7 @@ class PlanRunner:
             if name not in self._manager.all_tasks:
                 raise unknown("task", name, self._manager.all_tasks)
         own = {"batch_size": plan.batch_size, "reuse": reuse, "library": None if library is None else str(library)}
-        self._model = Mtv(**own, **plan.model)
+        self._model = LmmsEvalMtv(**own, **plan.model)
         for arguments in plan.arms.values():
             self._model.check(arguments)
         kind = "simple" if self._model.is_simple else "chat"

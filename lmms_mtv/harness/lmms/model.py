@@ -43,7 +43,7 @@ _NAMED: Final = 5
 """Documents that could not be shown, named one by one in the log."""
 
 
-class Mtv(lmms):  # type: ignore[misc]
+class LmmsEvalMtv(lmms):  # type: ignore[misc]
     """MTV, its controls and its baselines as one model of the harness.
 
     See :class:`~lmms_mtv.harness.arguments.Arguments` for its arguments; those of the method and of the base are
@@ -77,15 +77,15 @@ class Mtv(lmms):  # type: ignore[misc]
         # Digests of the prompts by document, for each task; filled where somebody wants to compare them.
         self.prompts: dict[str, dict[int, str]] | None = None
 
-    def arm(self, given: Mapping[str, Any]) -> Mtv:
+    def arm(self, given: Mapping[str, Any]) -> LmmsEvalMtv:
         """Return the same loaded model under other arguments of the plugin or of a method, beside those it was made
         with.
 
         Raises :class:`ArgumentError` for an argument of the base, which is loaded already, or an unknown one.
         """
         arguments, method, settings, _ = self._split(given)
-        arm = Mtv.__new__(Mtv)
-        super(Mtv, arm).__init__()
+        arm = LmmsEvalMtv.__new__(LmmsEvalMtv)
+        super(LmmsEvalMtv, arm).__init__()
         arm._given, arm._known, arm._pretrained = {**self._given, **given}, self._known, self._pretrained
         validate(arguments)
         arm._begin(arguments, method, settings, self._base, self._sites)
@@ -126,7 +126,7 @@ class Mtv(lmms):  # type: ignore[misc]
 
     @classmethod
     @fail_with_status
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Mtv:
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> LmmsEvalMtv:
         """Return the model that the command line describes.
 
         ``--batch_size`` and ``--device`` come as ``additional_config``, with defaults that cannot be told from given

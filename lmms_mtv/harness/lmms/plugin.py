@@ -38,7 +38,7 @@ def manifest() -> ModelManifest:
     elif asked and (line := environment.newer(libraries)) is not None:
         logger.warning(line)
     register_tasks()
-    return ModelManifest(model_id=NAME, chat_class_path="lmms_mtv.harness.lmms.model.Mtv")
+    return ModelManifest(model_id=NAME, chat_class_path="lmms_mtv.harness.lmms.model.LmmsEvalMtv")
 
 
 def names_model(arguments: Sequence[str]) -> bool:

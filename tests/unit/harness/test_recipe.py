@@ -25,7 +25,7 @@ from lmms_mtv.harness.checkpoint import LOCAL, name_of, revision_of, text_files_
 from lmms_mtv.harness.lm import model as lm
 from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
 from lmms_mtv.harness.lm.task import LmPrompts
-from lmms_mtv.harness.lmms.model import Mtv
+from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.harness.training import Training
 from lmms_mtv.vectors.library import Library
 from support.evaluations import own_tasks
@@ -60,7 +60,7 @@ class Lmms:
         self._manager = own_tasks(folder)
 
     def id(self, **given: Any) -> str:
-        model = Mtv(**{"batch_size": 2, "device": "cpu", "method": "mtv"} | QUICK | given)
+        model = LmmsEvalMtv(**{"batch_size": 2, "device": "cpu", "method": "mtv"} | QUICK | given)
         task = get_task_dict(["custom"], self._manager, "chat")["custom"]
         task.set_config(key="num_fewshot", value=0)
         prompts = model._prompts(task)
@@ -79,7 +79,7 @@ class LmEval:
         tasks = Tasks(include_path=str(self._folder), include_defaults=False)
         tasks.load(["own_arc"])
         evaluation = Evaluation(tasks.of)
-        model = lm.Mtv(evaluation, **{"device": "cpu", "method": "mtv"} | QUICK | given)
+        model = lm.LmEvalMtv(evaluation, **{"device": "cpu", "method": "mtv"} | QUICK | given)
         prompts = LmPrompts(tasks.of("own_arc"), None, evaluation, model)
         return model._vectors._recipe(prompts, 0, model._vectors._config(model._vectors._declared(prompts.training))).id
 
@@ -218,7 +218,7 @@ def test_both_harnesses_know_a_folder_by_the_same_name(text_model, tmp_path):
     assert name_of(str(text_model), revision) == LOCAL + revision.removeprefix("sha256:")
     assert name_of("owner/model", "abc") == "owner/model"
     assert text_files_of("owner/model") is None
-    base = Mtv(pretrained=f"{text_model}/", method="none").base
+    base = LmmsEvalMtv(pretrained=f"{text_model}/", method="none").base
     assert base.name == name_of(str(text_model), revision)
 
 
@@ -227,7 +227,7 @@ class TestOldVectors:
 
     @pytest.fixture
     def old(self, text_model, lmms, tmp_path) -> TaskVector:
-        model = Mtv(pretrained=str(text_model), method="mtv", library=str(tmp_path / "library"), **QUICK)
+        model = LmmsEvalMtv(pretrained=str(text_model), method="mtv", library=str(tmp_path / "library"), **QUICK)
         task = get_task_dict(["custom"], lmms._manager, "chat")["custom"]
         task.set_config(key="num_fewshot", value=0)
         vector = model.fit(task)
@@ -246,9 +246,9 @@ class TestOldVectors:
         options = {"pretrained": f"{text_model}/", "library": str(tmp_path / "library")}
         task = get_task_dict(["custom"], lmms._manager, "chat")["custom"]
         task.set_config(key="num_fewshot", value=0)
-        used = Mtv(vector=str(path), **options).fit(task)
+        used = LmmsEvalMtv(vector=str(path), **options).fit(task)
         assert used.id == old.id
-        fitted = Mtv(method="mtv", **options, **QUICK).fit(task)
+        fitted = LmmsEvalMtv(method="mtv", **options, **QUICK).fit(task)
         assert fitted.id != old.id
         assert fitted.card.model.startswith(LOCAL)
 

@@ -243,11 +243,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(text_model) -> dict[str, of_lmms_eval.Mtv]:
+def loaded(text_model) -> dict[str, of_lmms_eval.LmmsEvalMtv]:
     """The models of the tasks of lmms-eval, loaded once."""
     return {
-        "seen": of_lmms_eval.Mtv(pretrained="tiny", reuse=False),
-        "read": of_lmms_eval.Mtv(pretrained=str(text_model), reuse=False),
+        "seen": of_lmms_eval.LmmsEvalMtv(pretrained="tiny", reuse=False),
+        "read": of_lmms_eval.LmmsEvalMtv(pretrained=str(text_model), reuse=False),
     }
 
 
@@ -277,7 +277,7 @@ def counted(monkeypatch) -> dict[str, int]:
 @pytest.mark.parametrize("task", ["seen", "read"])
 def test_lmms_eval_evaluates_with_it(name, task, tasks, loaded, counted, monkeypatch):
     # It frees the model by a full collection of garbage, which takes longer than all of this; and others need it.
-    monkeypatch.setattr(of_lmms_eval.Mtv, "clean", lambda model: None)
+    monkeypatch.setattr(of_lmms_eval.LmmsEvalMtv, "clean", lambda model: None)
     manager = TaskManager("ERROR", include_path=str(tasks / "lmms_eval"), include_defaults=False, model_name="mtv")
     arm = loaded[task].arm({"method": name, **quick(name)})
     recorded = arm.used
