@@ -348,11 +348,11 @@ class TestFits:
         lm, _ = run(text_model, folder, ["answers"], **settings)
         manager = LmmsTasks("ERROR", include_path=str(folder), include_defaults=False, model_name="mtv")
         other = LmmsEvalMtv(pretrained=str(text_model), **settings)
-        base, vectors = other._base, other._vectors
+        base, records = other._base, other.records
         lmms_evaluate(other, tasks=["own_answers"], task_manager=manager, limit=2)
-        ours, theirs = lm._record["own_answers"], vectors.record["own_answers"]
+        ours, theirs = lm.records["own_answers"], records["own_answers"]
         for key in ("vector", "heads", "settings", "split", "examples", "prompt", "shots"):
-            assert ours[key] == theirs[key], key
+            assert getattr(ours, key) == getattr(theirs, key), key
 
         tasks = Tasks(include_path=str(folder), include_defaults=False)
         evaluation = Evaluation(tasks.of)

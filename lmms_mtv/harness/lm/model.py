@@ -26,7 +26,8 @@ from lmms_mtv.harness.lm.evaluation import Evaluation, current
 from lmms_mtv.harness.lm.task import LmPrompt, LmPrompts, Turns
 from lmms_mtv.harness.lmms.bases.hf import GREEDY, attention_of, one_line
 from lmms_mtv.harness.prompts import Reply, blanks
-from lmms_mtv.harness.vectors import TaskVectorProvider
+from lmms_mtv.harness.provider import TaskVectorProvider
+from lmms_mtv.harness.record import TaskRecord, UneditedRecord
 from lmms_mtv.hooks import applied, find_sites
 from lmms_mtv.methods import Method
 from lmms_mtv.runtime.batches import BatchSize
@@ -123,7 +124,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         self._edit: TaskVector | None = None
         self._expected: deque[_Row] = deque()
         self._fitted: dict[tuple[str, int], tuple[LmPrompts, TaskVector]] = {}
-        self._record: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, TaskRecord | UneditedRecord] = {}
         if self._plain:
             return
         if self.backend != "causal":
@@ -132,10 +133,9 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
                 "edit: use method=none"
             )
         self._sites = find_sites(unwrapped(self.model), self._arguments.decoder)
-        self._vectors = TaskVectorProvider[LmPrompt](
+        self._provider = TaskVectorProvider[LmPrompt](
             self._arguments, method, settings, _Runner(self), self._sites, logger
         )
-        self._record = self._vectors.record
 
     @classmethod
     def create_from_arg_obj(
@@ -170,7 +170,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         Raises :class:`ArgumentError` if the file has answers of another run.
         """
         if (kept := cache_hook.dbdict) is not None:
-            own = None if self._plain else self._vectors.identity
+            own = None if self._plain else self._provider.identity
             found = kept.get(_CACHE_OWNER)
             if found != own and (len(kept) > 0 or found is not None):
                 raise ArgumentError(
@@ -188,7 +188,8 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         ``skipped`` are the blocks without softmax attention, or None without edits, when no block is looked at.
         """
         skipped = None if self._plain else list(self._sites.skipped)
-        used = {"versions": record.versions(), "skipped": skipped, "tasks": self._record}
+        tasks = {name: record.as_json(task_record) for name, task_record in self.records.items()}
+        used = {"versions": record.versions(), "skipped": skipped, "tasks": tasks}
         info: dict[str, Any] = super().get_model_info()
         return info | {"mtv": used}
 
@@ -214,7 +215,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
             groups.setdefault(request.task_name, []).append(index)
         if self._plain:
             for name in groups:
-                self._record[name] = {"method": "none", "source": "nothing to fit", "heads": []}
+                self.records[name] = UneditedRecord()
             return answer(requests, disable_tqdm)
         self._refuse_ambiguous_cache(requests)
         answers: dict[int, A] = {}
@@ -248,7 +249,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         if vector is None or known is None or not known.same(prompts):
             device = self.device.type
             with torch.autocast(device, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None):
-                vector = self._vectors.of(prompts, prompts.shots, self._evaluation.folder)
+                vector, self.records[name] = self._provider.of(prompts, prompts.shots, self._evaluation.folder)
             self._fitted[name, prompts.shots] = prompts, vector
         return vector
 
@@ -342,7 +343,7 @@ class _Runner:
         self._generated_ids(prompts, 1)
 
     @torch.no_grad()
-    def answered(self, prompts: Sequence[LmPrompt], new_tokens: int, edited: bool) -> list[Reply]:
+    def greedy_replies(self, prompts: Sequence[LmPrompt], new_tokens: int, edited: bool) -> list[Reply]:
         """Greedy answers of at most ``new_tokens`` tokens; none to prompts whose target is scored.
 
         See :class:`~lmms_mtv.harness.prompts.Reply`.

@@ -86,7 +86,7 @@ class PlanRunner:
         arguments = dict(self._plan.arms[key.arm])
         arm = self._model.arm({**arguments, "seed": key.seed})
         # The harness lets the model free what it holds before it gives its results.
-        recorded, vectors, base = arm.used, arm.vectors, self._model.base
+        task_records, vectors, base = arm.records, arm.vectors, self._model.base
         prompts: dict[str, dict[int, str]] = {}
         arm.prompts = prompts
         found = simple_evaluate(
@@ -101,14 +101,17 @@ class PlanRunner:
         seen = _gathered(prompts[key.task])
         if found is None:
             return None
-        used = recorded[key.task]
+        task_record, vector = task_records[key.task], vectors[key.task]
+        evaluation = task_record.evaluation
+        if evaluation is None:
+            raise DataError(f"task {key.task} was fitted and not evaluated: run it again")
         samples = sorted(found["samples"][key.task], key=lambda sample: sample["doc_id"])
         metric, higher = _metric(key.task, found)
         scores = [_number(key.task, metric, sample) for sample in samples]
         entry = f"{metric},{_filter(found['results'][key.task], metric)}"
         error = found["results"][key.task].get(entry.replace(",", "_stderr,"))
-        evaluation = used["evaluation"]
-        text = None if evaluation["image_tokens"] is None else evaluation["input_tokens"] - evaluation["image_tokens"]
+        images = evaluation.image_tokens
+        text = None if images is None else evaluation.input_tokens - images
         cell = Cell(
             plan=self._plan.name,
             task=key.task,
@@ -116,9 +119,9 @@ class PlanRunner:
             seed=key.seed,
             arguments=arguments,
             model=self.model,
-            method=used["method"],
-            shots=used["shots"],
-            settings=used["settings"],
+            method=task_record.method,
+            shots=task_record.shots,
+            settings=task_record.settings,
             metric=metric,
             score=float(found["results"][key.task][entry]),
             stderr=error if isinstance(error, float) else None,
@@ -130,14 +133,14 @@ class PlanRunner:
                 "answers": [str(sample["filtered_resps"][0]) for sample in samples],
                 "prompts": [seen[sample["doc_id"]] for sample in samples],
             },
-            tokens={"prompt": evaluation["input_tokens"], "image": evaluation["image_tokens"], "text": text},
+            tokens={"prompt": evaluation.input_tokens, "image": images, "text": text},
             seconds={
-                "fit": round(used["fit_seconds"], 3) if vectors[key.task].edits else None,
-                **{f"fit/{name}": seconds for name, seconds in used["fit_stages"].items()},
-                "evaluation": round(evaluation["seconds"], 3),
+                "fit": round(task_record.fit_seconds, 3) if vector.edits else None,
+                **{f"fit/{name}": seconds for name, seconds in task_record.fit_stages.items()},
+                "evaluation": round(evaluation.seconds, 3),
             },
-            memory={"fit": used["fit_bytes"], "evaluation": evaluation["bytes"]},
-            vector=_vector(vectors[key.task]),
+            memory={"fit": task_record.fit_bytes, "evaluation": evaluation.bytes},
+            vector=_vector(vector),
             versions=record.versions(),
             hardware=_hardware(base.device),
         )

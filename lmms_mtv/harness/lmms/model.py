@@ -28,7 +28,8 @@ from lmms_mtv.harness.lmms.bases.wrapped import WrapperBase
 from lmms_mtv.harness.lmms.failure import caches_answers, fail_with_status
 from lmms_mtv.harness.lmms.task import TaskPrompts, as_loaded_for, asked
 from lmms_mtv.harness.prompts import Prompt
-from lmms_mtv.harness.vectors import TaskVectorProvider
+from lmms_mtv.harness.provider import TaskVectorProvider
+from lmms_mtv.harness.record import EvaluationRecord, ModelRecord, TaskRecord
 from lmms_mtv.hooks import Fired, Sites, applied, watched
 from lmms_mtv.methods import Method
 from lmms_mtv.runtime import distributed
@@ -71,7 +72,9 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             # The harness asks as it asks the base: a simple one with a text and its images, a chat one with messages.
             self.is_simple = base.is_simple
             base.share(self)
-        self._vectors = TaskVectorProvider[Prompt](
+        self.vectors: dict[str, TaskVector] = {}
+        self.records: dict[str, TaskRecord] = {}
+        self._provider = TaskVectorProvider[Prompt](
             arguments, method, settings, base, sites, logger, distributed.current
         )
         # Digests of the prompts by document, for each task; filled where somebody wants to compare them.
@@ -96,16 +99,6 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         """The loaded model."""
         return self._base
 
-    @property
-    def vectors(self) -> Mapping[str, TaskVector]:
-        """The vector of each task that was asked for."""
-        return self._vectors.made
-
-    @property
-    def used(self) -> dict[str, dict[str, Any]]:
-        """The record of each task that was evaluated: see :mod:`lmms_mtv.harness.record`."""
-        return self._vectors.record
-
     def check(self, given: Mapping[str, Any]) -> None:
         """Raise :class:`ArgumentError` unless :meth:`arm` could be made with ``given``."""
         self._split(given)
@@ -118,7 +111,8 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
 
     def fit(self, task: Any) -> TaskVector:
         """Return the vector of a task of the harness, fitted or reused, without evaluating."""
-        return self._vectors.of(self._prompts(task), self._shots(task), None)
+        vector, _ = self._provider.of(self._prompts(task), self._shots(task), None)
+        return vector
 
     def _prompts(self, task: Any) -> TaskPrompts:
         wrapped, given = isinstance(self._base, WrapperBase), self._arguments
@@ -161,7 +155,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
 
     def clean(self) -> None:
         """Free the model, as the harness asks when all answers are there."""
-        del self._base, self._sites, self._vectors
+        del self._base, self._sites, self._provider
         super().clean()
 
     @fail_with_status
@@ -177,12 +171,15 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             task = _task_of(requests[indices[0]])
             output = getattr(getattr(task, "args", None), "output_path", None)
             answers |= self._answers(task, [requests[index] for index in indices], indices, output)
-        if output and self.rank == 0 and self._vectors.record:
-            model = self.identity
-            model |= {"skipped": list(self._sites.skipped), "base": dataclasses.asdict(self._base.config)}
-            model |= {"arguments": dataclasses.asdict(self._arguments)}
+        if output and self.rank == 0 and self.records:
+            model = ModelRecord(
+                **self.identity,
+                skipped=list(self._sites.skipped),
+                base=dataclasses.asdict(self._base.config),
+                arguments=dataclasses.asdict(self._arguments),
+            )
             try:
-                path = record.write(self._folder(output), model, self._vectors.record)
+                path = record.write(self._folder(output), model, self.records)
                 logger.info(f"methods, vectors, heads and settings: {path}")
             except OSError as error:
                 # The answers are there, and the harness still shows their scores.
@@ -204,7 +201,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             task, requests = own, asked(own, requests)
         prompts = self._prompts(task)
         shots = self._shots(task)
-        vector = self._vectors.of(prompts, shots, self._folder(output) if output else None)
+        vector, task_record = self._provider.of(prompts, shots, self._folder(output) if output else None)
 
         # An lmms-eval model gets the harness's own requests at once, and makes its own batches of them.
         as_sent = isinstance(self._base, WrapperBase) and not shots and not task.config.num_fewshot
@@ -304,16 +301,18 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
                 f"{int(endless)} of {int(told)} answers to task {prompts.name} reach max_new_tokens={limit}: a vector "
                 "that did not learn where an answer ends runs on (fit it with loss=all, or with another method=)"
             )
-        self._vectors.record[prompts.name]["evaluation"] = {
-            "requests": int(count),
-            "unreadable": int(lost),
-            "cut_off": int(endless),
-            "seconds": time.perf_counter() - began,
-            "input_tokens": taken / count,
-            "image_tokens": watch.images / watch.prompts if watch.images is not None and watch.prompts else None,
-            "bytes": memory.bytes,
-            "output_tokens": written / told if told else None,
-        }
+        evaluation = EvaluationRecord(
+            requests=int(count),
+            unreadable=int(lost),
+            cut_off=int(endless),
+            seconds=time.perf_counter() - began,
+            input_tokens=taken / count,
+            image_tokens=watch.images / watch.prompts if watch.images is not None and watch.prompts else None,
+            bytes=memory.bytes,
+            output_tokens=written / told if told else None,
+        )
+        self.vectors[prompts.name] = vector
+        self.records[prompts.name] = dataclasses.replace(task_record, evaluation=evaluation)
         return answers
 
     @staticmethod

@@ -27,7 +27,7 @@ from lmms_mtv.experiments.report import results
 from lmms_mtv.harness import record
 from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
-from lmms_mtv.harness.vectors import _doubts
+from lmms_mtv.harness.trial import doubts
 from lmms_mtv.shapes import CHECKPOINT
 from support import checkpoints
 from support.evaluations import own_tasks
@@ -338,11 +338,11 @@ class TestTrial:
 
     def test_what_speaks_against_a_vector(self):
         good = {"queries": 16.0, "unedited": 0.1, "edited": 0.9, "endless": 0.0}
-        assert _doubts(good, blind=False) == []
-        assert "same token" in _doubts(good, blind=True)[0]
-        (worse,) = _doubts(good | {"edited": 0.0}, blind=False)
+        assert doubts(good, blind=False) == []
+        assert "same token" in doubts(good, blind=True)[0]
+        (worse,) = doubts(good | {"edited": 0.0}, blind=False)
         assert "0% of 16 training queries are answered right, without it 10%" in worse
-        (endless,) = _doubts(good | {"endless": 0.9}, blind=False)
+        (endless,) = doubts(good | {"endless": 0.9}, blind=False)
         assert "90% of the answers with the vector run on" in endless
 
     def test_a_loss_on_a_token_that_all_targets_share_is_told(self, tmp_path, said):

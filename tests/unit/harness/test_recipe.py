@@ -64,8 +64,7 @@ class Lmms:
         task = get_task_dict(["custom"], self._manager, "chat")["custom"]
         task.set_config(key="num_fewshot", value=0)
         prompts = model._prompts(task)
-        vectors = model._vectors
-        return vectors._recipe(prompts, 0, vectors._config(vectors._declared(prompts.training))).id
+        return model._provider.recipe(prompts, 0).id
 
 
 class LmEval:
@@ -81,7 +80,7 @@ class LmEval:
         evaluation = Evaluation(tasks.of)
         model = lm.LmEvalMtv(evaluation, **{"device": "cpu", "method": "mtv"} | QUICK | given)
         prompts = LmPrompts(tasks.of("own_arc"), None, evaluation, model)
-        return model._vectors._recipe(prompts, 0, model._vectors._config(model._vectors._declared(prompts.training))).id
+        return model._provider.recipe(prompts, 0).id
 
 
 @pytest.fixture(scope="module")

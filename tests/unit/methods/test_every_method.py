@@ -280,12 +280,12 @@ def test_lmms_eval_evaluates_with_it(name, task, tasks, loaded, counted, monkeyp
     monkeypatch.setattr(of_lmms_eval.LmmsEvalMtv, "clean", lambda model: None)
     manager = TaskManager("ERROR", include_path=str(tasks / "lmms_eval"), include_defaults=False, model_name="mtv")
     arm = loaded[task].arm({"method": name, **quick(name)})
-    recorded = arm.used
+    task_records = arm.records
     results = simple_evaluate(arm, tasks=[task], task_manager=manager, limit=3, verbosity="ERROR")
     assert len(results["samples"][task]) == 3
-    assert recorded[task]["method"] == name
-    assert recorded[task]["settings"] == dataclasses.asdict(methods.get(name).configure(recorded[task]["settings"]))
-    assert quick(name).items() <= recorded[task]["settings"].items()
+    assert task_records[task].method == name
+    assert task_records[task].settings == dataclasses.asdict(methods.get(name).configure(task_records[task].settings))
+    assert quick(name).items() <= task_records[task].settings.items()
     assert counted["edited"] == counted["run"]
     assert (counted["run"] > 0) == (name != "none")
 

@@ -256,7 +256,7 @@ class HfBase:
         found = [self._answers(group, settings) for group in _with_images_or_without(prompts)]
         return [answer for answers, _ in found for answer in answers], sum(tokens for _, tokens in found)
 
-    def answered(self, prompts: Sequence[Prompt], new_tokens: int, edited: bool) -> list[Reply]:
+    def greedy_replies(self, prompts: Sequence[Prompt], new_tokens: int, edited: bool) -> list[Reply]:
         """Greedy answers of at most ``new_tokens`` tokens; see :class:`Reply`."""
         found, _ = self.generate(prompts, {"max_new_tokens": new_tokens, "do_sample": False}, edited)
         return [Reply(one.text, _length(one) < new_tokens) for one in found]

@@ -255,7 +255,7 @@ class WrapperBase:
         with _quiet():
             return self.answers(self._requests(prompts, settings), CacheHook(None), edited)
 
-    def answered(self, prompts: Sequence[Prompt], new_tokens: int, edited: bool) -> list[Reply]:
+    def greedy_replies(self, prompts: Sequence[Prompt], new_tokens: int, edited: bool) -> list[Reply]:
         """Greedy answers of at most ``new_tokens`` tokens; see :class:`~lmms_mtv.harness.prompts.Reply`."""
         with _unmeasured():
             found, _ = self.generate(prompts, _ONE_TOKEN | {"until": [], "max_new_tokens": new_tokens}, edited)

@@ -1,0 +1,98 @@
+"""The recipe of a vector: the settings of its method, and everything else that determines the vector."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, TypeVar
+
+from lmms_mtv import methods
+from lmms_mtv.errors import MethodError
+from lmms_mtv.fit.examples import Episode
+from lmms_mtv.harness.protocols import Logger, Model, Prompts
+from lmms_mtv.harness.training import Training
+from lmms_mtv.methods import Method
+from lmms_mtv.vectors import Geometry, TaskVector, VectorCard
+
+P = TypeVar("P")
+
+
+def declared_settings(method: Method, training: Training, logger: Logger) -> dict[str, Any]:
+    """Return the settings that a task declares for ``method``, or for the method of which ``method`` is a control.
+
+    A control has the settings class of its method, or a class derived from it. A wrong name or value is an error,
+    whichever method is used.
+
+    Raises:
+        ArgumentError: the task declares a method or a setting that does not exist.
+    """
+    declared: dict[str, Any] = {}
+    for name, settings in training.settings(methods.names()).items():
+        if _is_control_of(method, name, logger):
+            methods.get(name).configure(settings)
+            declared |= settings
+    return declared
+
+
+def _is_control_of(method: Method, name: str, logger: Logger) -> bool:
+    """Return whether ``method`` is the method ``name``, or a control of that method."""
+    try:
+        return issubclass(method.config, methods.get(name).config)
+    except MethodError as error:
+        # The method in use is loaded already: another method that does not load stops nothing.
+        logger.warning(f"{error}; the task declares settings for it")
+        return False
+
+
+def vector_recipe(
+    model: Model[P],
+    geometry: Geometry,
+    prompts: Prompts[P],
+    *,
+    shots: int,
+    seed: int,
+    method: Method,
+    config: Any,
+    heads: TaskVector | None,
+) -> VectorCard:
+    """Return the card of a vector before the vector is fitted: the recipe alone.
+
+    Args:
+        model: the model that the vector is for.
+        geometry: the sites of the model.
+        prompts: the prompts of the task.
+        shots: demonstrations in an evaluated prompt.
+        seed: the seed of the fit.
+        method: the method; one without settings fits nothing, and its vector does not depend on the examples.
+        config: the settings of the method.
+        heads: the vector whose heads are taken, if there is one.
+    """
+    training, fits = prompts.training, bool(method.settings())
+    return VectorCard(
+        model=model.name,
+        revision=model.revision,
+        dtype=model.dtype,
+        geometry=geometry,
+        task=training.name,
+        split=training.split if fits else "",
+        examples=prompts.digest() if fits else "",
+        prompt=_prompt_digest(model, prompts) if fits else "",
+        shots=shots,
+        seed=seed,
+        method=method.name,
+        config=dataclasses.asdict(config),
+        parents={heads.id: 1.0} if heads is not None else {},
+    )
+
+
+def _prompt_digest(model: Model[P], prompts: Prompts[P]) -> str:
+    """Return the SHA-256 of one prompt with its target: it changes with everything that shapes a prompt."""
+    example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
+    parts: list[Any] = model.text_parts(example)
+    if recipe := dict(model.recipe):
+        parts.append(recipe)
+    if lead := model.lead_ids(example):
+        # loss=first once ended at the leading blanks: its older vectors differ.
+        parts.append({"lead": lead})
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

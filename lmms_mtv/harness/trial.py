@@ -1,0 +1,113 @@
+"""The trial of a fitted vector: some training queries, answered without the vector and with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from lmms_mtv.fit.session import FitSession
+from lmms_mtv.harness.prompts import Reply
+from lmms_mtv.harness.protocols import Model, Prompts
+from lmms_mtv.hooks import Sites, applied
+from lmms_mtv.vectors import Edit
+
+P = TypeVar("P")
+
+_QUERIES: Final = 16
+"""Number of training queries that are answered after a fit."""
+
+_SPARE_TOKENS: Final = 8
+"""Tokens that an answer may have beyond the longest target, so that an answer that does not end shows."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The result of a trial.
+
+    ``accuracy``: see :class:`~lmms_mtv.vectors.VectorCard`; empty if nothing was tried. ``same_first_token``: all
+    targets begin with the same token, although they differ.
+    """
+
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    same_first_token: bool = False
+
+
+@dataclass(frozen=True)
+class _Score:
+    """The share of answers that are right, and the share of answers that did not end."""
+
+    right: float
+    endless: float
+
+
+def run_trial(
+    session: FitSession[P], model: Model[P], sites: Sites, prompts: Prompts[P], edits: Mapping[str, Edit]
+) -> Trial:
+    """Return the result of answering some training queries without edits and with them.
+
+    A loss can be small although answers are wrong: on the first token of a target alone, or past the end of the
+    target. No fit chooses anything by these answers. Nothing is tried without edits, or if the model scores targets
+    instead of generating answers.
+    """
+    if not edits:
+        return Trial()
+    episodes = session.episodes(min(_QUERIES, len(prompts)), session.shots, "trial")
+    queries = [prompts.prompt(episode) for episode in episodes]
+    target_ids = [model.target_ids(query) for query in queries]
+    lead_ids = [model.lead_ids(query) for query in queries]
+    targets = [str(getattr(query, "target", "")).strip() for query in queries]
+    limit = max(map(len, target_ids)) + max(map(len, lead_ids)) + _SPARE_TOKENS
+
+    def score(edited: bool) -> _Score | None:
+        batches = model.batch_size.copy().run_batches(queries, lambda batch: model.greedy_replies(batch, limit, edited))
+        replies = [_cut(reply, prompts.training.stops) for _, batch in batches for reply in batch]
+        if len(replies) < len(targets):
+            return None
+        hits = sum(reply.text.strip().lower() == target.lower() for reply, target in zip(replies, targets, strict=True))
+        return _Score(hits / len(replies), sum(not reply.ended for reply in replies) / len(replies))
+
+    unedited = score(edited=False)
+    if unedited is None:
+        return Trial()
+    with applied(sites, edits):
+        edited = score(edited=True)
+    if edited is None:
+        return Trial()
+    accuracy = {
+        "queries": float(len(queries)),
+        "unedited": unedited.right,
+        "edited": edited.right,
+        "endless": edited.endless,
+    }
+    return Trial(accuracy, len({ids[0] for ids in target_ids}) == 1 < len(set(targets)))
+
+
+def _cut(reply: Reply, stops: list[str]) -> Reply:
+    """Return an answer that ends where the task ends an answer."""
+    ends = [position for stop in stops if (position := reply.text.find(stop)) >= 0]
+    return Reply(reply.text[: min(ends)], True) if ends else reply
+
+
+def doubts(accuracy: Mapping[str, float], blind: bool) -> list[str]:
+    """Return the reasons to doubt a vector, whatever its loss, one line each.
+
+    Args:
+        accuracy: the ``accuracy`` of a :class:`Trial`, not empty.
+        blind: the loss saw nothing of the answers.
+    """
+    lines = []
+    if blind:
+        lines.append("all targets begin with the same token, so that loss=first tells nothing of them: pass loss=all")
+    if accuracy["edited"] < accuracy["unedited"]:
+        lines.append(
+            f"with the vector {accuracy['edited']:.0%} of {accuracy['queries']:.0f} training queries are answered "
+            f"right, without it {accuracy['unedited']:.0%}: the loss it was chosen by does not tell (loss=all, more "
+            "iterations=, or another method=)"
+        )
+    if accuracy["endless"] > 0.5:
+        lines.append(
+            f"{accuracy['endless']:.0%} of the answers with the vector run on past the target: pass loss=all, which "
+            "learns the end of an answer too"
+        )
+    return lines
