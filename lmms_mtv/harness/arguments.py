@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from lmms_mtv import methods
 from lmms_mtv.errors import ArgumentError
@@ -84,41 +84,52 @@ _TEXT: Final = (
 """Arguments that are text even if they look like a number, as an id of digits does."""
 
 
-def as_written(parsed: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Return the model arguments of a command line with those that are text as they were written there.
+def with_text_restored(parsed: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Return the model arguments of a command line, with the text of those that are text.
 
-    The harnesses make numbers of what looks like one: of the reference ``0012`` the number 12.
+    The harnesses make a number of any text that looks like a number: of the reference ``0012`` the number 12.
 
     Args:
-        parsed: what the harness made of ``text``.
+        parsed: the model arguments as the harness parsed them.
         text: ``name=value,name=value``.
     """
     pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    written = {name.strip(): value.strip() for name, value in pairs.items()}
+    texts = {name.strip(): value.strip() for name, value in pairs.items()}
     return {
-        name: written[name] if name in _TEXT and name in written and not isinstance(value, str | None) else value
+        name: texts[name] if name in _TEXT and name in texts and not isinstance(value, str | None) else value
         for name, value in parsed.items()
     }
 
 
-def names(config: type[Any]) -> tuple[str, ...]:
+def field_names(config: type[Any]) -> tuple[str, ...]:
     """Return the fields of a configuration class."""
     return tuple(field.name for field in dataclasses.fields(config))
 
 
-def split_arguments(
-    given: Mapping[str, Any], base: Sequence[str], own: Sequence[str] | None = None
-) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
-    """Return the plugin's arguments, the method, the method's settings and the base's arguments in ``given``.
+class SplitArguments(NamedTuple):
+    """Model arguments by owner: of the plugin, the method with its settings, and of the base."""
 
-    ``base`` are the names the base knows; ``own`` the plugin's that make sense there, all by default.
+    plugin: Arguments
+    method: Method
+    settings: dict[str, Any]
+    base: dict[str, Any]
 
-    Raises :class:`ArgumentError` for a key that is none of them, with all that could be meant.
+
+def split_arguments(given: Mapping[str, Any], base: Sequence[str], own: Sequence[str] | None = None) -> SplitArguments:
+    """Return model arguments by owner.
+
+    Args:
+        given: model arguments by name.
+        base: the names that the base knows.
+        own: the names of the plugin's arguments that a harness takes; all by default.
+
+    Raises:
+        ArgumentError: a name has no owner (the message has all names), or arguments contradict each other.
     """
-    own = names(Arguments) if own is None else own
+    own = field_names(Arguments) if own is None else own
     arguments = Arguments(**{key: given[key] for key in own if key in given})
     method = methods.get(arguments.method)
-    # Which heads are given is told by heads=, for whoever has such a setting.
+    # heads= passes the heads to a method that has such a setting.
     of_method = tuple(name for name in method.settings() if name not in own)
     known = {"mtv": own, f"method {method.name}": of_method, "base": base}
     for key in given:
@@ -134,7 +145,7 @@ def split_arguments(
             "to fit anew"
         )
     if arguments.heads is not None and (arguments.vector is not None or HEADS not in method.settings()):
-        found = f"vector={arguments.vector}" if arguments.vector is not None else f"method={method.name}"
-        raise ArgumentError(f"heads={arguments.heads} is for methods that choose heads, and does not go with {found}")
+        other = f"vector={arguments.vector}" if arguments.vector is not None else f"method={method.name}"
+        raise ArgumentError(f"heads={arguments.heads} is for methods that choose heads, and does not go with {other}")
     method.configure(settings)
-    return arguments, method, settings, {key: given[key] for key in base if key in given}
+    return SplitArguments(arguments, method, settings, {key: given[key] for key in base if key in given})

@@ -268,8 +268,7 @@ def built(base: Base, folders, **more) -> WrapperBase:
         if name in given:
             given[name] = int(given[name])
     own = {"force_simple": True} if base.simple and base.name in BOTH else {}
-    wrapping, _ = bases.build(base.name, given | own | more)
-    return wrapping
+    return bases.build(base.name, given | own | more)
 
 
 def prompts(simple: bool, task: str = TASK) -> TaskPrompts:
@@ -298,14 +297,14 @@ def test_a_zero_shot_prompt_of_a_fit_is_what_the_harness_sends(base, folders):
     wrapping, made = built(base, folders), prompts(base.simple)
     task = made._task
     task.build_all_requests(limit=2, rank=0, world_size=1)
-    wrapping.wrapper.task_dict[TASK] = task.dataset
+    wrapping.harness_model.wrapper.task_dict[TASK] = task.dataset
     seen: list[torch.Tensor] = []
     watch = wrapping.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"]) if kwargs["input_ids"].shape[1] > 1 else None,
         with_kwargs=True,
     )
     request = task.instances[1]
-    wrapping.answers([request], wrapping.wrapper.cache_hook, edited=False)
+    wrapping.harness_model.answers([request], wrapping.harness_model.wrapper.cache_hook, edited=False)
     wrapping.run([made.evaluation(request.args[3], "test", 0, seed=0)])
     watch.remove()
     assert len(seen) == 2
@@ -338,11 +337,11 @@ def test_the_target_ends_the_turn_that_the_wrapper_opens(base, folders):
     tokenizer = AutoProcessor.from_pretrained(folders[base.checkpoint or base.name]).tokenizer
     text = tokenizer.decode(wrapping.target_ids(prompt))
     assert prompt.target in text
-    assert wrapping._found
+    assert wrapping.chat_template(prompt) is not None
     assert text.strip() != prompt.target
     blank = tokenizer.decode(wrapping.lead_ids(prompt))
     assert not blank.strip()
-    assert tokenizer.decode(wrapping._following(prompt)) == blank + text
+    assert tokenizer.decode(wrapping._answer_ids(prompt)) == blank + text
 
 
 SETTINGS = {"until": ["\n"], "max_new_tokens": 3, "do_sample": False, "temperature": 0}
@@ -431,13 +430,13 @@ class TestWrappers:
         model = get_model("mtv").create_from_arg_string(
             f"base={base.name},method=none,{arguments_of(base, folders)}", {"batch_size": 2, "device": "cpu"}
         )
-        wrapper = model._base.wrapper
+        wrapper = model.base.harness_model.wrapper
         assert not model.is_simple
-        assert wrapper.batch_size == model._base.batch_size.rows == 2
+        assert wrapper.batch_size == model.base.batch_size.rows == 2
         assert model.accelerator is wrapper.accelerator
         assert model.task_dict is wrapper.task_dict
         model._rank, model._world_size = 1, 2
-        model._base.share(model)
+        model.base.harness_model.share(model)
         assert (wrapper.rank, wrapper.world_size) == (1, 2)
 
     def test_a_fit_is_no_part_of_the_throughput(self, folders):
@@ -455,7 +454,7 @@ class TestWrappers:
     def test_demonstrations_in_the_turn_of_the_query(self, folders):
         made = prompts(simple=False)
         turns, inline = (
-            built(QWEN2_5_VL, folders, fewshot_as_multiturn=choice)._doc(made.evaluation(0, "test", 2, 0)).messages
+            built(QWEN2_5_VL, folders, fewshot_as_multiturn=choice).document(made.evaluation(0, "test", 2, 0)).messages
             for choice in (True, False)
         )
         assert [turn["role"] for turn in turns] == ["user", "assistant", "user", "assistant", "user"]
@@ -471,10 +470,10 @@ class TestWrappers:
             ({"interleave_visuals": True}, "<image 1>", "<image 2>"),
             ({"image_placeholder": "[{n}]"}, "[1]", "[2]"),
         ):
-            doc = built(BASES[2], folders, **more)._doc(prompt)
+            doc = built(BASES[2], folders, **more).document(prompt)
             question = "What is it? Answer:"
             assert doc.text == f"{first}{question} {target}\n{second}{question}"
-            assert len(doc.visuals) == 2
+            assert len(doc.images) == 2
 
 
 class TestBadInput:

@@ -211,8 +211,8 @@ def test_few_shot_prompts_tell_the_task_and_num_fewshot_is_shots(recorded, style
 def test_model_arguments_win_over_the_flags_defaults():
     """The command line always passes a batch size, given or not."""
     made = get_model("mtv").create_from_arg_string("pretrained=tiny,batch_size=4", {"batch_size": 1, "device": None})
-    assert made._base.batch_size.rows == 4
-    assert get_model("mtv").create_from_arg_string("pretrained=tiny", {"batch_size": 3})._base.batch_size.rows == 3
+    assert made.base.batch_size.rows == 4
+    assert get_model("mtv").create_from_arg_string("pretrained=tiny", {"batch_size": 3}).base.batch_size.rows == 3
 
 
 def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):

@@ -348,7 +348,7 @@ class TestFits:
         lm, _ = run(text_model, folder, ["answers"], **settings)
         manager = LmmsTasks("ERROR", include_path=str(folder), include_defaults=False, model_name="mtv")
         other = LmmsEvalMtv(pretrained=str(text_model), **settings)
-        base, records = other._base, other.records
+        base, records = other.base, other.records
         lmms_evaluate(other, tasks=["own_answers"], task_manager=manager, limit=2)
         ours, theirs = lm.records["own_answers"], records["own_answers"]
         for key in ("vector", "heads", "settings", "split", "examples", "prompt", "shots"):

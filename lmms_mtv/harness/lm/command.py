@@ -16,7 +16,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import sanitize_model_name, setup_logging
 
 from lmms_mtv.errors import ArgumentError, DataError
-from lmms_mtv.harness.arguments import as_written
+from lmms_mtv.harness.arguments import with_text_restored
 from lmms_mtv.harness.lm import model
 from lmms_mtv.harness.lm.evaluation import Evaluation, evaluating
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
         given = harness.parse_args()
     if isinstance(getattr(given, "model_args", None), Mapping):
         written = (argument.removeprefix("--model_args=") for argument in arguments if "{" not in argument)
-        given.model_args = as_written(given.model_args, ",".join(text for text in written if "=" in text))
+        given.model_args = with_text_restored(given.model_args, ",".join(text for text in written if "=" in text))
     if hasattr(given, "include_path"):
         given.include_path = _folders(given)
     if given.command == "run" and _model(given) == model.NAME:

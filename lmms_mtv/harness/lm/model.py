@@ -20,16 +20,23 @@ from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError, ContextLengthError, HookError
 from lmms_mtv.harness import gguf, record
-from lmms_mtv.harness.arguments import Arguments, as_written, names, split_arguments, validate
+from lmms_mtv.harness.arguments import (
+    Arguments,
+    SplitArguments,
+    field_names,
+    split_arguments,
+    validate,
+    with_text_restored,
+)
 from lmms_mtv.harness.checkpoint import adapter_of, identity, text_files_of
+from lmms_mtv.harness.generation import GREEDY, attention_of
 from lmms_mtv.harness.lm.evaluation import Evaluation, current
 from lmms_mtv.harness.lm.task import LmPrompt, LmPrompts, Turns
-from lmms_mtv.harness.lmms.bases.hf import GREEDY, attention_of, one_line
 from lmms_mtv.harness.prompts import Reply, blanks
 from lmms_mtv.harness.provider import TaskVectorProvider
 from lmms_mtv.harness.record import TaskRecord, UneditedRecord
+from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import applied, find_sites
-from lmms_mtv.methods import Method
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.vectors import TaskVector
@@ -52,7 +59,7 @@ _ELSEWHERE: Final = {
     "wrong": "lm-eval writes the demonstrations of its prompts itself: leave it out",
     "base": "the base is lm-eval's model hf: leave it out",
 }
-_OWN: Final = tuple(name for name in names(Arguments) if name not in _ELSEWHERE)
+_OWN: Final = tuple(name for name in field_names(Arguments) if name not in _ELSEWHERE)
 # HFLM hands what its signature does not name to from_pretrained; of those, the ones in use.
 _LOADING: Final = (
     "attn_implementation",
@@ -76,7 +83,7 @@ _BASE: Final = (
 )
 
 
-def split_lm_eval_arguments(given: Mapping[str, Any]) -> tuple[Arguments, Method, dict[str, Any], dict[str, Any]]:
+def split_lm_eval_arguments(given: Mapping[str, Any]) -> SplitArguments:
     """Model arguments by whom they are for: see :func:`~lmms_mtv.harness.arguments.split_arguments`.
 
     Raises :class:`ArgumentError` for one that nobody knows or that is lm-eval's to take, or if there is no model.
@@ -148,7 +155,9 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> LmEvalMtv:
         """Return the same for arguments in one string."""
-        return cls.create_from_arg_obj(as_written(simple_parse_args_string(arg_string), arg_string), additional_config)
+        return cls.create_from_arg_obj(
+            with_text_restored(simple_parse_args_string(arg_string), arg_string), additional_config
+        )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations; edited is each position that predicts a scored token."""

@@ -1,4 +1,4 @@
-"""What lmms-eval loads through its entry point: the model ``mtv``, and this package's tasks."""
+"""The plugin of lmms-eval, loaded through its entry point: the model ``mtv``, and this package's tasks."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def manifest() -> ModelManifest:
     lmms-eval calls this function while it starts. If the command line asks for the model and a library around it
     cannot work, the run ends here, with one line and exit status 1. Other models of lmms-eval run on with a warning.
     """
-    libraries, asked = environment.libraries(), names_model(sys.argv[1:])
+    libraries, used = environment.libraries(), names_model(sys.argv[1:])
     if (line := environment.problem(libraries)) is not None:
-        if asked:
+        if used:
             raise SystemExit(f"lmms-mtv: {line}")
         logger.warning(line)
-    elif asked and (line := environment.newer(libraries)) is not None:
+    elif used and (line := environment.newer(libraries)) is not None:
         logger.warning(line)
     register_tasks()
     return ModelManifest(model_id=NAME, chat_class_path="lmms_mtv.harness.lmms.model.LmmsEvalMtv")
@@ -44,10 +44,10 @@ def manifest() -> ModelManifest:
 def names_model(arguments: Sequence[str]) -> bool:
     """Return whether a command line of lmms-eval asks for the model ``mtv``, itself or in its ``--config`` file."""
     joined = dict(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
-    given = joined | dict(itertools.pairwise(arguments))
-    if given.get("--model") == NAME:
+    flags = joined | dict(itertools.pairwise(arguments))
+    if flags.get("--model") == NAME:
         return True
-    path = Path(given.get("--config", ""))
+    path = Path(flags.get("--config", ""))
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
     except (OSError, ValueError, yaml.YAMLError):

@@ -18,6 +18,7 @@ from PIL import Image
 from lmms_mtv.data.pictures import UNREADABLE, opened, rgb
 from lmms_mtv.errors import DataError, DocumentError
 from lmms_mtv.fit.examples import Episode
+from lmms_mtv.harness.lmms.requests import document_of
 from lmms_mtv.harness.prompts import Demonstration, Message, Prompt
 from lmms_mtv.harness.training import Training
 
@@ -43,10 +44,10 @@ class TaskPrompts:
         self.name = self.training.name
 
     def _processed(self, documents: Dataset) -> Dataset:
-        """Return what ``process_docs`` makes of documents; the harness does so for the splits that the task names."""
+        """Return documents after the task's ``process_docs``; the harness itself does so for the splits of a task."""
         config = self._task.config
-        done = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
-        if config.process_docs is None or any(documents is self._task.dataset.get(split) for split in done):
+        processed_splits = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
+        if config.process_docs is None or any(documents is self._task.dataset.get(split) for split in processed_splits):
             return documents
         return config.process_docs(documents)
 
@@ -55,14 +56,16 @@ class TaskPrompts:
 
     def digest(self) -> str:
         """Return SHA-256 of the training examples, and of which of them show a wrong answer."""
-        found = self.training.digest()
-        return hashlib.sha256(f"{found} {self._wrong} {self._seed}".encode()).hexdigest() if self._wrong else found
+        digest = self.training.digest()
+        if not self._wrong:
+            return digest
+        return hashlib.sha256(f"{digest} {self._wrong} {self._seed}".encode()).hexdigest()
 
     def prompt(self, episode: Episode) -> Prompt:
         """Return the prompt of a training query, with its target."""
         query = self._demonstration("training", self.training.documents, episode.query)
         description = self._description(self.training.documents[episode.query])
-        prompt = self._made(query.messages, description, episode.demonstrations, query.target)
+        prompt = self._prompt(query.messages, description, episode.demonstrations, query.target)
         if episode.answers is None:
             return prompt
         targets = [self.training.target(self.training.documents[index]) for index in episode.answers]
@@ -84,9 +87,9 @@ class TaskPrompts:
             chosen = random.Random(f"{seed}/{self.name}/{doc_id}").sample(range(total), shots)
         documents = self._task.dataset[split]
         messages = self._messages(f"{split} document {doc_id}", documents, doc_id)
-        return self._made(messages, self._description(documents[doc_id]), chosen, "")
+        return self._prompt(messages, self._description(documents[doc_id]), chosen, "")
 
-    def _made(self, query: Sequence[Message], description: str, demonstrations: Sequence[int], target: str) -> Prompt:
+    def _prompt(self, query: Sequence[Message], description: str, demonstrations: Sequence[int], target: str) -> Prompt:
         config = self._task.config
         shown = tuple(self._shown(index) for index in demonstrations)
         return Prompt(
@@ -114,7 +117,7 @@ class TaskPrompts:
         messages = self._messages(f"{kind} example {index}", documents, index)
         return Demonstration(messages, self.training.target(documents[index]))
 
-    def _messages(self, called: str, documents: Dataset, index: int) -> list[Message]:
+    def _messages(self, label: str, documents: Dataset, index: int) -> list[Message]:
         """Return the question of a document as the task puts it, its images opened and converted to RGB."""
         try:
             doc = documents[index]
@@ -127,38 +130,38 @@ class TaskPrompts:
                 content.append({"type": "text", "text": self._task.doc_to_text(doc)})
                 messages = [{"role": "user", "content": content}]
             # A prompt has the description once, at its beginning.
-            return _without(self._written(doc), [_opened(message) for message in messages])
+            return _without(self._task_description(doc), [_opened(message) for message in messages])
         except (*UNREADABLE, DocumentError, SystemExit) as error:
             if isinstance(error, SystemExit) and not isinstance(error.__cause__, DocumentError):
                 raise
             # A task of ours ends a command, whichever model runs it. This model can go on.
             reason = error.__cause__ if isinstance(error, SystemExit) else error
-            raise DocumentError(f"an image of {called} of task {self.name} does not open: {reason}") from error
+            raise DocumentError(f"an image of {label} of task {self.name} does not open: {reason}") from error
 
     @property
     def _writes_messages(self) -> bool:
-        """Whether the task makes messages with a function of its own, and is asked for messages."""
+        """Whether the task makes messages with a function of its own, for a chat model."""
         return isinstance(self._task, ConfigurableMessagesTask) and callable(self._task.config.doc_to_messages)
 
-    def _written(self, doc: Doc) -> str:
-        """Return what the task says before everything else, written as the harness writes it."""
+    def _task_description(self, doc: Doc) -> str:
+        """Return the description of the task, as the harness writes it."""
         return str(apply_template(self._task.config.description or "", doc))
 
     def _description(self, doc: Doc) -> str:
-        """Return what the prompt begins with."""
-        written = self._written(doc)
+        """Return the description that the prompt begins with."""
+        description = self._task_description(doc)
         if not self._as_sent or not isinstance(self._task, ConfigurableMessagesTask):
-            return written
+            return description
         if self._writes_messages:
             # The harness's messages have it only if the task's own function puts it there.
             content = self._task.doc_to_messages(doc)[0]["content"]
-            return written if content and content[0] == {"type": "text", "text": written} else ""
-        return written if self._task.config.doc_to_visual is None else ""
+            return description if content and content[0] == {"type": "text", "text": description} else ""
+        return description if self._task.config.doc_to_visual is None else ""
 
 
-def as_loaded_for(task: Any, model: str) -> Any:
-    """Return the task as the harness loads it for ``--model`` ``model``: with the prompts and settings kept for that
-    name.
+def task_for_model(task: Any, model: str) -> Any:
+    """Return the task as the harness loads it for ``--model`` ``model``: with the prompts and settings that the task
+    file has for that model.
     """
     prompts = task.config.lmms_eval_specific_kwargs or {}
     settings = task.config.model_specific_generation_kwargs or {}
@@ -173,14 +176,14 @@ def as_loaded_for(task: Any, model: str) -> Any:
     return own
 
 
-def asked(task: Any, requests: Sequence[Instance]) -> list[Instance]:
-    """Return the requests that ``task`` makes, without demonstrations, of the documents of ``requests``."""
-    made = []
+def task_requests(task: Any, requests: Sequence[Instance]) -> list[Instance]:
+    """Return the requests that ``task`` makes of the documents of ``requests``, without demonstrations."""
+    remade = []
     for request in requests:
-        number, split = request.args[3], request.args[5]
+        number, split = document_of(request)
         context = task.fewshot_context(task.dataset[split][number], 0)
-        made.append(task.construct_requests(doc_id=number, ctx=context, metadata=request.metadata))
-    return made
+        remade.append(task.construct_requests(doc_id=number, ctx=context, metadata=request.metadata))
+    return remade
 
 
 def _opened(message: Message) -> Message:
@@ -203,7 +206,7 @@ def _opened(message: Message) -> Message:
 
 
 def _without(description: str, messages: list[Message]) -> list[Message]:
-    """``messages`` without the text part ``description`` at their beginning, if it is there."""
+    """Return ``messages`` without the text part ``description``, if they begin with it."""
     first, *parts = messages[0]["content"]
     if not parts or first != {"type": "text", "text": description}:
         return messages

@@ -63,7 +63,7 @@ class Lmms:
         model = LmmsEvalMtv(**{"batch_size": 2, "device": "cpu", "method": "mtv"} | QUICK | given)
         task = get_task_dict(["custom"], self._manager, "chat")["custom"]
         task.set_config(key="num_fewshot", value=0)
-        prompts = model._prompts(task)
+        prompts = model._prompts_of(task)
         return model._provider.recipe(prompts, 0).id
 
 
@@ -328,8 +328,8 @@ class TestExamples:
 def test_a_reference_of_digits_stays_a_text(text, expected):
     from lmms_eval.utils import simple_parse_args_string
 
-    from lmms_mtv.harness.arguments import Arguments, as_written
+    from lmms_mtv.harness.arguments import Arguments, with_text_restored
 
-    assert as_written(simple_parse_args_string(text), text) == expected
+    assert with_text_restored(simple_parse_args_string(text), text) == expected
     with pytest.raises(ArgumentError, match="expected text: put it in quotes"):
         Arguments(vector=12)  # type: ignore[arg-type]

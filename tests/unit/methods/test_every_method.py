@@ -23,6 +23,7 @@ from lmms_mtv.errors import GeometryError
 from lmms_mtv.fit.episodes import EpisodeSampler
 from lmms_mtv.harness.lm import model as of_lm_eval
 from lmms_mtv.harness.lmms import model as of_lmms_eval
+from lmms_mtv.harness.lmms import task_evaluation
 from support import zoo
 from support.sessions import session
 from support.shape_tasks import task_file
@@ -269,7 +270,7 @@ def counted(monkeypatch) -> dict[str, int]:
             handle.remove()
         counts["edited"] += fired.count
 
-    for module in (of_lmms_eval, of_lm_eval):
+    for module in (task_evaluation, of_lm_eval):
         monkeypatch.setattr(module, "applied", counting)
     return counts
 

@@ -5,29 +5,35 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from lmms_eval.models import list_available_models
 from loguru import logger
 
 from lmms_mtv.errors import ArgumentError, unknown
-from lmms_mtv.harness.arguments import names
+from lmms_mtv.harness.arguments import Arguments, field_names, split_arguments, validate
 from lmms_mtv.harness.lmms.bases import wrapped
-from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
-from lmms_mtv.harness.lmms.bases.wrapped import WrappedConfig, WrapperBase
-from lmms_mtv.hooks import Sites, find_sites
+from lmms_mtv.harness.lmms.bases.base import Base
+from lmms_mtv.harness.lmms.bases.harness_model import HarnessModel, WrappedConfig
+from lmms_mtv.harness.lmms.bases.hf import HfBase
+from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
+from lmms_mtv.harness.lmms.bases.loaded import LoadedBase
+from lmms_mtv.harness.lmms.bases.wrapped import WrapperBase
+from lmms_mtv.harness.lmms.bases.wrapper_class import wrapper_class
 
-OWN = "hf"
+__all__ = ["OWN", "Base", "LoadedBase", "build", "known", "load", "survey"]
+
+OWN: Final = "hf"
 """The base of this package; all others are models of lmms-eval."""
 
 
 def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
-    """Return the arguments of the base ``name``.
+    """Return the names of the arguments of the base ``name``.
 
-    Raises :class:`ArgumentError` if there is none, or if it does not import.
+    Raises :class:`ArgumentError` if there is no such base, or if it does not import.
     """
     if name == OWN:
-        return names(HfConfig)
+        return field_names(HfConfig)
     others = set(list_available_models(include_aliases=True)) - {"mtv"}
     if name not in others:
         raise unknown("base", name, {OWN, *others})
@@ -37,36 +43,50 @@ def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
 def survey() -> dict[str, str | None]:
     """Return every base with the reason why it cannot be used, or None for a base that imports.
 
-    All model classes of lmms-eval are imported, which takes about a minute. What they print meanwhile is dropped.
+    All model classes of lmms-eval are imported, which takes about a minute. Their output meanwhile is dropped.
     """
     names = sorted(set(list_available_models()) - {"mtv"})
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         # Handlers of the harness's logger keep the streams that they were made with.
         logger.disable("lmms_eval")
         try:
-            return {OWN: None} | {name: _lack(name) for name in names}
+            return {OWN: None} | {name: _obstacle(name) for name in names}
         finally:
             logger.enable("lmms_eval")
 
 
-def _lack(name: str) -> str | None:
-    """Why a model of lmms-eval cannot be a base; None if it can."""
+def _obstacle(name: str) -> str | None:
+    """Return the reason why a model of lmms-eval cannot be a base, or None if it can."""
     try:
-        wrapped.wrapper_class(name)
+        wrapper_class(name)
     except ArgumentError as error:
         return str(error).removeprefix(f"base={name} ")
     return None
 
 
-def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -> tuple[HfBase | WrapperBase, Sites]:
-    """Return the base ``name``, loaded, and where its heads are; ``decoder`` as in :func:`~lmms_mtv.hooks.find_sites`.
+def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -> Base:
+    """Return the base ``name``, loaded, with its sites; ``decoder`` as in :func:`~lmms_mtv.hooks.find_sites`.
 
-    Raises :class:`ArgumentError` if it cannot be loaded or has no torch module to edit.
+    Raises:
+        ArgumentError: the base cannot be loaded, or has no torch module to edit.
+        DiscoveryError: the heads of the model are not found.
     """
     if name == OWN:
-        base = HfBase(HfConfig(**arguments))
-        return base, find_sites(base.model, decoder)
+        return HfBase(HfConfig(**arguments), decoder)
     own = {key: arguments[key] for key in wrapped.OWN if key in arguments}
     others = {key: value for key, value in arguments.items() if key not in own}
-    wrapping = WrapperBase(WrappedConfig(name, arguments=others, **own), decoder)
-    return wrapping, wrapping.sites
+    return WrapperBase(HarnessModel(WrappedConfig(name, arguments=others, **own), decoder))
+
+
+def load(given: Mapping[str, Any]) -> LoadedBase:
+    """Return the base that model arguments describe, loaded. All arguments are checked before a model is loaded.
+
+    Raises:
+        ArgumentError: an argument is unknown or wrong, or the base cannot be loaded.
+        VectorFileError: ``vector=`` or ``heads=`` names a file that is no vector.
+    """
+    name = given.get("base", Arguments.base)
+    names = known(name, bool(given.get("force_simple", False)))
+    arguments = split_arguments(given, names)
+    validate(arguments.plugin)
+    return LoadedBase(build(name, arguments.base, arguments.plugin.decoder), names, given)

@@ -1,0 +1,42 @@
+"""The protocol of a base: a loaded model that answers the prompts of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from lmms_eval.api.instance import GenerationResult
+
+from lmms_mtv.harness.lmms.bases.harness_model import HarnessModel
+from lmms_mtv.harness.prompts import Prompt
+from lmms_mtv.harness.protocols import Model
+from lmms_mtv.hooks import Sites
+
+
+class Base(Model[Prompt], Protocol):
+    """A loaded model that answers the prompts of a task. ``config`` is a dataclass, ``sites`` are those of ``model``.
+
+    ``harness_model`` is the model of lmms-eval that does the work, which takes the harness's own requests too. It is
+    None for a base of this package.
+    """
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def sites(self) -> Sites: ...
+
+    @property
+    def harness_model(self) -> HarnessModel | None: ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], settings: Mapping[str, Any], edited: bool
+    ) -> tuple[list[GenerationResult], int]:
+        """Return the answers to a batch of prompts, and the number of tokens in the prompts.
+
+        Args:
+            prompts: the batch.
+            settings: the harness's generation settings, ``until`` among them.
+            edited: an edit is in place.
+        """
+        ...

@@ -1,0 +1,161 @@
+"""A checkpoint as the Auto classes of transformers load it: the model, its processor and its identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from lmms_mtv.errors import ArgumentError, MtvError
+from lmms_mtv.harness import gguf
+from lmms_mtv.harness.checkpoint import Identity, adapter_of, identity
+from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
+from lmms_mtv.harness.text import one_line
+from lmms_mtv.runtime.compat import unwrapped
+from lmms_mtv.shapes import CHECKPOINT
+
+TINY: Final = "tiny"
+"""Name of the bundled checkpoint in ``pretrained=``."""
+
+IMAGE_SETTINGS: Final = ("do_image_splitting", "min_pixels", "max_pixels")
+"""Arguments of the base that are settings of an image processor."""
+
+
+@dataclass(frozen=True)
+class HfCheckpoint:
+    """A loaded checkpoint.
+
+    ``processor``: the processor of a multimodal model, the tokenizer of a text model. ``context``: the longest prompt
+    in tokens, or None if the model does not say. ``adapter``: the digest of the adapter, if there is one.
+    """
+
+    model: nn.Module
+    processor: Any
+    multimodal: bool
+    device: torch.device
+    dtype: torch.dtype
+    context: int | None
+    identity: Identity
+    adapter: str | None
+
+
+def load(config: HfConfig) -> HfCheckpoint:
+    """Return the checkpoint that a configuration names, on its device and ready to run.
+
+    Raises:
+        ArgumentError: the checkpoint or the adapter cannot be loaded, or the image processor has no such setting.
+    """
+    source, file = gguf.located(str(CHECKPOINT) if config.pretrained == TINY else config.pretrained, config.gguf_file)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if file is not None:
+        options["gguf_file"] = file
+    try:
+        settings = AutoConfig.from_pretrained(source, **options)
+        multimodal = type(settings) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        if multimodal:
+            processor = _processor(source, config, options)
+        else:
+            processor = AutoTokenizer.from_pretrained(source, **options)
+        loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        model = loader.from_pretrained(
+            source,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            device_map=config.device_map,
+            # A GGUF file is read once less.
+            **({} if file is None else {"config": settings}),
+            **options,
+        )
+    except MtvError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise ArgumentError(
+            f"pretrained={config.pretrained} cannot be loaded: {one_line(error)} (give the name of a model on "
+            f"the hub, a folder, or {TINY!r}; without network, the model has to be in the local cache)"
+        ) from error
+    if config.peft is not None:
+        model = _adapted(model, config.peft)
+    device = _device(config.device)
+    if config.device_map is None:
+        model.to(device)
+    else:
+        device = model.device
+    # A branch or a tag moves, the commit does not.
+    known = identity(source, getattr(settings, "_commit_hash", None), file)
+    known = known._replace(revision=known.revision or config.revision)
+    if config.pretrained == TINY:
+        known = known._replace(name="lmms-mtv/tiny", text_files=None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return HfCheckpoint(
+        model=model.eval(),
+        processor=processor,
+        multimodal=multimodal,
+        device=device,
+        dtype=model.dtype,
+        context=limit if isinstance(limit, int) else None,
+        identity=known,
+        adapter=None if config.peft is None else adapter_of(config.peft),
+    )
+
+
+def image_settings_of(image_processor: Any) -> Mapping[str, Any]:
+    """Return the settings that an image processor knows, by name."""
+    settings: Mapping[str, Any] = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
+    return settings
+
+
+def padding_token(tokenizer: Any) -> str:
+    """Return a token to pad a batch with, for a tokenizer without such a token: padding is masked, so any will do."""
+    for name in ("eos_token", "unk_token", "bos_token"):
+        if (token := getattr(tokenizer, name, None)) is not None:
+            return str(token)
+    return str(tokenizer.convert_ids_to_tokens(0))
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device ``name``, or the GPU if there is one; each of several processes has a GPU to itself."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any:
+    """Return the processor with the configuration's settings of images.
+
+    Raises :class:`ArgumentError` if the processor has no such setting.
+    """
+    wanted = {name: getattr(config, name) for name in IMAGE_SETTINGS if getattr(config, name) is not None}
+    image_processor = getattr(AutoProcessor.from_pretrained(source, **options), "image_processor", None)
+    known = image_settings_of(image_processor)
+    # A processor that cannot cut images into crops does what do_image_splitting=False asks for.
+    settings = {name: value for name, value in wanted.items() if name in known or value is not False}
+    if lacking := sorted(settings.keys() - set(known)):
+        raise ArgumentError(
+            f"{', '.join(lacking)}: the image processor of {config.pretrained} ({type(image_processor).__name__}) has "
+            "no such setting, leave it out"
+        )
+    return AutoProcessor.from_pretrained(source, **options, **settings)
+
+
+def _adapted(model: Any, source: str) -> nn.Module:
+    """Return the model with an adapter of PEFT.
+
+    Raises :class:`ArgumentError` if the adapter does not fit the model, or is a prompt.
+    """
+    import peft
+
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ArgumentError(f"peft={source} cannot be put on the model: {one_line(error)}") from error
+    inner = unwrapped(adapted)
+    if inner is adapted:
+        raise ArgumentError(f"peft={source} is a learned prompt, whose positions a vector does not know: leave it out")
+    return inner

@@ -1,0 +1,51 @@
+"""The parts of a request of lmms-eval: its task, its document and its generation settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.task import Task
+
+from lmms_mtv.errors import DataError
+
+
+def task_of(request: Instance) -> Any:
+    """Return the harness's task behind a request: the owner of its bound ``doc_to_messages`` or ``doc_to_visual``.
+
+    Raises :class:`DataError` if the request is not one of ``generate_until``.
+    """
+    for argument in request.args[1:3]:
+        if isinstance(task := getattr(argument, "__self__", None), Task):
+            return task
+    raise only_generation([request])
+
+
+def settings_of(request: Instance) -> dict[str, Any]:
+    """Return the generation settings of a request.
+
+    The settings stand before the images for a simple model, and after the messages for a chat model.
+    """
+    settings: dict[str, Any] = next(argument for argument in request.args[1:3] if isinstance(argument, dict))
+    return settings
+
+
+def document_of(request: Instance) -> tuple[int, str]:
+    """Return the number and the split of the document of a request."""
+    return request.args[3], request.args[5]
+
+
+def groups_of_equal_settings(requests: Sequence[Instance]) -> list[list[int]]:
+    """Return the positions of requests, in groups that share their generation settings, as a batch has to."""
+    groups: dict[str, list[int]] = {}
+    for position, request in enumerate(requests):
+        groups.setdefault(json.dumps(settings_of(request), sort_keys=True, default=str), []).append(position)
+    return list(groups.values())
+
+
+def only_generation(requests: Sequence[Instance]) -> DataError:
+    """Return the error for requests that ``mtv`` cannot answer."""
+    kinds = sorted({f"{request.task_name} ({request.request_type})" for request in requests})
+    return DataError(f"mtv runs tasks with output_type generate_until in lmms-eval, found {', '.join(kinds)}")
