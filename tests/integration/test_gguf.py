@@ -17,7 +17,8 @@ from lmms_mtv import cli, data
 from lmms_mtv.errors import ArgumentError, InstallationError
 from lmms_mtv.harness import gguf
 from lmms_mtv.harness.checkpoint import LOCAL
-from lmms_mtv.harness.lm.model import LmEvalMtv, _Runner
+from lmms_mtv.harness.lm.model import LmEvalMtv
+from lmms_mtv.harness.lm.runner import LmRunner
 from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Prompt
 from support import gguf_files, official_files
@@ -62,7 +63,8 @@ def test_a_file_is_known_by_its_contents(file, tmp_path):
 
 def test_both_harnesses_know_and_read_it_alike(file):
     ours = HfBase(HfConfig(pretrained=str(file)))
-    theirs = _Runner(LmEvalMtv(pretrained=str(file), method="mtv", device="cpu"))
+    lm = LmEvalMtv(pretrained=str(file), method="mtv", device="cpu")
+    theirs = LmRunner(lm, lm.hf_arguments)
     assert (theirs.name, theirs.revision, theirs.dtype, theirs.recipe) == (ours.name, ours.revision, ours.dtype, {})
     prompt = question("Q: ab\nA:")
     assert ours._ids(ours.rendered(prompt)) == theirs._lm.tok_encode(ours.rendered(prompt))

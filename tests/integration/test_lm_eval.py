@@ -25,7 +25,8 @@ from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, Geomet
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.checkpoint import name_of, revision_of
 from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
-from lmms_mtv.harness.lm.model import LmEvalMtv, _Runner
+from lmms_mtv.harness.lm.model import LmEvalMtv
+from lmms_mtv.harness.lm.runner import LmRunner
 from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.vectors import HEADS
@@ -313,7 +314,7 @@ class TestFits:
         mirror.build_all_requests(
             fewshot_as_multiturn=chat, chat_template=lm.apply_chat_template if chat else None, **form
         )
-        prompts, runner = LmPrompts(found[f"own_{kind}"], None, evaluation, lm), _Runner(lm)
+        prompts, runner = LmPrompts(found[f"own_{kind}"], None, evaluation, lm), LmRunner(lm, lm.hf_arguments)
         for number in range(shots, 8):
             asked = [instance for instance in mirror.instances if instance.doc_id == number]
             doc = asked[0].doc
@@ -358,7 +359,7 @@ class TestFits:
         evaluation = Evaluation(tasks.of)
         text = LmPrompts(tasks.load("own_answers")["tasks"]["own_answers"], None, evaluation, lm)
         loaded = manager.load_task_or_group(["own_answers"], task_type="chat")["own_answers"]
-        messages, runner = TaskPrompts(loaded, None), _Runner(lm)
+        messages, runner = TaskPrompts(loaded, None), LmRunner(lm, lm.hf_arguments)
         for episode in (Episode(0, ()), Episode(3, (1, 2)), Episode(5, (11, 0, 7))):
             one, two = text.prompt(episode), messages.prompt(episode)
             assert one.context == base.rendered(two)

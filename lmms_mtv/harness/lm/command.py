@@ -17,32 +17,33 @@ from lm_eval.utils import sanitize_model_name, setup_logging
 
 from lmms_mtv.errors import ArgumentError, DataError
 from lmms_mtv.harness.arguments import with_text_restored
-from lmms_mtv.harness.lm import model
+from lmms_mtv.harness.lm.arguments import split_lm_eval_arguments
 from lmms_mtv.harness.lm.evaluation import Evaluation, evaluating
+from lmms_mtv.harness.lm.model import NAME
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Do what ``lm-eval`` does with ``arguments``."""
+    """Run ``lm-eval`` with ``arguments``."""
     setup_logging()
     harness = HarnessCLI()
     with _command_line(arguments):
-        given = harness.parse_args()
-    if isinstance(getattr(given, "model_args", None), Mapping):
-        written = (argument.removeprefix("--model_args=") for argument in arguments if "{" not in argument)
-        given.model_args = with_text_restored(given.model_args, ",".join(text for text in written if "=" in text))
-    if hasattr(given, "include_path"):
-        given.include_path = _folders(given)
-    if given.command == "run" and _model(given) == model.NAME:
-        with evaluating(_evaluation(given)):
-            harness.execute(given)
+        options = harness.parse_args()
+    if isinstance(getattr(options, "model_args", None), Mapping):
+        texts = (argument.removeprefix("--model_args=") for argument in arguments if "{" not in argument)
+        options.model_args = with_text_restored(options.model_args, ",".join(text for text in texts if "=" in text))
+    if hasattr(options, "include_path"):
+        options.include_path = _folders(options)
+    if options.command == "run" and _model(options) == NAME:
+        with evaluating(_evaluation(options)):
+            harness.execute(options)
     else:
-        harness.execute(given)
+        harness.execute(options)
 
 
 @contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """lm-eval reads its arguments, and puts ``run`` before them, in ``sys.argv`` alone."""
+    """Put ``arguments`` into ``sys.argv``: lm-eval reads its arguments there alone."""
     before, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:
         yield
@@ -50,33 +51,33 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _configured(given: Namespace) -> Mapping[str, Any]:
+def _configured(options: Namespace) -> Mapping[str, Any]:
     """Return the contents of ``--config``."""
-    path = getattr(given, "config", None)
+    path = getattr(options, "config", None)
     return EvaluatorConfig.load_yaml_config(path) if path else {}
 
 
-def _model(given: Namespace) -> Any:
-    return given.model or _configured(given).get("model")
+def _model(options: Namespace) -> Any:
+    return options.model or _configured(options).get("model")
 
 
-def _folders(given: Namespace) -> list[str]:
-    """This package's text tasks, then the folders of ``--include_path``, which win over them.
+def _folders(options: Namespace) -> list[str]:
+    """Return the folder of this package's text tasks, then the folders of ``--include_path``, whose tasks win.
 
-    lm-eval describes several folders with colons between them but takes the whole for one name.
+    lm-eval documents several folders with colons between them, but takes the whole text for one name.
     """
-    asked = given.include_path or _configured(given).get("include_path") or ()
-    if isinstance(asked, str):
-        asked = [asked] if Path(asked).exists() else asked.split(os.pathsep)
-    if missing := [folder for folder in asked if not Path(folder).is_dir()]:
+    folders = options.include_path or _configured(options).get("include_path") or ()
+    if isinstance(folders, str):
+        folders = [folders] if Path(folders).exists() else folders.split(os.pathsep)
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ArgumentError(f"--include_path {', '.join(map(str, missing))}: there is no such folder")
-    return [str(tasks_folder() / LM_EVAL), *map(str, asked)]
+    return [str(tasks_folder() / LM_EVAL), *map(str, folders)]
 
 
-def _evaluation(given: Namespace) -> Evaluation:
-    config = EvaluatorConfig.from_cli(given)
+def _evaluation(options: Namespace) -> Evaluation:
+    config = EvaluatorConfig.from_cli(options)
     # Better known before lm-eval has read all of its task files.
-    model.split_lm_eval_arguments(config.model_args)
+    split_lm_eval_arguments(config.model_args)
     return Evaluation(
         task=_tasks(config),
         system_instruction=config.system_instruction,
@@ -87,20 +88,20 @@ def _evaluation(given: Namespace) -> Evaluation:
 
 
 def _tasks(config: Any) -> Callable[[str], Any]:
-    """Return the tasks of an evaluation by name, found, loaded and set up as lm-eval does, when one is first asked for.
+    """Return a function that gives the task of a name, loaded and set up as lm-eval does.
 
-    lm-eval does not hand a model the tasks it loaded itself.
+    The tasks are loaded with the first call: lm-eval does not pass a model the tasks that it loaded itself.
     """
 
     @functools.cache
     def loaded() -> Mapping[str, Any]:
         manager = config.process_tasks(config.metadata)
-        found: Mapping[str, Any] = manager.load(config.tasks)["tasks"]
-        for task in found.values():
+        tasks: Mapping[str, Any] = manager.load(config.tasks)["tasks"]
+        for task in tasks.values():
             # A task that says 0 keeps it.
             if task.config.num_fewshot != 0 and config.num_fewshot is not None:
                 task.set_config(key="num_fewshot", value=config.num_fewshot)
-        return found
+        return tasks
 
     def of(name: str) -> Any:
         if name not in loaded():

@@ -1,4 +1,4 @@
-"""What a model of lm-eval is not told of the evaluation it takes part in, but needs for a fit."""
+"""The evaluation that a model of lm-eval takes part in: lm-eval does not pass it, and a fit needs it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Tasks(TaskManager):  # type: ignore[misc]
         self._loaded: dict[str, Any] = {}
 
     def load(self, task_list: Any) -> Any:
-        found = super().load(task_list)
-        self._loaded |= found["tasks"]
-        return found
+        loaded = super().load(task_list)
+        self._loaded |= loaded["tasks"]
+        return loaded
 
     def of(self, name: str) -> Any:
         """Return the task that was last loaded as ``name``. Raises :class:`DataError` if none was."""
@@ -53,7 +53,7 @@ _CURRENT: ContextVar[Evaluation | None] = ContextVar("evaluation", default=None)
 
 @contextmanager
 def evaluating(evaluation: Evaluation) -> Iterator[None]:
-    """Models that lm-eval itself creates inside the block belong to ``evaluation``."""
+    """Let models that lm-eval itself creates inside the block belong to ``evaluation``."""
     token = _CURRENT.set(evaluation)
     try:
         yield
