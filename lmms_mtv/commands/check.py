@@ -38,7 +38,7 @@ def run(given: argparse.Namespace) -> None:
     cell_keys = [] if given.stored or differences else check.chosen(asked, given.cells, given.seed)
 
     def load(asked: plan.Plan, library: Path) -> compare.CellRunner:
-        from lmms_mtv.harness.lmms.evaluation import PlanRunner
+        from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 
         return PlanRunner(asked, library, reuse=False)
 

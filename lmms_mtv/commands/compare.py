@@ -56,7 +56,7 @@ def run(given: argparse.Namespace) -> None:
     asked = planned(given, given.output.resolve().name)
 
     def load(plan: Plan, library: Path) -> compare.CellRunner:
-        from lmms_mtv.harness.lmms.evaluation import PlanRunner
+        from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 
         return PlanRunner(plan, library)
 

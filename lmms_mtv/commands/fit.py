@@ -5,12 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from lmms_mtv.commands.compare import pairs
-from lmms_mtv.experiments.plan import Plan
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.runtime import distributed
+
+_INSTEAD: Final = {
+    "seed": "pass --seeds",
+    "batch_size": "pass --batch_size",
+    "library": "pass --library",
+    "limit": "leave it out, nothing is evaluated",
+    "reuse": "leave it out, a vector in the library is not fitted again",
+}
+"""Model arguments that are not for ``--model_args``, and what to do instead."""
 
 
 def add(commands: Any) -> None:
@@ -28,13 +38,18 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> None:
-    from lmms_mtv.harness.lmms.evaluation import PlanRunner
+def run(options: argparse.Namespace) -> None:
+    for name, instead in _INSTEAD.items():
+        if name in options.model_args:
+            raise ArgumentError(f"--model_args has {name}=: {instead}")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ArgumentError(f"--seeds {' '.join(map(str, options.seeds))}: expected different integers")
 
-    plan = Plan("fit", given.model_args, given.tasks, {"fit": {}}, given.seeds, given.batch_size)
-    runner = PlanRunner(plan, given.library)
-    for key in runner.cell_keys():
-        vector = runner.fit(key)
-        if runner.leads:
+    from lmms_mtv.harness.lmms.fitting import fit_vectors
+
+    for task, seed, vector in fit_vectors(
+        options.model_args, options.tasks, options.seeds, batch_size=options.batch_size, library=options.library
+    ):
+        if distributed.current().rank == 0:
             edited = vector.described() if vector.edits else "nothing to fit"
-            sys.stdout.write(f"{key.task}, seed {key.seed}: {vector.card.method} {vector.id}, {edited}\n")
+            sys.stdout.write(f"{task}, seed {seed}: {vector.card.method} {vector.id}, {edited}\n")

@@ -24,7 +24,7 @@ VECTORS: Final = "vectors"
 
 
 class CellRunner(Protocol):
-    """A loaded model and its tasks: :class:`lmms_mtv.harness.lmms.evaluation.CellRunner`."""
+    """A loaded model and its tasks: :class:`lmms_mtv.harness.lmms.plan_runner.PlanRunner`."""
 
     @property
     def groups(self) -> Mapping[str, Sequence[str]]: ...

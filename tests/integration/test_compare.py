@@ -25,7 +25,8 @@ from lmms_mtv.experiments.report import results as results_of
 from lmms_mtv.experiments.report import tables
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.fit.session import FitSession
-from lmms_mtv.harness.lmms.evaluation import PlanRunner
+from lmms_mtv.harness.lmms.fitting import fit_vectors
+from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.vectors import HEADS, Edit, TaskVector
@@ -48,6 +49,13 @@ PLAN = Plan("p", {"pretrained": "tiny"}, [ENGLISH, SPANISH], ARMS, seeds=(0, 1),
 
 def anew(plan, root):
     return PlanRunner(plan, root, reuse=False)
+
+
+def fitted(library: Path, **options: Any) -> TaskVector:
+    """The vector of the arm MTV for the English task."""
+    arguments = {**PLAN.model, **ARMS["MTV"]}
+    ((_, _, vector),) = fit_vectors(arguments, [ENGLISH], batch_size=PLAN.batch_size, library=library, **options)
+    return vector
 
 
 def load(plan: Plan, library: Path) -> PlanRunner:
@@ -153,30 +161,27 @@ class TestReuse:
             assert len(degraded - chosen) == round(0.25 * len(chosen))
 
     def test_a_vector_of_the_same_recipe_is_reused_and_the_same_run_without_it_fits(self, tmp_path):
-        runner = PlanRunner(PLAN, tmp_path)
-        first = runner.fit(CellKey(ENGLISH, "MTV", 0))
-        again = runner.fit(CellKey(ENGLISH, "MTV", 0))
+        first = fitted(tmp_path)
+        again = fitted(tmp_path)
         assert again.card.seconds == first.card.seconds
-        anew = PlanRunner(PLAN, tmp_path, reuse=False).fit(CellKey(ENGLISH, "MTV", 0))
+        anew = fitted(tmp_path, reuse=False)
         assert anew.id == first.id
         assert anew.card.seconds != first.card.seconds
         assert anew.checksum == first.checksum
 
     def test_a_damaged_vector_is_fitted_again(self, tmp_path, caplog):
-        runner = PlanRunner(PLAN, tmp_path)
-        first = runner.fit(CellKey(ENGLISH, "MTV", 0))
+        first = fitted(tmp_path)
         (path,) = tmp_path.rglob("vector.safetensors")
         path.write_bytes(path.read_bytes()[:-3])
-        again = runner.fit(CellKey(ENGLISH, "MTV", 0))
+        again = fitted(tmp_path)
         assert again.checksum == first.checksum
         assert TaskVector.load(path).checksum == first.checksum
 
     def test_a_library_that_cannot_be_written_is_told_before_the_fit(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("no folder")
-        runner = PlanRunner(PLAN, tmp_path / "file" / "library")
         monkeypatch.setattr(FitSession, "mean_activations", lambda *_: pytest.fail("it fits"))
         with pytest.raises(LibraryError, match=r"the library .*file/library cannot be written to: .*library="):
-            runner.fit(CellKey(ENGLISH, "MTV", 0))
+            fitted(tmp_path / "file" / "library")
 
     @pytest.mark.parametrize(
         ("arguments", "match"),

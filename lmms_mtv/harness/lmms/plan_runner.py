@@ -1,4 +1,4 @@
-"""One loaded model and its tasks, for many runs: what a comparison asks of lmms-eval."""
+"""The cells of a plan, run by lmms-eval on one loaded model."""
 
 from __future__ import annotations
 
@@ -8,108 +8,89 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager, get_task_dict
-from tenacity import RetryError
 
-from lmms_mtv.errors import DataError, MtvError, unknown
+from lmms_mtv.errors import DataError
 from lmms_mtv.experiments.cells import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.harness import record
-from lmms_mtv.harness.lmms.model import LmmsEvalMtv
-from lmms_mtv.harness.lmms.plugin import register_tasks
+from lmms_mtv.harness.lmms.loaded_run import load_run
 from lmms_mtv.runtime import distributed
 from lmms_mtv.vectors import TaskVector
 
-_PATIENCE: Final = timedelta(hours=24)
 _OF_HARNESS: Final = ("results", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 class PlanRunner:
-    """The model and the tasks of a plan, loaded once.
+    """The runner of the cells of a plan, with a model and tasks that are loaded once.
 
-    ``library`` is the folder of the vectors (None: the default one), ``reuse`` says whether one of the same recipe is
-    taken from there. ``groups`` has the single tasks of those names in the plan that are groups.
+    Args:
+        plan: the plan.
+        library: folder of the vector library; None is the default folder.
+        reuse: take a vector of the same recipe from the library.
 
-    Raises :class:`ArgumentError` if a task or an argument of any arm is unknown, before anything runs.
+    Raises:
+        ArgumentError: a task or an argument of any arm is unknown. Nothing has run then.
     """
 
     def __init__(self, plan: Plan, library: Path | None = None, reuse: bool = True) -> None:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # As lmms-eval's own command does: the processes find each other.
-            Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-        register_tasks()
         self._plan = plan
-        self._manager = TaskManager("ERROR")
-        for name in plan.tasks:
-            if name not in self._manager.all_tasks:
-                raise unknown("task", name, self._manager.all_tasks)
         own = {"batch_size": plan.batch_size, "reuse": reuse, "library": None if library is None else str(library)}
-        self._model = LmmsEvalMtv(**own, **plan.model)
-        for arguments in plan.arms.values():
-            self._model.check(arguments)
-        kind = "simple" if self._model.is_simple else "chat"
-        loaded = {name: _loaded(name, self._manager, kind) for name in plan.tasks}
-        self._tasks = {name: task for tasks in loaded.values() for name, task in tasks.items()}
-        self.groups = {name: list(tasks) for name, tasks in loaded.items() if list(tasks) != [name]}
+        self._run = load_run(plan.tasks, {**own, **plan.model}, plan.arms.values())
+
+    @property
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        """The single tasks of the names in the plan that are groups."""
+        return self._run.groups
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this process writes the results."""
         return distributed.current().rank == 0
 
     @property
     def model(self) -> dict[str, Any]:
         """Name, revision and dtype of the loaded model."""
-        return self._model.identity
+        return self._run.model.identity
 
     def cell_keys(self) -> list[CellKey]:
         """Return all cells of the plan."""
         return dataclasses.replace(self._plan, groups=self.groups).cell_keys()
 
-    def fit(self, key: CellKey) -> TaskVector:
-        """Return the vector of a cell, fitted or from the library, without evaluating."""
-        arm = self._model.arm({**self._plan.arms[key.arm], "seed": key.seed})
-        task = self._tasks[key.task]
-        if task.config.num_fewshot is None:
-            task.set_config(key="num_fewshot", value=0)
-        return arm.fit(task)
-
     def run(self, key: CellKey) -> tuple[Cell, dict[str, Any]] | None:
-        """Return a cell, and the harness's own figures of it. None on all processes but the first."""
+        """Return a cell and the harness's own figures of it, or None on all processes but the first."""
         arguments = dict(self._plan.arms[key.arm])
-        arm = self._model.arm({**arguments, "seed": key.seed})
+        arm = self._run.model.arm({**arguments, "seed": key.seed})
         # The harness lets the model free what it holds before it gives its results.
-        task_records, vectors, base = arm.records, arm.vectors, self._model.base
+        task_records, vectors, base = arm.records, arm.vectors, self._run.model.base
         prompts: dict[str, dict[int, str]] = {}
         arm.prompts = prompts
-        found = simple_evaluate(
+        outcome = simple_evaluate(
             arm,
-            tasks=[self._tasks[key.task]],
+            tasks=[self._run.tasks[key.task]],
             limit=self._plan.limit,
-            task_manager=self._manager,
+            task_manager=self._run.manager,
             log_samples=True,
             verbosity="ERROR",
             distributed_executor_backend="torchrun" if distributed.current().count > 1 else "accelerate",
         )
-        seen = _gathered(prompts[key.task])
-        if found is None:
+        digests = _gathered(prompts[key.task])
+        if outcome is None:
             return None
         task_record, vector = task_records[key.task], vectors[key.task]
         evaluation = task_record.evaluation
         if evaluation is None:
             raise DataError(f"task {key.task} was fitted and not evaluated: run it again")
-        samples = sorted(found["samples"][key.task], key=lambda sample: sample["doc_id"])
-        metric, higher = _metric(key.task, found)
+        samples = sorted(outcome["samples"][key.task], key=lambda sample: sample["doc_id"])
+        metric, higher = _metric(outcome["higher_is_better"][key.task])
         scores = [_number(key.task, metric, sample) for sample in samples]
-        entry = f"{metric},{_filter(found['results'][key.task], metric)}"
-        error = found["results"][key.task].get(entry.replace(",", "_stderr,"))
+        results = outcome["results"][key.task]
+        entry = f"{metric},{_filter(results, metric)}"
+        error = results.get(entry.replace(",", "_stderr,"))
         images = evaluation.image_tokens
         text = None if images is None else evaluation.input_tokens - images
         cell = Cell(
@@ -123,7 +104,7 @@ class PlanRunner:
             shots=task_record.shots,
             settings=task_record.settings,
             metric=metric,
-            score=float(found["results"][key.task][entry]),
+            score=float(results[entry]),
             stderr=error if isinstance(error, float) else None,
             n=len(samples),
             higher_is_better=higher,
@@ -131,7 +112,7 @@ class PlanRunner:
                 "documents": [sample["doc_id"] for sample in samples],
                 "scores": scores,
                 "answers": [str(sample["filtered_resps"][0]) for sample in samples],
-                "prompts": [seen[sample["doc_id"]] for sample in samples],
+                "prompts": [digests[sample["doc_id"]] for sample in samples],
             },
             tokens={"prompt": evaluation.input_tokens, "image": images, "text": text},
             seconds={
@@ -144,29 +125,7 @@ class PlanRunner:
             versions=record.versions(),
             hardware=_hardware(base.device),
         )
-        return cell, {name: {key.task: found[name][key.task]} for name in _OF_HARNESS}
-
-
-def _loaded(name: str, manager: TaskManager, kind: str) -> dict[str, Any]:
-    """Return the single tasks behind the name of a task or group, by their names.
-
-    Raises :class:`DataError` if a data set of ours cannot be had.
-    """
-    try:
-        return _single(get_task_dict([name], manager, kind))
-    except RetryError as error:
-        # The harness asks for a data set several times, and tells how often instead of what was wrong.
-        if isinstance(reason := error.last_attempt.exception(), MtvError):
-            raise reason from error
-        raise
-
-
-def _single(loaded: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the single tasks in what the harness loads for a name: tasks, and groups of them in groups."""
-    found: dict[str, Any] = {}
-    for task in loaded.values():
-        found |= _single(task) if isinstance(task, Mapping) else {task.config.task: task}
-    return found
+        return cell, {name: {key.task: outcome[name][key.task]} for name in _OF_HARNESS}
 
 
 def _gathered(own: Mapping[int, str]) -> dict[int, str]:
@@ -178,9 +137,9 @@ def _gathered(own: Mapping[int, str]) -> dict[int, str]:
     return {number: digest for part in parts for number, digest in part.items()}
 
 
-def _metric(task: str, found: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return the task's first metric, and whether more of it is better."""
-    metric, higher = next(iter(found["higher_is_better"][task].items()))
+def _metric(higher_is_better: Mapping[str, bool | None]) -> tuple[str, bool]:
+    """Return the first metric of a task, and whether more of it is better."""
+    metric, higher = next(iter(higher_is_better.items()))
     return metric, higher is not False
 
 
@@ -199,7 +158,7 @@ def _number(task: str, metric: str, sample: Mapping[str, Any]) -> int | float:
 
 
 def _vector(vector: TaskVector) -> dict[str, Any] | None:
-    """Return what a cell keeps of its vector."""
+    """Return the entry of a vector in a cell."""
     if not vector.edits:
         return None
     card = vector.card
@@ -218,7 +177,7 @@ def _vector(vector: TaskVector) -> dict[str, Any] | None:
 
 
 def _thinned(losses: Sequence[float]) -> list[float]:
-    """``losses`` as at most 100 means of as many neighbours each."""
+    """Return at most 100 means of ``losses``, each over equally many neighbours."""
     width = max(math.ceil(len(losses) / 100), 1)
     return [round(statistics.mean(losses[begin : begin + width]), 4) for begin in range(0, len(losses), width)]
 

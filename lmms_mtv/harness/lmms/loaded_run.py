@@ -1,0 +1,85 @@
+"""A loaded model with the tasks of a run, outside of the harness's command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from accelerate import Accelerator, InitProcessGroupKwargs
+from lmms_eval.tasks import TaskManager, get_task_dict
+from tenacity import RetryError
+
+from lmms_mtv.errors import MtvError, unknown
+from lmms_mtv.harness.lmms.model import LmmsEvalMtv
+from lmms_mtv.harness.lmms.plugin import register_tasks
+
+_PATIENCE: Final = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A loaded model with tasks.
+
+    ``tasks`` has the single tasks by their names, ``groups`` the names of the single tasks in each group, ``manager``
+    the harness's index of tasks.
+    """
+
+    model: LmmsEvalMtv
+    manager: TaskManager
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Sequence[str]]
+
+
+def load_run(names: Sequence[str], arguments: Mapping[str, Any], arms: Iterable[Mapping[str, Any]] = ()) -> LoadedRun:
+    """Return a model and tasks, loaded.
+
+    Args:
+        names: the names of tasks or of groups of tasks.
+        arguments: the model arguments by name.
+        arms: further model arguments of each arm, which are only checked.
+
+    Raises:
+        ArgumentError: a task or an argument is unknown.
+        DataError: a data set of this package cannot be had.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # As lmms-eval's own command does: the processes find each other.
+        Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    register_tasks()
+    manager = TaskManager("ERROR")
+    for name in names:
+        if name not in manager.all_tasks:
+            raise unknown("task", name, manager.all_tasks)
+    model = LmmsEvalMtv(**arguments)
+    for arm in arms:
+        model.check(arm)
+    kind = "simple" if model.is_simple else "chat"
+    loaded = {name: _load(name, manager, kind) for name in names}
+    return LoadedRun(
+        model,
+        manager,
+        tasks={name: task for tasks in loaded.values() for name, task in tasks.items()},
+        groups={name: list(tasks) for name, tasks in loaded.items() if list(tasks) != [name]},
+    )
+
+
+def _load(name: str, manager: TaskManager, kind: str) -> dict[str, Any]:
+    """Return the single tasks behind the name of a task or group, by their names."""
+    try:
+        return _single_tasks(get_task_dict([name], manager, kind))
+    except RetryError as error:
+        # The harness asks for a data set several times, and says how often instead of why.
+        if isinstance(reason := error.last_attempt.exception(), MtvError):
+            raise reason from error
+        raise
+
+
+def _single_tasks(loaded: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the single tasks in the harness's result for a name: tasks, and groups of tasks or of groups."""
+    single: dict[str, Any] = {}
+    for task in loaded.values():
+        single |= _single_tasks(task) if isinstance(task, Mapping) else {task.config.task: task}
+    return single
