@@ -115,11 +115,13 @@ class SplitArguments(NamedTuple):
     base: dict[str, Any]
 
 
-def split_arguments(given: Mapping[str, Any], base: Sequence[str], own: Sequence[str] | None = None) -> SplitArguments:
+def split_arguments(
+    model_args: Mapping[str, Any], base: Sequence[str], own: Sequence[str] | None = None
+) -> SplitArguments:
     """Return model arguments by owner.
 
     Args:
-        given: model arguments by name.
+        model_args: model arguments by name.
         base: the names that the base knows.
         own: the names of the plugin's arguments that a harness takes; all by default.
 
@@ -127,19 +129,19 @@ def split_arguments(given: Mapping[str, Any], base: Sequence[str], own: Sequence
         ArgumentError: a name has no owner (the message has all names), or arguments contradict each other.
     """
     own = field_names(Arguments) if own is None else own
-    arguments = Arguments(**{key: given[key] for key in own if key in given})
+    arguments = Arguments(**{key: model_args[key] for key in own if key in model_args})
     method = methods.get(arguments.method)
     # heads= passes the heads to a method that has such a setting.
     of_method = tuple(name for name in method.settings() if name not in own)
     known = {"mtv": own, f"method {method.name}": of_method, "base": base}
-    for key in given:
+    for key in model_args:
         if not any(key in group for group in known.values()):
             near = difflib.get_close_matches(key, [name for group in known.values() for name in group], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             listed = "; ".join(f"{owner}: {', '.join(group) or 'nothing'}" for owner, group in known.items())
             raise ArgumentError(f"unknown model argument {key!r}.{hint} Known to {listed}.")
-    settings = {key: given[key] for key in of_method if key in given}
-    if arguments.vector is not None and (fixed := [key for key in ("method", *settings) if key in given]):
+    settings = {key: model_args[key] for key in of_method if key in model_args}
+    if arguments.vector is not None and (fixed := [key for key in ("method", *settings) if key in model_args]):
         raise ArgumentError(
             f"vector={arguments.vector} carries its own method and settings: leave out {', '.join(fixed)}, or vector= "
             "to fit anew"
@@ -148,4 +150,4 @@ def split_arguments(given: Mapping[str, Any], base: Sequence[str], own: Sequence
         other = f"vector={arguments.vector}" if arguments.vector is not None else f"method={method.name}"
         raise ArgumentError(f"heads={arguments.heads} is for methods that choose heads, and does not go with {other}")
     method.configure(settings)
-    return SplitArguments(arguments, method, settings, {key: given[key] for key in base if key in given})
+    return SplitArguments(arguments, method, settings, {key: model_args[key] for key in base if key in model_args})

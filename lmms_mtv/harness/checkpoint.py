@@ -1,4 +1,4 @@
-"""Which model a checkpoint is, by its contents: wherever it lies and however its path is written."""
+"""The identity of a checkpoint, from its contents: the folder and the way its path is written do not count."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TEXT: Final = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "*processor_config.json", "*.py"),
 )
-"""Files that say what a text or an image becomes, and code of the checkpoint."""
+"""Files that decide how a text or an image is encoded, and code of the checkpoint."""
 
-_NO_MATTER: Final = ("transformers_version", "name_or_path", "_name_or_path")
+_IGNORED: Final = ("transformers_version", "name_or_path", "_name_or_path")
 """Entries of JSON files that change nothing."""
 
-# Bytes: what takes seconds to read, and what is read at a time.
+# Bytes: a size that takes seconds to read, and the size of a part that is read at a time.
 _LONG, _PART = 10**9, 1 << 23
 
 
@@ -91,7 +91,7 @@ def name_of(source: str, revision: str | None) -> str:
 def text_files_of(source: str) -> str | None:
     """Return a digest of the tokenizer, the processor, their templates and the code in a folder.
 
-    JSON counts by what it says, not by how it is written. None if ``source`` is no folder: the commit of the hub, which
+    JSON counts by its entries, not by its layout. None if ``source`` is no folder: the commit of the hub, which
     is the revision, tells these files too.
     """
     folder = Path(source)
@@ -108,12 +108,12 @@ def _content(path: Path) -> bytes:
     if path.suffix != ".json":
         return content
     try:
-        found = json.loads(content)
+        entries = json.loads(content)
     except ValueError:
         return content
-    if isinstance(found, dict):
-        found = {name: value for name, value in found.items() if name not in _NO_MATTER}
-    return json.dumps(found, sort_keys=True).encode()
+    if isinstance(entries, dict):
+        entries = {name: value for name, value in entries.items() if name not in _IGNORED}
+    return json.dumps(entries, sort_keys=True).encode()
 
 
 def _digest(files: Iterable[Path], folder: Path) -> str:

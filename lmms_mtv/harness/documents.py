@@ -1,4 +1,4 @@
-"""What the task files use to get their rows."""
+"""The rows of a task: the function that task files name as their ``process_docs``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from lmms_mtv.harness.lmms.failure import fail_with_status
 
 @fail_with_status
 def documents(named: Dataset) -> Dataset:
-    """Return the rows that ``named`` stands for: one row with the name of the data, in a split of the wanted name.
+    """Return the rows of a data set of this package, in place of a stand-in.
 
-    Where a task has a ``dataset_name``, that is the name of the data: tasks with one name each share a stand-in.
+    A task names a stand-in as its data set and this function as its ``process_docs``. The harness calls
+    ``process_docs`` for the splits that it needs, so that other splits are not loaded.
 
-    A task names such a stand-in as its data set and this function as its ``process_docs``, which the harness calls
-    for the splits that it needs: a split that nothing needs is not loaded. The rows keep the name, in ``data``.
+    Args:
+        named: the stand-in: one row with the name of the data, in a split of the name of the wanted split. If the task
+            has a ``dataset_name``, that is the name of the data, and several tasks share a stand-in.
 
-    Raises :class:`DataError` if ``named`` is no stand-in, or the rows cannot be had.
+    Returns:
+        The rows, each with the name of the data in the column ``data``.
+
+    Raises:
+        DataError: ``named`` is no stand-in, or the rows cannot be had.
     """
     if named.column_names != ["data"] or len(named) != 1:
         raise DataError(
@@ -27,5 +33,5 @@ def documents(named: Dataset) -> Dataset:
         )
     (row,) = named
     name = str(row["data"] if named.info.config_name in (None, "default") else named.info.config_name)
-    found = data.documents(name, str(named.split))
-    return found.add_column("data", [name] * len(found))
+    rows = data.documents(name, str(named.split))
+    return rows.add_column("data", [name] * len(rows))

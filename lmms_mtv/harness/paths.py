@@ -1,4 +1,4 @@
-"""Where this package keeps its task files."""
+"""The folder of this package's task files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Final
 from lmms_mtv.errors import DataError
 
 LM_EVAL: Final = "lm_eval"
-"""The folder, among the tasks, of those for lm-evaluation-harness; the others are for lmms-eval."""
+"""The folder of the tasks for lm-evaluation-harness; the other folders have tasks for lmms-eval."""
 
 
 def tasks_folder() -> Path:
-    """Return the folder of the task files: inside an installed package, at the repository's root in an editable one."""
+    """Return the folder of the task files: in an installed package, or at the root of an editable installation."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "tasks", package.parent / "tasks"):
         if folder.is_dir():

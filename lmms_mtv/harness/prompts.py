@@ -21,7 +21,7 @@ STYLES: tuple[Style, ...] = ("raw", "chat")
 
 
 class Reply(NamedTuple):
-    """What a model answered, and whether its answer ended before it was cut off."""
+    """The answer of a model. ``ended``: the answer ended before it was cut off."""
 
     text: str
     ended: bool
@@ -62,7 +62,7 @@ class Prompt:
         ]
 
     def digest(self) -> str:
-        """8 hexadecimal digits that change with any text, answer or pixel of the prompt."""
+        """Return 8 hexadecimal digits that change with any text, answer or pixel of the prompt."""
         texts = [self.raw("\0"), self.target_delimiter, self.fewshot_delimiter, json.dumps(self.chat())]
         digest = hashlib.sha256(json.dumps(texts).encode())
         for image in self.images():
@@ -92,8 +92,8 @@ class Prompt:
             first["content"].insert(0, {"type": "text", "text": self.description})
         return turns
 
-    def spoken(self) -> list[Message]:
-        """:meth:`chat` with the images in it, as lmms-eval hands messages to its models."""
+    def chat_with_images(self) -> list[Message]:
+        """Return :meth:`chat` with the images in it, as lmms-eval passes messages to its models."""
         turns, images = self.chat(), iter(self.images())
         for turn in turns:
             for part in turn["content"]:
@@ -101,8 +101,8 @@ class Prompt:
                     part["url"] = next(images)
         return turns
 
-    def leads(self) -> bool:
-        """Return whether all images stand before all text, the description aside: no place has to be marked."""
+    def images_come_first(self) -> bool:
+        """Return whether all images stand before all text but the description, so that no place has to be marked."""
         kinds = [part["type"] for message in self.query for part in message["content"]]
         return not self.demonstrations and kinds == sorted(kinds, key=lambda kind: kind != "image")
 
@@ -117,33 +117,31 @@ class Prompt:
         query = [{**first, "content": [*shown, *first["content"]]}, *others]
         return dataclasses.replace(self, query=query, demonstrations=())
 
-    def answered(self) -> list[Message]:
+    def answered_chat(self) -> list[Message]:
         """:meth:`chat` with the query's target as the last turn."""
         return [*self.chat(), _assistant(self.target)]
 
 
 def blanks(ids: Sequence[int], decode: Callable[[list[int]], str]) -> int:
-    """Return how many tokens at the beginning of a target are blank: the same before every answer, they tell nothing of
-    it.
+    """Return the number of blank tokens at the beginning of a target: they are the same before every answer.
 
-    Many tokenizers write a space before digits as a token of its own. 0 for a target of nothing else.
+    Many tokenizers write a space before digits as a separate token. The number is 0 if all tokens are blank.
     """
-    return next((place for place, token in enumerate(ids) if decode([token]).strip()), 0)
+    return next((index for index, token in enumerate(ids) if decode([token]).strip()), 0)
 
 
 def continuation(prompt: Prompt, template: Callable[[list[Message], bool], str]) -> str | None:
-    """Return what a chat template writes after the prompt when the target is answered, up to the end of that turn.
+    """Return the text that a chat template writes after the prompt for the target, up to the end of the turn.
 
-    ``template(messages, add_generation_prompt)`` renders. None if the answered conversation does not begin with the
-    unanswered one, as with templates that drop thoughts.
+    ``template(messages, add_generation_prompt)`` renders. The text is None if the answered conversation does not begin
+    with the unanswered conversation, as with templates that drop thoughts.
     """
-    before, after = template(prompt.chat(), True), template(prompt.answered(), False)
+    before, after = template(prompt.chat(), True), template(prompt.answered_chat(), False)
     return after[len(before) :] if after.startswith(before) else None
 
 
 def placeholder(template: Callable[[list[Message], bool], str] | None, token: str | None) -> str:
-    """Return the text that stands for an image: what the chat template writes for one, else the processor's image
-    token.
+    """Return the text that stands for an image: the text that the chat template writes, or the processor's image token.
 
     Raises :class:`ArgumentError` if there is neither.
     """
@@ -156,8 +154,8 @@ def placeholder(template: Callable[[list[Message], bool], str] | None, token: st
         common = next(
             (i for i, (a, b) in enumerate(zip(head, tail, strict=False)) if a != b), min(len(head), len(tail))
         )
-        if found := tail[common:].strip():
-            return found
+        if text_for_image := tail[common:].strip():
+            return text_for_image
     if token:
         return token
     raise ArgumentError(

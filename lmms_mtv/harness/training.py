@@ -23,9 +23,14 @@ _MEDIA: Final = (datasets.Image, datasets.Audio, datasets.Video)
 class Training:
     """The training examples of one task.
 
-    ``demonstrations`` is a split of the task's dataset, or ``path:split`` of another dataset with the same columns;
-    the default is what the task declares, or ``fewshot_split``, or its training split. ``process`` is what the
-    harness does to the documents of a split before it uses them. Nothing is loaded before it is needed.
+    Nothing is loaded before it is needed.
+
+    Args:
+        task: the task of a harness.
+        demonstrations: a split of the task's dataset, or ``path:split`` of another dataset with the same columns. None
+            takes the split that the task declares, or ``fewshot_split``, or the training split.
+        fewshot_split: the split from which the harness itself draws demonstrations.
+        process: the harness's function for the documents of a split.
     """
 
     def __init__(
@@ -45,10 +50,9 @@ class Training:
 
     @property
     def declared(self) -> dict[str, Any]:
-        """What the task says under ``metadata: mtv:``."""
+        """The entries of the task under ``metadata: mtv:``."""
         metadata = self._task.config.metadata
-        found = metadata.get("mtv", {}) if isinstance(metadata, Mapping) else {}
-        return dict(found)
+        return dict(metadata.get("mtv", {})) if isinstance(metadata, Mapping) else {}
 
     def settings(self, known: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the settings that the task declares, by the name of the method that they are for.
@@ -66,7 +70,7 @@ class Training:
 
     @property
     def stops(self) -> list[str]:
-        """Where the task says that an answer ends (``until``)."""
+        """The texts that end an answer (``until``)."""
         until = (getattr(self._task.config, "generation_kwargs", None) or {}).get("until") or ()
         return [until] if isinstance(until, str) else [str(stop) for stop in until]
 
@@ -96,10 +100,10 @@ class Training:
         """The examples, a ``Dataset`` or a list. Raises :class:`DataError` if there is no such split or dataset."""
         if self._documents is None:
             path, _, split = self.split.rpartition(":")
-            found = self._task.dataset if not path else _load(path)
-            if split not in found:
-                raise DataError(f"demonstrations={self.split}: there is no split {split!r}, only {', '.join(found)}")
-            self._documents = self._process(found[split]) if self._process is not None else found[split]
+            splits = self._task.dataset if not path else _load(path)
+            if split not in splits:
+                raise DataError(f"demonstrations={self.split}: there is no split {split!r}, only {', '.join(splits)}")
+            self._documents = self._process(splits[split]) if self._process is not None else splits[split]
         return self._documents
 
     def digest(self) -> str:

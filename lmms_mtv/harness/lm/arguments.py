@@ -32,16 +32,16 @@ _BASE: Final = (
 )
 
 
-def split_lm_eval_arguments(given: Mapping[str, Any]) -> SplitArguments:
+def split_lm_eval_arguments(model_args: Mapping[str, Any]) -> SplitArguments:
     """Return model arguments by owner: see :func:`~lmms_mtv.harness.arguments.split_arguments`.
 
     Raises:
         ArgumentError: an argument is unknown, or belongs to lm-eval, or there is no model.
     """
     for name, instead in _ELSEWHERE.items():
-        if name in given:
-            raise ArgumentError(f"{name}={given[name]} is no argument of mtv in lm-eval; {instead}")
-    parts = split_arguments(given, _BASE, _PLUGIN)
-    if "pretrained" not in given:
+        if name in model_args:
+            raise ArgumentError(f"{name}={model_args[name]} is no argument of mtv in lm-eval; {instead}")
+    parts = split_arguments(model_args, _BASE, _PLUGIN)
+    if "pretrained" not in model_args:
         raise ArgumentError("pretrained= is missing: give the name of a model on the hub, or a folder")
     return parts

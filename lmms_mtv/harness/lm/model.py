@@ -51,15 +51,15 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
 
     Args:
         evaluation: the evaluation that the model takes part in; the command ``lmms-mtv lm-eval`` passes it.
-        given: model arguments by name: those of ``hf``, of the method, and of
+        model_args: model arguments by name: those of ``hf``, of the method, and of
             :class:`~lmms_mtv.harness.arguments.Arguments` but for ``base``, ``shots`` and ``wrong``.
 
     Raises:
         ArgumentError: an argument is unknown, the model cannot be loaded, or its heads cannot be edited.
     """
 
-    def __init__(self, evaluation: Evaluation | None = None, **given: Any) -> None:
-        self._arguments, method, settings, for_base = split_lm_eval_arguments(given)
+    def __init__(self, evaluation: Evaluation | None = None, **model_args: Any) -> None:
+        self._arguments, method, settings, for_base = split_lm_eval_arguments(model_args)
         validate(self._arguments)
         self._plain = self._arguments.vector is None and method.name == "none"
         source, file = gguf.located(str(for_base["pretrained"]), for_base.get("gguf_file"))

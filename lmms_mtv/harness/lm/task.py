@@ -25,8 +25,8 @@ Turns = list[dict[str, str]]
 class LmPrompt:
     """A prompt of lm-eval and the target of its query.
 
-    ``context`` and ``delimiter + target`` are what a request has. ``ending`` is what ends an answer in the prompt;
-    ``scored`` tells a target whose likelihood is asked for from one that is generated.
+    ``context`` and ``delimiter + target`` are the texts of a request. ``ending`` is the text that ends an answer.
+    ``scored``: the likelihood of the target is asked for, the target is not generated.
     """
 
     context: str
@@ -116,7 +116,7 @@ class LmPrompts:
         return LmPrompt(context, delimiter, target, self._ending(doc, shown, context, delimiter + target), False)
 
     def check(self, requests: Sequence[Instance]) -> None:
-        """Make sure that this is the task that the harness evaluates, and that its prompts are so written.
+        """Make sure that the harness evaluates this very task, and writes its prompts in the same way.
 
         Raises :class:`DataError` for a request that is not this task's, demonstrations aside.
         """
@@ -125,16 +125,16 @@ class LmPrompts:
             if request.doc is not doc:
                 doc = request.doc
                 expected = self._requests(doc, ())
-            asked, own = request.args, expected[request.idx].args if request.idx < len(expected) else ("", "")
+            sent, own = request.args, expected[request.idx].args if request.idx < len(expected) else ("", "")
             if self._task.OUTPUT_TYPE == "generate_until":
-                same = _asks(asked[0], own[0], self.shots)
+                same = _is_same_context(sent[0], own[0], self.shots)
             elif self._task.OUTPUT_TYPE == "loglikelihood_rolling":
-                same = asked[0] == own[0]
+                same = sent[0] == own[0]
             else:
-                same = _asks(asked[0], own[0], self.shots) and asked[1] == own[1]
+                same = _is_same_context(sent[0], own[0], self.shots) and sent[1] == own[1]
             if not same:
                 raise DataError(
-                    f"the evaluation asks {_short(asked[0])} with {self.shots} demonstrations, but task "
+                    f"the evaluation asks {_short(sent[0])} with {self.shots} demonstrations, but task "
                     f"{self.training.name}, as mtv knows it, asks {_short(own[0])}: start it with lmms-mtv lm-eval, "
                     "or give the model the task manager and the prompt settings of this evaluation (evaluation=)"
                 )
@@ -142,17 +142,17 @@ class LmPrompts:
     def _requests(self, doc: Doc, demonstrations: Sequence[Doc]) -> list[Instance]:
         """Return the requests that the harness makes of a document."""
         evaluation = self._evaluation
-        made = self._task.construct_requests(
+        requests = self._task.construct_requests(
             doc=doc,
             ctx=self._context(doc, demonstrations),
             metadata=(self.training.name, None, 1),
             apply_chat_template=evaluation.apply_chat_template,
             chat_template=self._chat.apply_chat_template if evaluation.apply_chat_template else None,
         )
-        return made if isinstance(made, list) else [made]
+        return requests if isinstance(requests, list) else [requests]
 
     def _context(self, doc: Doc, demonstrations: Sequence[Doc], template: Callable[..., str] | None = None) -> Any:
-        """Return what stands before the target; for tasks whose choices are contexts, a list with one for each."""
+        """Return the text before the target; for tasks whose choices are contexts, a list with a text for each."""
         task = copy.copy(self._task)
         task.sampler = _Chosen(list(demonstrations))
         evaluation = self._evaluation
@@ -183,13 +183,13 @@ class LmPrompts:
         return index
 
     def _delimiter(self, doc: Doc, target: str) -> str:
-        """Return what stands between the context and a generated target, as in a demonstration."""
+        """Return the text between the context and a generated target, as in a demonstration."""
         if prefix := self._task.doc_to_prefix(doc):
             return maybe_delimit(prefix, target)[len(prefix) :].removesuffix(target) if target else ""
         return "" if self._evaluation.apply_chat_template else str(self._task.fewshot_cfg.target_delimiter)
 
     def _ending(self, doc: Doc, demonstrations: Sequence[Doc], context: str, answer: str) -> str:
-        """Return what ends an answer: the delimiter between demonstrations, or what the chat template writes."""
+        """Return the text that ends an answer: the delimiter between demonstrations, or the chat template's text."""
         if not self._evaluation.apply_chat_template:
             return str(self._task.fewshot_cfg.fewshot_delimiter)
 
@@ -204,14 +204,14 @@ class LmPrompts:
 
 
 class _Chosen(ContextSampler):  # type: ignore[misc]
-    """Gives the demonstrations it was made with, in their order."""
+    """A sampler that gives chosen demonstrations, in their order."""
 
     def sample(self, n: int, *_: Any, **__: Any) -> Sequence[Doc]:
         chosen: Sequence[Doc] = self.df[:n]
         return chosen
 
 
-def _asks(context: str, own: str, shots: int) -> bool:
+def _is_same_context(context: str, own: str, shots: int) -> bool:
     """Return whether ``context`` is ``own``, or for few-shot prompts ``own`` with demonstrations in one place."""
     if shots == 0 or own == "":
         return context == own or shots > 0
@@ -219,7 +219,7 @@ def _asks(context: str, own: str, shots: int) -> bool:
 
 
 def _common(one: str, other: str) -> int:
-    """Length of the longest common beginning."""
+    """Return the length of the longest common beginning."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 

@@ -37,7 +37,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
 
     Args:
         loaded: a loaded base. Without one, the base that the arguments describe is loaded.
-        given: model arguments by name: :class:`~lmms_mtv.harness.arguments.Arguments`, settings of the method, and
+        model_args: model arguments by name: :class:`~lmms_mtv.harness.arguments.Arguments`, settings of the method, and
             arguments of the base. Beside a loaded base they change the arguments that the base was loaded with.
 
     Raises:
@@ -46,9 +46,9 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
 
     is_simple = False
 
-    def __init__(self, loaded: LoadedBase | None = None, /, **given: Any) -> None:
+    def __init__(self, loaded: LoadedBase | None = None, /, **model_args: Any) -> None:
         super().__init__()
-        self._loaded = bases.load(given) if loaded is None else loaded.changed(given)
+        self._loaded = bases.load(model_args) if loaded is None else loaded.changed(model_args)
         arguments, method, settings, _ = self._loaded.split({})
         self._arguments = arguments
         if (harness_model := self.base.harness_model) is not None:
@@ -75,16 +75,16 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         model._check_uncached()
         return model
 
-    def arm(self, given: Mapping[str, Any]) -> LmmsEvalMtv:
+    def arm(self, model_args: Mapping[str, Any]) -> LmmsEvalMtv:
         """Return the same loaded model under changed arguments of the plugin or of a method.
 
         Raises :class:`ArgumentError` for an argument of the base, which is loaded already, or an unknown one.
         """
-        return LmmsEvalMtv(self._loaded, **given)
+        return LmmsEvalMtv(self._loaded, **model_args)
 
-    def check(self, given: Mapping[str, Any]) -> None:
-        """Raise :class:`ArgumentError` unless :meth:`arm` takes ``given``."""
-        self._loaded.split(given)
+    def check(self, model_args: Mapping[str, Any]) -> None:
+        """Raise :class:`ArgumentError` unless :meth:`arm` takes ``model_args``."""
+        self._loaded.split(model_args)
 
     @property
     def base(self) -> Base:
@@ -201,7 +201,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
 
     def _folder(self, output: str) -> Path:
         """Return the folder into which the harness writes the results of this run."""
-        return Path(output, sanitize_model_name(self._loaded.given.get("pretrained", "")))
+        return Path(output, sanitize_model_name(self._loaded.model_args.get("pretrained", "")))
 
     def _check_uncached(self) -> None:
         """Raise :class:`ArgumentError` if the harness would cache the answers of an edited model."""

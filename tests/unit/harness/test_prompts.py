@@ -57,7 +57,7 @@ def test_images_come_in_the_order_of_the_prompt():
 
 def test_writing_a_prompt_does_not_change_it():
     before = template(PROMPT.chat(), True)
-    PROMPT.answered()
+    PROMPT.answered_chat()
     assert template(PROMPT.chat(), True) == before
     assert len(PROMPT.query[0]["content"]) == 2
 

@@ -78,15 +78,15 @@ def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -
     return WrapperBase(HarnessModel(WrappedConfig(name, arguments=others, **own), decoder))
 
 
-def load(given: Mapping[str, Any]) -> LoadedBase:
+def load(model_args: Mapping[str, Any]) -> LoadedBase:
     """Return the base that model arguments describe, loaded. All arguments are checked before a model is loaded.
 
     Raises:
         ArgumentError: an argument is unknown or wrong, or the base cannot be loaded.
         VectorFileError: ``vector=`` or ``heads=`` names a file that is no vector.
     """
-    name = given.get("base", Arguments.base)
-    names = known(name, bool(given.get("force_simple", False)))
-    arguments = split_arguments(given, names)
+    name = model_args.get("base", Arguments.base)
+    names = known(name, bool(model_args.get("force_simple", False)))
+    arguments = split_arguments(model_args, names)
     validate(arguments.plugin)
-    return LoadedBase(build(name, arguments.base, arguments.plugin.decoder), names, given)
+    return LoadedBase(build(name, arguments.base, arguments.plugin.decoder), names, model_args)

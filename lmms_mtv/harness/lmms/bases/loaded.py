@@ -16,23 +16,23 @@ from lmms_mtv.harness.lmms.bases.base import Base
 class LoadedBase:
     """A loaded base, which serves any number of arms.
 
-    ``names`` are the names of the base's own arguments, ``given`` the model arguments by name: of the base, of the
+    ``names`` are the names of the base's own arguments, ``model_args`` the model arguments by name: of the base, of the
     plugin and of a method.
     """
 
     base: Base
     names: tuple[str, ...]
-    given: Mapping[str, Any]
+    model_args: Mapping[str, Any]
 
     def split(self, changes: Mapping[str, Any]) -> SplitArguments:
-        """Return the arguments of an arm: ``given``, changed by ``changes``.
+        """Return the arguments of an arm: ``model_args``, changed by ``changes``.
 
         Raises:
             ArgumentError: an argument is unknown, or belongs to the base, which is loaded already.
         """
         if fixed := sorted(key for key in changes if key in self.names or key in ("base", "decoder")):
             raise ArgumentError(f"{', '.join(fixed)}: one model is loaded for all arms, so this belongs to the model")
-        return split_arguments({**self.given, **changes}, self.names)
+        return split_arguments({**self.model_args, **changes}, self.names)
 
     def changed(self, changes: Mapping[str, Any]) -> LoadedBase:
         """Return the same base with the arguments of an arm.
@@ -42,4 +42,4 @@ class LoadedBase:
             VectorFileError: ``vector=`` or ``heads=`` names a file that is no vector.
         """
         validate(self.split(changes).plugin)
-        return dataclasses.replace(self, given={**self.given, **changes})
+        return dataclasses.replace(self, model_args={**self.model_args, **changes})

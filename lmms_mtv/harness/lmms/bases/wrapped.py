@@ -113,10 +113,10 @@ class WrapperBase:
     def document(self, prompt: Prompt) -> Document:
         """Return a prompt as a document of the synthetic task, in the form that the wrapper takes."""
         if not self.harness_model.is_simple:
-            spoken = (prompt if self.config.fewshot_as_multiturn else prompt.inline()).spoken()
-            return Document(prompt.raw(""), [], spoken)
+            messages = (prompt if self.config.fewshot_as_multiturn else prompt.inline()).chat_with_images()
+            return Document(prompt.raw(""), [], messages)
         images = prompt.images()
-        if prompt.leads():
+        if prompt.images_come_first():
             return Document(prompt.raw(""), images, [])
         mark = self._placeholder
         pieces = prompt.raw("\0").split("\0")
