@@ -130,6 +130,12 @@ def blanks(ids: Sequence[int], decode: Callable[[list[int]], str]) -> int:
     return next((index for index, token in enumerate(ids) if decode([token]).strip()), 0)
 
 
+def following_ids(before: str, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """Return the token ids of ``text`` as it follows ``before``, or of ``text`` alone if the two share a token."""
+    before_ids, all_ids = encode(before), encode(before + text)
+    return all_ids[len(before_ids) :] if all_ids[: len(before_ids)] == before_ids else encode(text)
+
+
 def continuation(prompt: Prompt, template: Callable[[list[Message], bool], str]) -> str | None:
     """Return the text that a chat template writes after the prompt for the target, up to the end of the turn.
 

@@ -42,8 +42,7 @@ def fit_vectors(
         ArgumentError: a task or an argument is unknown.
         LibraryError: the library cannot be written to.
     """
-    own = {"batch_size": batch_size, "reuse": reuse, "library": None if library is None else str(library)}
-    run = load_run(tasks, {**own, **arguments})
+    run = load_run(tasks, arguments, batch_size=batch_size, library=library, reuse=reuse)
     for seed in seeds if seeded(arguments) else seeds[:1]:
         arm = run.model.arm({"seed": seed})
         for name, task in run.tasks.items():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -33,13 +34,24 @@ class LoadedRun:
     groups: Mapping[str, Sequence[str]]
 
 
-def load_run(names: Sequence[str], arguments: Mapping[str, Any], arms: Iterable[Mapping[str, Any]] = ()) -> LoadedRun:
+def load_run(
+    names: Sequence[str],
+    arguments: Mapping[str, Any],
+    arms: Iterable[Mapping[str, Any]] = (),
+    *,
+    batch_size: int | str,
+    library: Path | None,
+    reuse: bool,
+) -> LoadedRun:
     """Return a model and tasks, loaded.
 
     Args:
         names: the names of tasks or of groups of tasks.
-        arguments: the model arguments by name.
+        arguments: the model arguments by name, without the arguments below.
         arms: further model arguments of each arm, which are only checked.
+        batch_size: rows of a forward, or ``auto``.
+        library: folder of the vector library; None is the default folder.
+        reuse: take a vector of the same recipe from the library.
 
     Raises:
         ArgumentError: a task or an argument is unknown.
@@ -53,7 +65,8 @@ def load_run(names: Sequence[str], arguments: Mapping[str, Any], arms: Iterable[
     for name in names:
         if name not in manager.all_tasks:
             raise unknown("task", name, manager.all_tasks)
-    model = LmmsEvalMtv(**arguments)
+    own = {"batch_size": batch_size, "reuse": reuse, "library": None if library is None else str(library)}
+    model = LmmsEvalMtv(**own, **arguments)
     for arm in arms:
         model.check(arm)
     kind = "simple" if model.is_simple else "chat"

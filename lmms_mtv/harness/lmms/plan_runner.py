@@ -39,8 +39,9 @@ class PlanRunner:
 
     def __init__(self, plan: Plan, library: Path | None = None, reuse: bool = True) -> None:
         self._plan = plan
-        own = {"batch_size": plan.batch_size, "reuse": reuse, "library": None if library is None else str(library)}
-        self._run = load_run(plan.tasks, {**own, **plan.model}, plan.arms.values())
+        self._run = load_run(
+            plan.tasks, plan.model, plan.arms.values(), batch_size=plan.batch_size, library=library, reuse=reuse
+        )
 
     @property
     def groups(self) -> Mapping[str, Sequence[str]]:

@@ -145,8 +145,7 @@ class HfBase:
             text = prompt.target if text is None else text.rstrip()
         else:
             text = prompt.target_delimiter + prompt.target + prompt.fewshot_delimiter
-        before_ids, all_ids = self._ids(before), self._ids(before + text)
-        return all_ids[len(before_ids) :] if all_ids[: len(before_ids)] == before_ids else self._ids(text)
+        return writing.following_ids(before, text, self._ids)
 
     @torch.no_grad()
     def generate(

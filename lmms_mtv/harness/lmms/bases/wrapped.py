@@ -155,8 +155,7 @@ class WrapperBase:
             before, text = template(question.chat(), True), text.rstrip()
         else:
             before, text = "", prompt.target_delimiter + prompt.target + prompt.fewshot_delimiter
-        before_ids, all_ids = self._ids(before), self._ids(before + text)
-        return all_ids[len(before_ids) :] if all_ids[: len(before_ids)] == before_ids else self._ids(text)
+        return writing.following_ids(before, text, self._ids)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the token ids that the wrapper makes of a prompt."""
