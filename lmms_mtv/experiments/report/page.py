@@ -8,7 +8,8 @@ from html import escape
 from typing import Final
 
 from lmms_mtv.experiments.report import tables
-from lmms_mtv.experiments.report.plots import COLOURS, GRID, INK, Plot, plots
+from lmms_mtv.experiments.report.plots import Plot, plots
+from lmms_mtv.experiments.report.plots.style import COLOURS, GRID, INK
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.tables import Table
 
