@@ -14,8 +14,9 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from lmms_mtv.errors import ArgumentError, DataError, MtvError
-from lmms_mtv.experiments import cells, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.compare import VECTORS, CellRunner
 from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.experiments.report import marks, results

@@ -13,8 +13,9 @@ from typing import Any, Final, Protocol
 from tqdm import tqdm
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.experiments import cells, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from lmms_eval.tasks import get_task_dict
 
 from lmms_mtv import cli
 from lmms_mtv.errors import ArgumentError, DataError, LibraryError
-from lmms_mtv.experiments import cells, check, compare, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import check, compare, plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.experiments.report import results as results_of
 from lmms_mtv.experiments.report import tables

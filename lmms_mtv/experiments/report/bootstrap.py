@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.report.results import Results
 
 RESAMPLES: Final = 10_000

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from lmms_mtv.errors import DataError, ResultsError
-from lmms_mtv.experiments import cells, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import Plan
 
 

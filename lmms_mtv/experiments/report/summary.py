@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.report.results import Results
 
 MISSING = "missing"

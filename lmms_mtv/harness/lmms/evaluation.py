@@ -19,7 +19,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from tenacity import RetryError
 
 from lmms_mtv.errors import DataError, MtvError, unknown
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.harness import record
 from lmms_mtv.harness.lmms.model import Mtv

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmms_mtv.errors import ArgumentError, DataError
-from lmms_mtv.experiments import cells, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import Axis, CellKey, Plan
 
 ARMS = {

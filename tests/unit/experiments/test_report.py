@@ -18,7 +18,7 @@ from PIL import Image
 
 from lmms_mtv import cli
 from lmms_mtv.errors import ArgumentError, DataError, ResultsError
-from lmms_mtv.experiments import cells
+from lmms_mtv.experiments import cell as cells
 from lmms_mtv.experiments.report import bootstrap, marks, results, summary, tables
 from lmms_mtv.experiments.report.page import page
 from lmms_mtv.experiments.report.plots import plots

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.ticker import MaxNLocator
 
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.report import summary
 from lmms_mtv.experiments.report.plots import layout, line
 from lmms_mtv.experiments.report.plots.plot import Plot

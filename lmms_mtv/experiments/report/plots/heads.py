@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.report.plots import layout
 from lmms_mtv.experiments.report.plots.plot import Plot
 from lmms_mtv.experiments.report.plots.vectors import cells_by_vectors

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.report import summary
 from lmms_mtv.experiments.report.plots import layout, line
 from lmms_mtv.experiments.report.plots.plot import Plot

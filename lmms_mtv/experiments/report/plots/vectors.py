@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.report.results import Results
 
 
