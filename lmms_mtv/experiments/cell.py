@@ -1,4 +1,4 @@
-"""One cell of a comparison as a file: what the harness measured, what it was measured with, and what it cost."""
+"""The cell of a comparison as a file: the measured scores, the settings and versions, and the cost."""
 
 from __future__ import annotations
 
@@ -18,19 +18,38 @@ SCHEMA: Final = 1
 """Version of a cell's fields."""
 
 FOLDER: Final = "cells"
-"""Folder of the cells in a folder of results."""
+"""Name of the folder of cells in a results folder."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One task, arm and seed.
+    """The result of one task, arm and seed.
 
-    ``arguments`` are the arm's, ``settings`` all of its method's. ``score`` is the mean of ``samples["scores"]``
-    unless the task sums up differently, ``stderr`` its standard error over ``n`` documents. ``samples`` has lists of
-    the same length: ``documents``, ``scores``, ``answers`` and ``prompts`` (digests). ``tokens`` are means over the
-    evaluated prompts, ``seconds`` and ``memory`` (peak bytes) those of ``fit`` and ``evaluation``, None where there
-    is nothing to measure; ``seconds`` also has the parts of the fit, as ``fit/`` and the name of its stage.
-    ``vector`` is None without one.
+    Attributes:
+        plan: name of the plan.
+        task: name of the task in the harness.
+        arm: name of the arm in the plan.
+        seed: seed of the fit and of the drawn demonstrations.
+        arguments: model arguments of the arm.
+        model: name, revision and dtype of the model.
+        method: name of the method.
+        shots: demonstrations in each prompt.
+        settings: all settings of the method.
+        metric: name of the metric.
+        score: the mean of ``samples["scores"]``, or the value that the task's own aggregation returns.
+        stderr: standard error of ``score`` over the documents, None if unknown.
+        n: number of documents.
+        higher_is_better: True if a higher score is better.
+        samples: lists of equal length, with an entry for each document: ``documents`` (numbers), ``scores``,
+            ``answers`` and ``prompts`` (digests).
+        tokens: mean number of tokens of the evaluated prompts: ``prompt``, ``image`` and ``text``; None if unknown.
+        seconds: seconds of ``fit`` and ``evaluation``, and of each stage of the fit as ``fit/STAGE``; None if nothing
+            was measured.
+        memory: peak memory of ``fit`` and ``evaluation`` in bytes; None if nothing was measured.
+        vector: facts of the vector, among them its id and checksum; None without a vector.
+        versions: versions of the libraries.
+        hardware: machine, cores, device and number of processes.
+        schema: version of the fields.
     """
 
     plan: str
@@ -58,64 +77,70 @@ class Cell:
 
     @property
     def key(self) -> CellKey:
+        """The task, the arm and the seed."""
         return CellKey(self.task, self.arm, self.seed)
 
 
 def path(folder: Path, key: CellKey) -> Path:
-    """Return where a cell is kept."""
+    """Return the path of the file of a cell in a results folder."""
     return folder / FOLDER / slug(key.task) / f"{slug(key.arm)}-seed{key.seed}.json"
 
 
-def write(folder: Path, cell: Cell, of_harness: Mapping[str, Any]) -> Path:
-    """Write a cell, sealed, with the harness's own figures beside it; whole or not at all."""
-    content = {**of_harness, "mtv": dataclasses.asdict(cell)}
+def write(folder: Path, cell: Cell, harness_results: Mapping[str, Any]) -> Path:
+    """Write a cell with the results of the harness and a seal, and return the path of the file.
+
+    The write is atomic: the file is complete or absent.
+    """
+    content = {**harness_results, "mtv": dataclasses.asdict(cell)}
     content["seal"] = seal(content)
-    found = path(folder, cell.key)
-    files.write(found, _written(content).encode())
-    return found
+    file = path(folder, cell.key)
+    files.write(file, _json_text(content).encode())
+    return file
 
 
 def read(folder: Path, key: CellKey) -> Cell | None:
-    """Return the cell at ``place``, None if there is none.
+    """Return the cell with ``key``, None if the folder has no such cell.
 
-    Raises :class:`DataError` if its file is damaged, was altered, or is the cell of another place.
+    Raises:
+        DataError: the file is damaged, was altered, or holds the cell of another key.
     """
-    found = path(folder, key)
-    if not found.is_file():
+    file = path(folder, key)
+    if not file.is_file():
         return None
-    cell = _opened(found)
+    cell = _read_file(file)
     if cell.key != key:
-        raise DataError(f"{found} is the cell of {cell.key}, expected {key}: delete it and run lmms-mtv compare")
+        raise DataError(f"{file} is the cell of {cell.key}, expected {key}: delete it and run lmms-mtv compare")
     return cell
 
 
 def read_all(folder: Path) -> list[Cell]:
-    """Return all cells of a folder of results, by task, arm and seed.
+    """Return all cells of a results folder, in the order of task, arm and seed.
 
-    Raises :class:`DataError` as :func:`read` does.
+    Raises:
+        DataError: a file is damaged or was altered.
     """
-    return sorted((_opened(found) for found in folder.glob(f"{FOLDER}/*/*.json")), key=lambda cell: cell.key)
+    return sorted((_read_file(file) for file in folder.glob(f"{FOLDER}/*/*.json")), key=lambda cell: cell.key)
 
 
-def contradictions(found: Sequence[Cell]) -> list[str]:
-    """Return, a line each, what keeps cells from standing in one table.
+def contradictions(cells: Sequence[Cell]) -> list[str]:
+    """Return the reasons why the cells do not belong in one table, a line for each reason.
 
-    All cells have to be of one model: name, revision and precision. The cells of a task have to be of the same
-    documents, and those with the same demonstrations of the same prompts.
+    All cells must have the same model: name, revision and precision. The cells of a task must have the same documents,
+    and the cells of a task with the same demonstrations must have the same prompts.
     """
     lines = []
     models: dict[str, CellKey] = {}
     documents: dict[str, tuple[set[Any], CellKey]] = {}
     prompts: dict[str, tuple[dict[Any, Any], CellKey]] = {}
-    for cell in sorted(found, key=lambda cell: cell.key):
+    for cell in sorted(cells, key=lambda cell: cell.key):
         models.setdefault(described(cell.model), cell.key)
-        written_of = dict(zip(cell.samples["documents"], cell.samples["prompts"], strict=True))
-        shown, key = documents.setdefault(cell.task, (set(written_of), cell.key))
-        if shown != written_of.keys():
-            lines.append(f"{key} has {len(shown)} documents of task {cell.task}, {cell.key} has others")
+        cell_prompts = dict(zip(cell.samples["documents"], cell.samples["prompts"], strict=True))
+        first_documents, key = documents.setdefault(cell.task, (set(cell_prompts), cell.key))
+        if first_documents != cell_prompts.keys():
+            lines.append(f"{key} has {len(first_documents)} documents of task {cell.task}, {cell.key} has others")
             continue
-        written, key = prompts.setdefault(_prompts_of(cell), (written_of, cell.key))
-        if written != written_of:
+        first_prompts, key = prompts.setdefault(_prompts_key(cell), (cell_prompts, cell.key))
+        if first_prompts != cell_prompts:
             lines.append(f"{key} and {cell.key} were measured with different prompts or documents")
     if len(models) > 1:
         lines.insert(0, "several models: " + ", ".join(f"{model} ({key})" for model, key in models.items()))
@@ -123,38 +148,38 @@ def contradictions(found: Sequence[Cell]) -> list[str]:
 
 
 def described(model: Mapping[str, Any]) -> str:
-    """Return a model of a cell in words."""
+    """Return the model of a cell in words: name, revision and precision."""
     return f"{model.get('name')} revision {model.get('revision')} in {model.get('dtype')}"
 
 
-def _prompts_of(cell: Cell) -> str:
-    """Return what the prompts of a cell depend on, as a key: without demonstrations on the task alone."""
-    shown = [cell.shots, cell.seed, cell.arguments.get("wrong"), cell.arguments.get("demonstrations")]
-    return json.dumps([cell.task, *(shown if cell.shots else ())])
+def _prompts_key(cell: Cell) -> str:
+    """Return a key that is equal for cells with equal prompts: the task and, with shots, the demonstrations."""
+    demonstrations = [cell.shots, cell.seed, cell.arguments.get("wrong"), cell.arguments.get("demonstrations")]
+    return json.dumps([cell.task, *(demonstrations if cell.shots else ())])
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """Return SHA-256 of everything in a cell's file but the seal."""
+    """Return the SHA-256 of the content of a cell's file without the seal, in hexadecimal digits."""
     bare = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
-def _opened(found: Path) -> Cell:
+def _read_file(file: Path) -> Cell:
     again = "delete it and run lmms-mtv compare again"
     try:
-        content = json.loads(found.read_text(encoding="utf-8"))
-        given = content["mtv"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        fields = content["mtv"]
         if content["seal"] != seal(content):
-            raise DataError(f"{found} was altered after it was measured (its seal differs): {again}")
-        if given["schema"] > SCHEMA:
-            raise DataError(f"{found} was written by a newer version of lmms-mtv: upgrade it")
-        return Cell(**given)
+            raise DataError(f"{file} was altered after the measurement (the seal differs): {again}")
+        if fields["schema"] > SCHEMA:
+            raise DataError(f"{file} was written by a newer version of lmms-mtv: upgrade lmms-mtv")
+        return Cell(**fields)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{found} is no cell ({type(error).__name__}: {error}): {again}") from error
+        raise DataError(f"{file} is not a cell ({type(error).__name__}: {error}): {again}") from error
 
 
-def _written(content: Mapping[str, Any]) -> str:
-    """JSON with a line for each entry of the cell, so that lists of samples do not take a line for each number."""
+def _json_text(content: Mapping[str, Any]) -> str:
+    """Return the content as JSON, with one line for each field of the cell."""
     outer = {key: json.dumps(value, ensure_ascii=False) for key, value in content.items() if key != "mtv"}
     inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in content["mtv"].items())
     lines = [f" {json.dumps(key)}: {value}" for key, value in outer.items()]

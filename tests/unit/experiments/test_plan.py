@@ -97,9 +97,9 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("text", "match"),
         [
-            ("a: [", "no YAML"),
-            ("- 1", "no plan but list"),
-            ("model: {}\ntasks: [a]\narms: {b: {}}\ncolour: red", "colour, which no plan has"),
+            ("a: [", "not YAML"),
+            ("- 1", "holds a list, expected a mapping"),
+            ("model: {}\ntasks: [a]\narms: {b: {}}\ncolour: red", "has colour, expected only name, model"),
             ("model: {}\ntasks: [a]", "lacks arms"),
         ],
     )
