@@ -1,7 +1,7 @@
-"""Speed and memory, on a CPU or on one GPU: ``python -m benchmarks.NAME``, with NAME ``selection``, ``fit``,
-``generation``, ``extraction``, ``scaling`` or ``harness``.
+"""Benchmarks of speed and memory, on a CPU or on one GPU.
 
-What each measures and what came out is in docs/performance.md.
+Run a benchmark with ``python -m benchmarks.NAME``; NAME is ``selection``, ``fit``, ``generation``, ``extraction``,
+``scaling`` or ``harness``. docs/performance.md describes the benchmarks and their results.
 
-Everything but ``harness`` needs torch and transformers alone: random weights, no downloads, no harness.
+All benchmarks but ``harness`` need only torch and transformers: they use random weights and download nothing.
 """

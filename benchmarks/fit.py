@@ -1,11 +1,12 @@
-"""A whole fit of MTV with the reference settings, from the first prompt to the chosen heads.
+"""A whole fit of MTV with the reference settings, from the first prompt to the selected heads.
 
-100 prompts of 4 demonstrations are averaged, 600 steps of 32 masks ask 100 queries without demonstrations, and 10 masks
-are judged on 50 queries more; ``--scale`` divides the numbers of prompts, steps and queries. Where the model sees
-images, each example has one, before ``--tokens`` tokens of text; ``--text`` leaves images out. Preprocessing of images
-is not part of it. Every repetition is a session of its own, with all of its checks; the first one does not count.
+The fit averages the activations of 100 prompts of 4 demonstrations, runs 600 steps of 32 masks on 100 queries without
+demonstrations, and evaluates 10 candidate masks on 50 validation queries. ``--scale`` divides the numbers of prompts,
+steps and queries. If the model takes images, each example has an image before ``--tokens`` tokens of text; ``--text``
+leaves the images out. The preprocessing of images is not measured. Every repetition is a new session with all its
+checks. The first repetition is a warm-up and does not count.
 
-Figures: ``seconds`` (median), of that by stage, peak memory (weights among it), forwards.
+Figures: ``seconds`` (median), the seconds of each stage, the peak memory with the weights, and the forwards.
 """
 
 from __future__ import annotations
@@ -28,50 +29,50 @@ SCALED: Final = ("iterations", "steps", "examples", "candidate_examples")
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = measure.parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=30, help="of text in an example (default: 30)")
-    parser.add_argument("--text", action="store_true", help="no images")
-    parser.add_argument("--scale", type=int, default=1, help="what the reference settings are divided by (default: 1)")
-    parser.add_argument("--batch", type=int, default=4, help="rows of an extracting forward (default: 4)")
-    parser.add_argument("--memory", type=float, default=16.0, help="GiB for prefilled prompts (default: 16)")
-    given = parser.parse_args(argv)
-    if given.scale < 1:
-        parser.error(f"--scale {given.scale}: expected at least 1")
-    device = measure.device_of(given)
-    found = measured(given, device)
-    stages = ", ".join(f"{name} {taken:.4g} s" for name, taken in found["stages"].items())
+    parser.add_argument("--tokens", type=int, default=30, help="tokens of text in an example (default: 30)")
+    parser.add_argument("--text", action="store_true", help="leave images out")
+    parser.add_argument("--scale", type=int, default=1, help="divisor of the reference settings (default: 1)")
+    parser.add_argument("--batch", type=int, default=4, help="batch size of the extraction (default: 4)")
+    parser.add_argument("--memory", type=float, default=16.0, help="GiB for the prefill cache (default: 16)")
+    arguments = parser.parse_args(argv)
+    if arguments.scale < 1:
+        parser.error(f"--scale {arguments.scale}: expected at least 1")
+    device = measure.device_of(arguments)
+    figures = measured(arguments, device)
+    stages = ", ".join(f"{name} {stage_seconds:.4g} s" for name, stage_seconds in figures["stages"].items())
     lines = [
-        f"{given.model}: a fit takes {found['seconds']:.4g} s ({stages}) and {found['forwards']} forwards; prompts "
-        f"have {found['tokens']['few_shot']} and {found['tokens']['zero_shot']} tokens"
+        f"{arguments.model}: a fit takes {figures['seconds']:.4g} s ({stages}) and {figures['forwards']} forwards; "
+        f"prompts have {figures['tokens']['few_shot']} and {figures['tokens']['zero_shot']} tokens"
     ]
-    measure.finish(given, device, found, lines)
+    measure.finish(arguments, device, figures, lines)
     return 0
 
 
-def measured(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Seconds and bytes of some whole fits."""
-    model = measure.model_of(given, device)
+def measured(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return the seconds, the peak memory in bytes and the forwards of ``--repetitions`` fits."""
+    model = measure.model_of(arguments, device)
     method = methods.get("mtv")
     reference = method.configure({})
-    settings = {name: max(getattr(reference, name) // given.scale, 1) for name in SCALED}
+    settings = {name: max(getattr(reference, name) // arguments.scale, 1) for name in SCALED}
     config = method.configure(settings)
     count = max(settings["examples"] + settings["candidate_examples"], reference.fit_shots + 1)
-    examples = prompts.examples(model, count, given.tokens, given.seed, with_images=not given.text)
+    examples = prompts.examples(model, count, arguments.tokens, arguments.seed, with_images=not arguments.text)
     seconds, stages, memory, forwards = [], [], [], 0
-    rounds = range(given.repetitions + 1)
-    for number in tqdm(rounds, desc="Fits", disable=given.quiet, dynamic_ncols=True, leave=False):
+    rounds = range(arguments.repetitions + 1)
+    for number in tqdm(rounds, desc="Fits", disable=arguments.quiet, dynamic_ncols=True, leave=False):
         session = prompts.session(
-            model, examples, seed=given.seed, batch_size=given.batch, memory=int(given.memory * 2**30)
+            model, examples, seed=arguments.seed, batch_size=arguments.batch, memory=int(arguments.memory * 2**30)
         )
 
-        def run(session: FitSession[prompts.Prompt] = session) -> None:
+        def run(session: FitSession[prompts.SyntheticPrompt] = session) -> None:
             method.fit(session, config)
 
-        with peak(device) as taken:
+        with peak(device) as peak_memory:
             time = measure.seconds(run, device)
         if number:
             seconds.append(time)
             stages.append(dict(session.stages))
-            memory.append(taken.bytes)
+            memory.append(peak_memory.bytes)
             forwards = session.forwards
     few, zero = (session.episodes(1, shots, "lengths")[0] for shots in (reference.fit_shots, 0))
     return {

@@ -1,13 +1,14 @@
-"""An evaluation by lmms-eval with ``mtv`` around a model, against the same model alone.
+"""An evaluation by lmms-eval with ``mtv`` around a model, compared with an evaluation of the same model alone.
 
-*alone* is lmms-eval's own wrapper ``--base``, *none* is ``mtv`` with ``base=`` that wrapper and ``method=none``,
-*vector* the same with a ready vector. Each evaluates ``--limit`` documents of ``--task``, from requests to scores;
-models are loaded and tasks built before, once. All run in turn. The vector adds to every head a number too small to
-change it: all of its work is done and the answers are the same, which is made sure of, so that no side generates more
-tokens than another.
+*alone* is the wrapper ``--base`` of lmms-eval; *none* is ``mtv`` with this wrapper as ``base=`` and ``method=none``;
+*vector* is the same with a stored vector. Each evaluation runs ``--limit`` documents of ``--task``, from requests to
+scores. The models are loaded and the tasks are built once, before. The evaluations run in turn. The vector adds to
+every head a number that is too small to change the activation. So the edit does all its work and the answers stay the
+same, and no evaluation generates more tokens than another. The benchmark checks that the answers are the same.
 
-``ratio`` is the time of *vector* over that of *alone*, ``none_ratio`` that of *none*. This benchmark needs lmms-eval,
-but no network: the default is the bundled checkpoint in a wrapper that takes it.
+``ratio`` is the time of *vector* divided by the time of *alone*, ``none_ratio`` the time of *none* divided by the time
+of *alone*. This benchmark needs lmms-eval, but no network: the default is the bundled checkpoint in a wrapper of
+lmms-eval that loads the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,25 +35,27 @@ from lmms_mtv.shapes import CHECKPOINT
 TINY: Final = "tiny"
 
 NOTHING: Final = 1e-30
-"""A number that no activation is changed by."""
+"""A number that is too small to change an activation."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--base", default="lfm2_5_vl", help="a model of lmms-eval (default: lfm2_5_vl)")
-    parser.add_argument("--pretrained", default=TINY, help="its checkpoint, or tiny for the bundled one (default)")
-    parser.add_argument("--arguments", default="", help="further arguments of the model, as NAME=VALUE,...")
-    parser.add_argument("--task", default="shapes_color_en", help="default: shapes_color_en")
+    parser.add_argument("--base", default="lfm2_5_vl", help="name of a model of lmms-eval (default: lfm2_5_vl)")
+    parser.add_argument(
+        "--pretrained", default=TINY, help="checkpoint of the model, or tiny for the bundled checkpoint (default: tiny)"
+    )
+    parser.add_argument("--arguments", default="", help="more arguments of the model, as NAME=VALUE,...")
+    parser.add_argument("--task", default="shapes_color_en", help="task (default: shapes_color_en)")
     parser.add_argument("--limit", type=int, default=64, help="documents (default: 64)")
-    parser.add_argument("--batch", type=int, default=8, help="rows (default: 8)")
+    parser.add_argument("--batch", type=int, default=8, help="batch size (default: 8)")
     measure.add_common(parser)
-    given = parser.parse_args(argv)
-    device = measure.device_of(given)
+    arguments = parser.parse_args(argv)
+    device = measure.device_of(arguments)
     answers: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = evaluations(given, device, Path(folder), answers)
-        repetitions = measure.interleaved(runs, given.repetitions, device, not given.quiet)
-    same = all(found == answers["alone"] for found in answers.values())
+        runs = evaluations(arguments, device, Path(folder), answers)
+        repetitions = measure.interleaved(runs, arguments.repetitions, device, not arguments.quiet)
+    same = all(of_model == answers["alone"] for of_model in answers.values())
     medians = measure.medians(repetitions)
     figures = {
         "ratio": measure.ratio(repetitions, "vector", "alone"),
@@ -61,50 +64,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repetitions": repetitions,
     }
     lines = (
-        f"{given.base}, {given.task}, {given.limit} documents: {medians[name]:.4g} s {name}, "
+        f"{arguments.base}, {arguments.task}, {arguments.limit} documents: {medians[name]:.4g} s {name}, "
         f"{measure.ratio(repetitions, name, 'alone'):.3f} times the time alone"
         for name in medians
     )
-    measure.finish(given, device, figures, lines)
+    measure.finish(arguments, device, figures, lines)
     if not same:
-        sys.stderr.write("answers differ from those of the model alone: no comparison of their times\n")
+        sys.stderr.write("the answers differ from the answers of the model alone: the times cannot be compared\n")
     return 0 if same else 1
 
 
 def evaluations(
-    given: argparse.Namespace, device: torch.device, folder: Path, answers: dict[str, list[str]]
+    arguments: argparse.Namespace, device: torch.device, folder: Path, answers: dict[str, list[str]]
 ) -> dict[str, Callable[[], None]]:
-    """The three evaluations, by name; each leaves its answers in ``answers``."""
+    """Return the three evaluations by name; each stores its answers in ``answers``."""
     register_tasks()
-    pretrained = str(CHECKPOINT) if given.pretrained == TINY else given.pretrained
-    dtype = str(measure.dtype_of(given, device)).removeprefix("torch.")
-    arguments = ",".join(filter(None, (f"pretrained={pretrained},dtype={dtype},device={device}", given.arguments)))
-    alone = get_model(given.base).create_from_arg_string(arguments, {"batch_size": given.batch})
-    around = LmmsEvalMtv.create_from_arg_string(
-        f"base={given.base},{arguments}", {"batch_size": given.batch, "device": str(device)}
+    pretrained = str(CHECKPOINT) if arguments.pretrained == TINY else arguments.pretrained
+    dtype = str(measure.dtype_of(arguments, device)).removeprefix("torch.")
+    model_arguments = ",".join(
+        filter(None, (f"pretrained={pretrained},dtype={dtype},device={device}", arguments.arguments))
     )
-    ready = unchanging(around).save(folder / "vector.safetensors")
+    alone = get_model(arguments.base).create_from_arg_string(model_arguments, {"batch_size": arguments.batch})
+    wrapped = LmmsEvalMtv.create_from_arg_string(
+        f"base={arguments.base},{model_arguments}", {"batch_size": arguments.batch, "device": str(device)}
+    )
+    stored = unchanging(wrapped).save(folder / "vector.safetensors")
     manager = TaskManager("ERROR")
-    task = get_task_dict([given.task], manager, "simple" if alone.is_simple else "chat")[given.task]
+    task = get_task_dict([arguments.task], manager, "simple" if alone.is_simple else "chat")[arguments.task]
 
-    # The harness empties a model when all answers are there.
+    # The harness removes the weights from a model object after the evaluation, so each run gets a copy.
     models: dict[str, Callable[[], Any]] = {
         "alone": lambda: copy.copy(alone),
-        "none": lambda: around.arm({"method": "none"}),
-        "vector": lambda: around.arm({"vector": str(ready)}),
+        "none": lambda: wrapped.arm({"method": "none"}),
+        "vector": lambda: wrapped.arm({"vector": str(stored)}),
     }
 
     def evaluated(name: str) -> Callable[[], None]:
         def run() -> None:
-            found = simple_evaluate(
+            evaluation = simple_evaluate(
                 models[name](),
                 tasks=[task],
-                limit=given.limit,
+                limit=arguments.limit,
                 task_manager=manager,
                 bootstrap_iters=0,
                 verbosity="ERROR",
             )
-            samples = sorted(found["samples"][given.task], key=lambda sample: sample["doc_id"])
+            samples = sorted(evaluation["samples"][arguments.task], key=lambda sample: sample["doc_id"])
             answers[name] = [sample["resps"][0][0] for sample in samples]
 
         return run
@@ -113,7 +118,7 @@ def evaluations(
 
 
 def unchanging(model: LmmsEvalMtv) -> TaskVector:
-    """A vector of the geometry of ``model`` that edits every head and changes no answer."""
+    """Return a vector of the geometry of ``model`` that edits every head and changes no answer."""
     base = model.base
     sites = find_sites(base.model)
     layers, heads, size = sites.shape

@@ -1,4 +1,4 @@
-"""Images of random pixels, as the processors of the models in :mod:`benchmarks.models` would hand them over."""
+"""Images of random pixels, in the form that the processors of the models in :mod:`benchmarks.models` return."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 
 _GRID = (36, 48)
-"""Patches of an image where their number is free: of 504 x 672 pixels with patches of 14."""
+"""Patches of an image, for models that take any number of patches: 504 x 672 pixels in patches of 14."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What stands for one image among the token ids of a prompt, and what the model is given beside them."""
+    """The token ids of one image in a prompt, and the other inputs that the model needs for images."""
 
     ids: tuple[int, ...]
     inputs: Callable[[Tensor, int], dict[str, Tensor]]
-    """Of the token ids [rows, n] of prompts with so many images each."""
+    """Function of the token ids [rows, n] of prompts and the number of images in each prompt."""
 
 
 def of(model: nn.Module) -> Images | None:
-    """The images that ``model`` sees; None if it sees none."""
+    """Return the images for ``model``; None if the model takes no images."""
     config: Any = model.config
     makers = {"idefics2": _idefics2, "qwen2_5_vl": _qwen}
     return makers[config.model_type](config, next(model.parameters())) if config.model_type in makers else None
 
 
 def _idefics2(config: Any, weights: Tensor) -> Images:
-    """Three by four, the longer side as long as the encoder's; its resampler makes a fixed number of tokens."""
+    """Return images of three by four, as wide as the encoder takes; the resampler makes a fixed number of tokens."""
     patch, longer = config.vision_config.patch_size, config.vision_config.image_size
     shorter = max(longer * 3 // 4 // patch, 1) * patch
     pixels = _noise(weights, 3, longer, shorter)
@@ -43,7 +43,7 @@ def _idefics2(config: Any, weights: Tensor) -> Images:
 
 
 def _qwen(config: Any, weights: Tensor) -> Images:
-    """As many tokens as groups of patches, between two that mark an image's beginning and end."""
+    """Return images with one token for each group of patches, between a token for the start and one for the end."""
     vision = config.vision_config
     grid = torch.tensor([(1, *_GRID)], device=weights.device)
     pixels = _noise(weights, math.prod(_GRID), 3 * vision.temporal_patch_size * vision.patch_size**2)

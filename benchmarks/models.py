@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, built from configurations on the device itself."""
+"""Models of real shapes with random weights, built on the device from configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
 def _tiny() -> Any:
-    """The decoder of the bundled checkpoint: 4 layers of 8 heads of 16 dimensions."""
+    """Return the configuration of the decoder of the bundled checkpoint: 4 layers of 8 heads of 16 dimensions."""
     return LlamaConfig(
         vocab_size=256,
         hidden_size=128,
@@ -35,7 +35,7 @@ def _tiny() -> Any:
 
 
 def _half() -> Any:
-    """Qwen2-0.5B."""
+    """Return the configuration of Qwen2-0.5B."""
     return Qwen2Config(
         vocab_size=151936,
         hidden_size=896,
@@ -49,7 +49,7 @@ def _half() -> Any:
 
 
 def _idefics2() -> Any:
-    """Idefics2-8B: the text model of Mistral-7B with a SigLIP encoder and a perceiver."""
+    """Return the configuration of Idefics2-8B: the text model of Mistral-7B with a SigLIP encoder and a perceiver."""
     return Idefics2Config(
         image_token_id=32001,
         text_config={
@@ -76,7 +76,7 @@ def _idefics2() -> Any:
 
 
 def _qwen() -> Any:
-    """Qwen2.5-VL-7B."""
+    """Return the configuration of Qwen2.5-VL-7B."""
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 152064,
@@ -104,9 +104,17 @@ NAMES: Final = tuple(_CONFIGS)
 def build(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int | None = None
 ) -> nn.Module:
-    """The model of shape ``name``, in ``dtype`` on ``device``, ready to run; ``layers`` replaces its number of blocks.
+    """Return the model of shape ``name`` in evaluation mode.
 
-    Raises :class:`ArgumentError` for a name that is none of :data:`NAMES`.
+    Args:
+        name: one of :data:`NAMES`.
+        device: device on which the weights are drawn.
+        dtype: precision of the weights.
+        seed: seed of the weights.
+        layers: number of blocks instead of the number in the configuration.
+
+    Raises:
+        ArgumentError: ``name`` is none of :data:`NAMES`.
     """
     if name not in _CONFIGS:
         raise unknown("model", name, NAMES)
@@ -124,6 +132,6 @@ def build(
 
 
 def vocabulary(model: nn.Module) -> int:
-    """Number of tokens that ``model`` knows."""
+    """Return the size of the vocabulary of ``model``."""
     config: Any = model.config
     return int(config.get_text_config().vocab_size)

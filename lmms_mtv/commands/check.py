@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> None:
     if not differences:
         pages = check.pages(given.results)
         differences += check.tables(given.results, pages)
-    cell_keys = [] if given.stored or differences else check.chosen(asked, given.cells, given.seed)
+    cell_keys = [] if given.stored or differences else check.sampled_keys(asked, given.cells, given.seed)
 
     def load(asked: plan.Plan, library: Path) -> compare.CellRunner:
         from lmms_mtv.harness.lmms.plan_runner import PlanRunner

@@ -8,6 +8,7 @@ import textwrap
 from typing import Any
 
 from lmms_mtv import methods
+from lmms_mtv.errors import MethodError
 from lmms_mtv.methods import Method
 
 _WIDTH = 100
@@ -23,26 +24,35 @@ over what a task declares ([arguments](arguments.md)).
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "methods",
-        help="list the methods, or the settings of one",
-        description="List the methods, or the settings of one with type, default and meaning.",
+        help="list the methods, or the settings of one method",
+        description="List the methods. With NAME, list the settings of this method: name, meaning, type and default.",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a method")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name of a method")
     parser.add_argument(
-        "--markdown", action="store_true", help="all methods and settings, as docs/settings.md has them"
+        "--markdown", action="store_true", help="write the page docs/settings.md: all methods with their settings"
     )
     parser.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> None:
-    if given.markdown:
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.markdown:
         sys.stdout.write(page())
-        return
-    chosen = [methods.get(name) for name in ([given.name] if given.name else methods.names())]
-    width = max(len(method.name) for method in chosen)
-    for method in chosen:
-        sys.stdout.write(f"{method.name:{width}}  {method.summary}\n")
-        if given.name:
-            sys.stdout.write("".join(_listed(method)))
+    elif arguments.name:
+        method = methods.get(arguments.name)
+        sys.stdout.write(f"{method.name}  {method.summary}\n{''.join(_setting_lines(method))}")
+    else:
+        names = methods.names()
+        width = max(map(len, names))
+        for name in names:
+            sys.stdout.write(f"{name:{width}}  {_summary(name)}\n")
+
+
+def _summary(name: str) -> str:
+    """Return the summary of a method, or the reason why the package of the method does not load."""
+    try:
+        return methods.get(name).summary
+    except MethodError as error:
+        return f"cannot be used: {error}"
 
 
 def page() -> str:
@@ -57,7 +67,8 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _listed(method: Method) -> list[str]:
+def _setting_lines(method: Method) -> list[str]:
+    """Return the settings of a method as lines of text: name, meaning, type and default."""
     lines = []
     for setting in method.described():
         text, indent = f"{setting.meaning} ({setting.kind}; {setting.default})", f"  {setting.name:20} "

@@ -1,1 +1,1 @@
-"""Comparisons: tasks x arms x seeds, what they gave, and whether it still holds."""
+"""Comparisons of tasks x arms x seeds: plans, cells, runs, checks of stored results, and reports."""

@@ -1,4 +1,4 @@
-"""Running a plan: every arm on every task with every seed, on one loaded model, each cell once."""
+"""The run of a plan: every arm on every task with every seed, on one loaded model, each cell once."""
 
 from __future__ import annotations
 
@@ -13,68 +13,84 @@ from typing import Any, Final, Protocol
 from tqdm import tqdm
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.experiments import cells, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 
 logger = logging.getLogger(__name__)
 
 VECTORS: Final = "vectors"
-"""Folder of the vector library in a folder of results."""
+"""Name of the folder of the vector library in a results folder."""
 
 
 class CellRunner(Protocol):
-    """A loaded model and its tasks: :class:`lmms_mtv.harness.lmms.plan_runner.PlanRunner`."""
+    """A loaded model with its tasks, such as :class:`lmms_mtv.harness.lmms.plan_runner.PlanRunner`."""
 
     @property
-    def groups(self) -> Mapping[str, Sequence[str]]: ...
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        """The tasks of each task group of the plan."""
+        ...
 
     @property
-    def leads(self) -> bool: ...
+    def leads(self) -> bool:
+        """True in the process that writes files and shows progress."""
+        ...
 
     @property
     def model(self) -> Mapping[str, Any]:
-        """Name, revision and dtype, as in a cell."""
+        """Name, revision and dtype of the model, as in a cell."""
         ...
 
-    def run(self, key: CellKey) -> tuple[Cell, dict[str, Any]] | None: ...
+    def run(self, key: CellKey) -> tuple[Cell, dict[str, Any]] | None:
+        """Return a measured cell and the results of the harness; None in processes that do not lead."""
+        ...
 
 
-def run(asked: Plan, output: Path, load: Callable[[Plan, Path], CellRunner]) -> list[CellKey]:
-    """Run what is missing of a plan in ``output``; the cells that ran.
+def run(requested: Plan, output: Path, load: Callable[[Plan, Path], CellRunner]) -> list[CellKey]:
+    """Run the missing cells of a plan and write them into a results folder.
 
-    ``load(plan, library)`` gives the bench; it is not called if nothing is missing. ``output`` may have other arms,
-    tasks and seeds of the same model. Raises :class:`ArgumentError` if it was made by a plan that contradicts, before
-    anything runs, and :class:`DataError` if a finished cell is damaged.
+    Args:
+        requested: the plan.
+        output: the results folder. The folder may have other arms, tasks and seeds of the same model.
+        load: function of the plan and of the folder of its vectors that loads the model. :func:`run` calls the
+            function only if cells are missing.
+
+    Returns:
+        The keys of the cells that ran.
+
+    Raises:
+        ArgumentError: the folder has results of a plan that contradicts; nothing has run.
+        DataError: a stored cell is damaged.
     """
-    known = plan.read(output) if (output / plan.FILE).is_file() else None
-    if known is not None:
-        _agree(known, asked, output)
-        asked = dataclasses.replace(asked, groups=known.groups)
-        if set(asked.tasks) <= set(known.tasks) and not _missing(asked, output):
+    stored = plan.read(output) if (output / plan.FILE).is_file() else None
+    if stored is not None:
+        _check_agreement(stored, requested, output)
+        requested = dataclasses.replace(requested, groups=stored.groups)
+        if set(requested.tasks) <= set(stored.tasks) and not _missing(requested, output):
             return []
-    runner = load(asked, output / VECTORS)
-    asked = dataclasses.replace(asked, groups={**asked.groups, **runner.groups})
-    _same_model(runner.model, output)
+    runner = load(requested, output / VECTORS)
+    requested = dataclasses.replace(requested, groups={**requested.groups, **runner.groups})
+    _check_model(runner.model, output)
     if runner.leads:
-        (asked if known is None else _joined(known, asked)).write(output)
-    todo = _missing(asked, output)
-    took: dict[str, list[float]] = {}
-    bar = tqdm(total=len(todo), desc=asked.name, unit="cell", dynamic_ncols=True, disable=not runner.leads)
+        (requested if stored is None else _merged(stored, requested)).write(output)
+    missing = _missing(requested, output)
+    seconds: dict[str, list[float]] = {}
+    bar = tqdm(total=len(missing), desc=requested.name, unit="cell", dynamic_ncols=True, disable=not runner.leads)
     with bar:
-        for number, key in enumerate(todo):
-            bar.set_postfix_str(f"{key}{_left(todo[number:], took)}")
+        for number, key in enumerate(missing):
+            bar.set_postfix_str(f"{key}{_remaining_time(missing[number:], seconds)}")
             began = time.perf_counter()
-            found = runner.run(key)
-            if found is not None:
-                cells.write(output, *found)
-            took.setdefault(key.arm, []).append(time.perf_counter() - began)
+            result = runner.run(key)
+            if result is not None:
+                cells.write(output, *result)
+            seconds.setdefault(key.arm, []).append(time.perf_counter() - began)
             bar.update()
-    return todo
+    return missing
 
 
-def _same_model(model: Mapping[str, Any], output: Path) -> None:
-    """Raise :class:`ArgumentError` if there are cells of another model: one table is of one model."""
+def _check_model(model: Mapping[str, Any], output: Path) -> None:
+    """Raise :class:`ArgumentError` if the folder has cells of another model: a table has only one model."""
     for cell in cells.read_all(output):
         if cells.described(cell.model) != cells.described(model):
             raise ArgumentError(
@@ -83,47 +99,48 @@ def _same_model(model: Mapping[str, Any], output: Path) -> None:
             )
 
 
-def _missing(asked: Plan, output: Path) -> list[CellKey]:
-    return [key for key in asked.cell_keys() if cells.read(output, key) is None]
+def _missing(requested: Plan, output: Path) -> list[CellKey]:
+    """Return the keys of the plan whose cells the folder lacks."""
+    return [key for key in requested.cell_keys() if cells.read(output, key) is None]
 
 
-def _agree(known: Plan, asked: Plan, output: Path) -> None:
-    """Raise :class:`ArgumentError` if cells of ``known`` would not be those of ``asked``."""
+def _check_agreement(stored: Plan, requested: Plan, output: Path) -> None:
+    """Raise :class:`ArgumentError` if the plans give different cells for the same key."""
     again = f"choose another --output, or delete {output}"
     for name in ("name", "model", "limit"):
-        before, now = getattr(known, name), getattr(asked, name)
+        before, now = getattr(stored, name), getattr(requested, name)
         if before != now:
             raise ArgumentError(f"{output} has results with {name} {before!r}, this plan has {now!r}: {again}")
-    for arm in asked.arms.keys() & known.arms.keys():
-        if dict(asked.arms[arm]) != dict(known.arms[arm]):
+    for arm in requested.arms.keys() & stored.arms.keys():
+        if dict(requested.arms[arm]) != dict(stored.arms[arm]):
             raise ArgumentError(
-                f"{output} has results of arm {arm!r} with {dict(known.arms[arm])}, this plan has "
-                f"{dict(asked.arms[arm])}: {again}, or rename the arm"
+                f"{output} has results of arm {arm!r} with {dict(stored.arms[arm])}, this plan has "
+                f"{dict(requested.arms[arm])}: {again}, or rename the arm"
             )
 
 
-def _joined(known: Plan, asked: Plan) -> Plan:
-    """Return what is in the results and what is added to them."""
-    seeds = tuple(dict.fromkeys([*known.seeds, *asked.seeds]))
+def _merged(stored: Plan, requested: Plan) -> Plan:
+    """Return the plan of the stored results and the requested results together."""
+    seeds = tuple(dict.fromkeys([*stored.seeds, *requested.seeds]))
 
-    def of_both(arm: str) -> list[int]:
-        plans = [plan for plan in (known, asked) if arm in plan.arms]
+    def merged_seeds(arm: str) -> list[int]:
+        plans = [plan for plan in (stored, requested) if arm in plan.arms]
         return [seed for seed in seeds if any(seed in plan.seeds_of.get(arm, plan.seeds) for plan in plans)]
 
     return dataclasses.replace(
-        asked,
-        tasks=tuple(dict.fromkeys([*known.tasks, *asked.tasks])),
+        requested,
+        tasks=tuple(dict.fromkeys([*stored.tasks, *requested.tasks])),
         seeds=seeds,
-        arms={**known.arms, **asked.arms},
-        seeds_of={arm: of_both(arm) for arm in {**known.seeds_of, **asked.seeds_of}},
-        groups={**known.groups, **asked.groups},
+        arms={**stored.arms, **requested.arms},
+        seeds_of={arm: merged_seeds(arm) for arm in {**stored.seeds_of, **requested.seeds_of}},
+        groups={**stored.groups, **requested.groups},
     )
 
 
-def _left(todo: Sequence[CellKey], took: Mapping[str, Sequence[float]]) -> str:
-    """Return an estimate of the time that ``todo`` takes, from the time that cells of each arm took."""
-    if not took:
+def _remaining_time(remaining: Sequence[CellKey], seconds: Mapping[str, Sequence[float]]) -> str:
+    """Return in words the time that the remaining cells take, from the ``seconds`` of the finished cells by arm."""
+    if not seconds:
         return ""
-    overall = statistics.mean(seconds for of_arm in took.values() for seconds in of_arm)
-    seconds = sum(statistics.mean(took[key.arm]) if key.arm in took else overall for key in todo)
-    return f", about {seconds / 60:.0f} min left" if seconds >= 60 else f", about {seconds:.0f} s left"
+    overall = statistics.mean(duration for durations in seconds.values() for duration in durations)
+    estimate = sum(statistics.mean(seconds[key.arm]) if key.arm in seconds else overall for key in remaining)
+    return f", about {estimate / 60:.0f} min left" if estimate >= 60 else f", about {estimate:.0f} s left"

@@ -1,4 +1,4 @@
-"""What is compared: a model, tasks, arms and seeds."""
+"""The plan of a comparison: a model, tasks, arms and seeds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lmms_mtv.errors import ArgumentError
 from lmms_mtv.runtime import files
 
 FILE: Final = "plan.yaml"
-"""Name of a plan's file in a folder of results."""
+"""Name of the plan file in a results folder."""
 
 OF_THE_PLAN: Final = ("seed", "batch_size", "limit", "library", "reuse")
-"""Model arguments that no arm has: the plan gives them."""
+"""Model arguments that the plan sets, and that no arm may set."""
 
 
 class CellKey(NamedTuple):
-    """Which cell of a comparison: a task, an arm, a seed."""
+    """The key of a cell in a comparison: a task, an arm and a seed."""
 
     task: str
     arm: str
@@ -33,7 +33,13 @@ class CellKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Axis:
-    """What a curve over arms is drawn against: ``values`` by arm, and ``series`` by arm where there are several."""
+    """The x axis of the score plot.
+
+    Attributes:
+        axis: label of the axis.
+        values: position of each arm on the axis.
+        series: name of the line that each arm belongs to; empty for a single line.
+    """
 
     axis: str
     values: Mapping[str, float]
@@ -44,14 +50,25 @@ class Axis:
 class Plan:
     """A comparison: every arm on every task with every seed.
 
-    ``model`` are the model arguments of all arms, ``arms`` those of each by its name. ``seeds_of`` has the arms that
-    run with some of the seeds only, as costly ones. ``tasks`` may name groups of the harness; ``groups`` has the tasks
-    of each once they are known. ``limit`` is the number of documents of a task.
-    ``baseline`` is the arm that the others are compared with, ``paper`` the model in results/paper whose numbers stand
-    beside. ``tolerance`` is how far a number may move: ``score`` of a cell, absolute; ``values`` of a vector,
-    relative to their largest. ``x`` is what a curve over the arms is drawn against.
+    Attributes:
+        name: name of the plan, one word.
+        model: model arguments that all arms share.
+        tasks: tasks and task groups of the harness.
+        arms: model arguments of each arm.
+        seeds: seeds of the comparison.
+        batch_size: rows of a forward, or ``auto``.
+        limit: number of documents of each task; None for all documents.
+        title: title of the report.
+        baseline: the arm that the other arms are compared with; see :attr:`compared_with`.
+        paper: the model in ``results/paper`` whose published numbers stand in the report.
+        tolerance: largest accepted change of a number: ``score`` of a cell, absolute; ``values`` of a vector, relative
+            to the largest value.
+        x: x axis of the score plot.
+        groups: tasks of each task group, as soon as the harness has told the tasks.
+        seeds_of: seeds of the arms that run with only some of the seeds.
 
-    Raises :class:`ArgumentError` if something is missing or does not fit.
+    Raises:
+        ArgumentError: a field is missing, has a wrong value, or contradicts another field.
     """
 
     name: str
@@ -74,7 +91,7 @@ class Plan:
             if not getattr(self, name):
                 raise ArgumentError(f"the plan {self.name!r} has no {name}")
         if not self.name or any(c in self.name for c in "/\\"):
-            raise ArgumentError(f"a plan's name is one word for a folder, found {self.name!r}")
+            raise ArgumentError(f"a plan's name is one word for a folder, found {self.name!r}: change name")
         for arm, arguments in self.arms.items():
             if not isinstance(arguments, Mapping):
                 raise ArgumentError(f"arm {arm!r} of plan {self.name!r} is {arguments!r}, expected model arguments")
@@ -82,12 +99,14 @@ class Plan:
                 if key in arguments or key in self.model:
                     where = f"arm {arm!r}" if key in arguments else "model"
                     raise ArgumentError(f"{key}= stands under {where} of plan {self.name!r}: it belongs to the plan")
-        files: dict[str, str] = {}
+        arm_of_file: dict[str, str] = {}
         for arm in self.arms:
-            if (other := files.setdefault(slug(arm), arm)) != arm:
+            if (other := arm_of_file.setdefault(slug(arm), arm)) != arm:
                 raise ArgumentError(f"arms {other!r} and {arm!r} of plan {self.name!r} would share a file: rename one")
         if self.baseline is not None and self.baseline not in self.arms:
-            raise ArgumentError(f"baseline {self.baseline!r} of plan {self.name!r} is none of its arms")
+            raise ArgumentError(
+                f"baseline {self.baseline!r} of plan {self.name!r} is none of its arms: {', '.join(self.arms)}"
+            )
         if len(set(self.seeds)) < len(self.seeds) or not all(isinstance(seed, int) for seed in self.seeds):
             raise ArgumentError(f"seeds of plan {self.name!r} are {list(self.seeds)}, expected different integers")
         for arm, seeds in self.seeds_of.items():
@@ -99,24 +118,25 @@ class Plan:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """The single tasks, in order. Groups are in it under their own name until ``groups`` has them."""
+        """The single tasks, in order; a group stands under its own name until ``groups`` has the tasks of the group."""
         return tuple(dict.fromkeys(leaf for task in self.tasks for leaf in self.groups.get(task, (task,))))
 
     @property
     def compared_with(self) -> str | None:
-        """The baseline: the one that is named, else the first arm without method and shots."""
+        """The baseline: ``baseline`` if the plan sets one, else the first arm without method and shots."""
         if self.baseline is not None:
             return self.baseline
         return next((arm for arm, arguments in self.arms.items() if not seeded(arguments)), None)
 
     def seeds_for(self, arm: str) -> list[int]:
-        """Return the seeds that an arm runs with: the first one alone where no seed changes anything."""
+        """Return the seeds that an arm runs with: only the first seed if the seed does not change the results."""
         seeds = [seed for seed in self.seeds if seed in self.seeds_of.get(arm, self.seeds)]
         return seeds if seeded({**self.model, **self.arms[arm]}) else seeds[:1]
 
     def cell_keys(self) -> list[CellKey]:
-        """Return all cells, in the order in which they run: what an arm needs of another arm with its seed comes
-        before.
+        """Return the keys of all cells in the order of the run.
+
+        All arms of a seed come before the next seed, because an arm may need the vector of another arm.
         """
         return [
             CellKey(task, arm, seed)
@@ -134,44 +154,45 @@ class Plan:
 
 
 def read(path: Path) -> Plan:
-    """Return the plan in a YAML file, or in a folder of results.
+    """Return the plan in a YAML file or in a results folder.
 
-    Raises :class:`ArgumentError` if there is none, or if it is not a plan.
+    Raises:
+        ArgumentError: the path has no plan, or the content of the file is not a plan.
     """
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise ArgumentError(f"no plan at {path}: give a YAML file, or a folder that lmms-mtv compare has written")
+    fields = [entry.name for entry in dataclasses.fields(Plan)]
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ArgumentError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise ArgumentError(f"{path} has no plan but {type(found).__name__}")
-    fields = {entry.name: entry for entry in dataclasses.fields(Plan)}
-    if other := sorted(found.keys() - fields.keys()):
-        raise ArgumentError(f"{path} has {', '.join(other)}, which no plan has: {', '.join(fields)}")
-    if missing := sorted({"model", "tasks", "arms"} - found.keys()):
+        raise ArgumentError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ArgumentError(f"{path} holds a {type(content).__name__}, expected a mapping with {', '.join(fields)}")
+    if unknown := sorted(content.keys() - set(fields)):
+        raise ArgumentError(f"{path} has {', '.join(unknown)}, expected only {', '.join(fields)}")
+    if missing := sorted({"model", "tasks", "arms"} - content.keys()):
         raise ArgumentError(f"{path} lacks {', '.join(missing)}")
-    axis = found.pop("x", None)
+    axis = content.pop("x", None)
     try:
-        return Plan(**{"name": path.stem, **found}, x=None if axis is None else Axis(**axis))
+        return Plan(**{"name": path.stem, **content}, x=None if axis is None else Axis(**axis))
     except TypeError as error:
-        raise ArgumentError(f"{path} is no plan: {error}") from error
+        raise ArgumentError(f"{path} is not a plan: {error}") from error
 
 
 def seeded(arguments: Mapping[str, Any]) -> bool:
-    """Return whether a seed changes anything: not without a vector and without demonstrations."""
-    plain = arguments.get("method", "mtv") == "none" and "vector" not in arguments
-    return not plain or bool(arguments.get("shots", 0))
+    """Return True if a seed changes the results: with a vector or with demonstrations."""
+    no_vector = arguments.get("method", "mtv") == "none" and "vector" not in arguments
+    return not no_vector or bool(arguments.get("shots", 0))
 
 
 def slug(name: str) -> str:
-    """``name`` as part of a file name."""
+    """Return ``name`` in the form of a file name."""
     return "-".join("".join(c if c.isalnum() or c in "._" else " " for c in name).split())
 
 
 def plain(value: Any) -> Any:
-    """``value`` as YAML and JSON give it back: mappings are dicts, and tuples are lists."""
+    """Return ``value`` as YAML and JSON would load it: mappings as dicts, tuples as lists."""
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Numbers that papers report, as data with their source: ``results/paper`` in the repository."""
+"""Published numbers with their sources, from ``results/paper`` in the repository."""
 
 from __future__ import annotations
 
@@ -16,12 +16,24 @@ MTV: Final = "2406.15334"
 
 @dataclass(frozen=True)
 class Reported:
-    """One reported number.
+    """A number that a paper reports.
 
-    ``quantity`` is ``score`` unless the table is of something else, ``unit`` the unit of ``value`` and ``std``
-    (standard deviation over ``seeds`` runs, where given). ``task`` is this project's name of it; ``model``, ``arm`` and
-    ``table`` are the paper's words, with arms written as in a plan: ``zero-shot``, ``4-shot``, ``MTV``,
-    ``MTV + 1-shot``. ``read`` says where the number was read: in the ``paper``, or ``second-hand``.
+    Attributes:
+        table: name of the table in the paper.
+        model: name of the model in the paper.
+        task: name of the task in this project.
+        arm: name of the arm, written as in a plan: ``zero-shot``, ``4-shot``, ``MTV``, ``MTV + 1-shot``.
+        value: the number.
+        unit: unit of ``value`` and ``std``.
+        quantity: the measured quantity, ``score`` in most tables.
+        std: standard deviation over ``seeds`` runs; None if not reported.
+        seeds: number of runs; None if not reported.
+        title: title of the paper.
+        arxiv: arXiv number of the paper.
+        venue: venue of the paper.
+        key: the table or section in the paper.
+        read: source of the number in this project: ``paper``, or ``second-hand``.
+        remarks: remarks on the number.
     """
 
     table: str
@@ -42,41 +54,43 @@ class Reported:
 
     @property
     def source(self) -> str:
-        """The paper, its arXiv number, and where in it."""
+        """The paper, its arXiv number, and the table or section."""
         number = f"arXiv {self.arxiv}" if self.arxiv else ""
         return ", ".join(part for part in (self.title, number, self.key) if part)
 
 
 def folder() -> Path:
-    """Return the folder of reported numbers: inside an installed package, in ``results`` of the repository in an
-    editable one.
+    """Return the folder of published numbers.
 
-    Raises DataError if there is neither.
+    An installed package has the folder inside; an editable installation uses ``results/paper`` of the repository.
+
+    Raises:
+        DataError: neither folder exists.
     """
     package = Path(__file__).resolve().parents[1]
-    for found in (package / "paper_results", package.parent / "results" / "paper"):
-        if found.is_dir():
-            return found
+    for candidate in (package / "paper_results", package.parent / "results" / "paper"):
+        if candidate.is_dir():
+            return candidate
     raise DataError(f"the reported numbers of lmms-mtv are missing beside {package}: install lmms-mtv again")
 
 
 @functools.cache
 def entries() -> tuple[Reported, ...]:
-    """Return every reported number, in the order of files and rows."""
-    found = []
+    """Return all published numbers, in the order of files and rows."""
+    numbers = []
     for path in sorted(folder().glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
-        found += [_reported(table, entry) for entry in table["entries"]]
-    return tuple(found)
+        numbers += [_reported(table, entry) for entry in table["entries"]]
+    return tuple(numbers)
 
 
 def models(arxiv: str = MTV) -> list[str]:
-    """Return the models that a paper has scores of."""
+    """Return the names of the models in a paper."""
     return sorted({entry.model for entry in entries() if entry.arxiv == arxiv and entry.model})
 
 
 def published_result(task: str, arm: str, model: str, arxiv: str = MTV) -> Reported | None:
-    """Return the score that the paper reports for a task, an arm and a model; None where it has none."""
+    """Return the score that the paper reports for a task, an arm and a model; None if the paper reports none."""
     for entry in entries():
         if (entry.arxiv, entry.quantity) == (arxiv, "score") and (entry.task, entry.arm, entry.model) == (
             task,

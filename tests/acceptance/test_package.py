@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lmms_mtv.experiments import cells, check
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import check
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"

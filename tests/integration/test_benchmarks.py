@@ -77,7 +77,7 @@ def test_prompts_have_images_that_the_model_sees(architecture):
     """Their tokens take as many features as the encoder makes, and other pixels make other logits."""
     model = zoo.build(architecture).model
     seen = images.of(model)
-    examples = prompts.Examples(6, 3, 20, image=seen.ids)
+    examples = prompts.SyntheticExamples(6, 3, 20, image=seen.ids)
     prompt = examples.prompt(Episode(0, (1, 2)))
     assert (prompt.images, len(prompt.text)) == (3, 3 * (3 + len(seen.ids)))
     given = prompts.batch(model, [prompt], seen)

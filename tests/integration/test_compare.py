@@ -18,8 +18,9 @@ from lmms_eval.tasks import get_task_dict
 
 from lmms_mtv import cli
 from lmms_mtv.errors import ArgumentError, DataError, LibraryError
-from lmms_mtv.experiments import cells, check, compare, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import check, compare, plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.experiments.report import results as results_of
 from lmms_mtv.experiments.report import tables
@@ -319,7 +320,7 @@ class TestResuming:
     def test_a_damaged_cell_is_told_before_anything_runs(self, copy):
         path = cells.path(copy, CellKey(ENGLISH, "MTV", 0))
         path.write_text(path.read_text()[:-40])
-        with pytest.raises(DataError, match=r"MTV-seed0\.json is no cell"):
+        with pytest.raises(DataError, match=r"MTV-seed0\.json is not a cell"):
             compare.run(PLAN, copy, refused)
 
 
@@ -438,11 +439,11 @@ class TestCheck:
         assert any("3 more documents differ" in difference.found for difference in found)
 
     def test_the_cells_that_are_drawn(self):
-        drawn = check.chosen(PLAN, 5, seed=0)
+        drawn = check.sampled_keys(PLAN, 5, seed=0)
         assert len(drawn) == 5 == len(set(drawn))
-        assert drawn == check.chosen(PLAN, 5, seed=0) != check.chosen(PLAN, 5, seed=1)
+        assert drawn == check.sampled_keys(PLAN, 5, seed=0) != check.sampled_keys(PLAN, 5, seed=1)
         assert [key for key in PLAN.cell_keys() if key in drawn] == drawn
-        assert check.chosen(PLAN, None, seed=0) == check.chosen(PLAN, 999, seed=0) == PLAN.cell_keys()
+        assert check.sampled_keys(PLAN, None, seed=0) == check.sampled_keys(PLAN, 999, seed=0) == PLAN.cell_keys()
 
 
 def command(*arguments: str, processes: int = 1) -> str:

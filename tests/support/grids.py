@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lmms_mtv.commands.compare import ARMS
-from lmms_mtv.experiments import cells
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 
 CHANCE = {"zero-shot": 0.12, "random heads": 0.09, "1-shot": 0.80, "2-shot": 0.88, "4-shot": 0.94, "8-shot": 0.96}

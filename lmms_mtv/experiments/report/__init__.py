@@ -1,6 +1,6 @@
-"""Results of ``lmms-mtv compare`` as tables, pictures and a page.
+"""Reports of the results of ``lmms-mtv compare``: tables, plots and an HTML page.
 
-``results`` reads a folder, ``summary`` makes figures of its cells, ``bootstrap`` intervals of their differences;
-``tables`` writes Markdown, ``marks`` puts it into other texts, ``plots`` draws (the only module here that needs
-matplotlib), ``page`` makes one HTML page of all.
+``results`` reads a results folder, ``summary`` computes numbers from cells, ``bootstrap`` intervals of differences;
+``tables`` makes the tables, ``marks`` inserts tables into other texts, ``plots`` draws the plots, and ``page`` puts all
+of them into one HTML page. Only ``plots`` and ``page`` need matplotlib.
 """

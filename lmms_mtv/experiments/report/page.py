@@ -1,4 +1,4 @@
-"""One HTML page of results that needs nothing but itself: no script, no request."""
+"""A self-contained HTML page of results, without scripts and without requests."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from html import escape
 from typing import Final
 
 from lmms_mtv.experiments.report import tables
-from lmms_mtv.experiments.report.plots import COLOURS, GRID, INK, Plot, plots
+from lmms_mtv.experiments.report.plots import Plot, plots
+from lmms_mtv.experiments.report.plots.style import COLOURS, GRID, INK
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.tables import Table
 
-# The series' colours on a dark ground: the same hues, lighter.
+# The colours of the series on a dark background: the same hues, lighter.
 _DARK: Final = ("#4ba3e3", "#f28a4b", "#35c79a", "#e3a0c6", "#f0b93a", "#8fd0f5", "#a8a8a8")
 
 _STYLE: Final = """
@@ -38,25 +39,25 @@ summary { cursor: pointer; font-size: 0.85rem; padding: 0.4rem 0; }
 
 
 def page(results: Sequence[Results]) -> str:
-    """Return the page of one or several results folders: their tables, and each plot with a caption and a table."""
+    """Return the page of one or several results folders: the tables, and each plot with a caption and a table."""
     title = results[0].title if len(results) == 1 else "Report"
     body = [f"<h1>{escape(title)}</h1>"]
     if len(results) > 1:
         body += ["<section>", "<h2>All results</h2>", _table(tables.scores(results)), "</section>"]
-    for index, found in enumerate(results):
-        heading = [f"<h2>{escape(found.title)}</h2>"] if len(results) > 1 else []
+    for index, section in enumerate(results):
+        heading = [f"<h2>{escape(section.title)}</h2>"] if len(results) > 1 else []
         level = 3 if heading else 2
         body += ["<section>", *heading]
-        for table in tables.report(found):
+        for table in tables.report(section):
             body += [f"<h{level}>{escape(table.title)}</h{level}>", _table(table)]
-        drawn = [_figure(plot, f"r{index}-{plot.name}") for plot in plots(found)]
-        if drawn:
-            body += [f"<h{level}>Plots</h{level}>", '<div class="plots">', *drawn, "</div>"]
+        figures = [_figure(plot, f"r{index}-{plot.name}") for plot in plots(section)]
+        if figures:
+            body += [f"<h{level}>Plots</h{level}>", '<div class="plots">', *figures, "</div>"]
         body.append("</section>")
     head = [
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        # The page asks for nothing, and the browser sees to it.
+        # This policy makes the browser refuse every request of the page.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         'img-src data:">',
         f"<title>{escape(title)}</title>",
@@ -67,12 +68,13 @@ def page(results: Sequence[Results]) -> str:
 
 
 def _style() -> str:
-    light, dark = (" ".join(f"--s{i}: {colour};" for i, colour in enumerate(found)) for found in (COLOURS, _DARK))
+    """Return the style sheet with the colours of the series for light and dark backgrounds."""
+    light, dark = (" ".join(f"--s{i}: {colour};" for i, colour in enumerate(palette)) for palette in (COLOURS, _DARK))
     return _STYLE.replace("LIGHT", light).replace("DARK", dark)
 
 
 def _table(table: Table) -> str:
-    """Return the table in a container of its own that scrolls, and its notes."""
+    """Return the table in a container that scrolls, followed by the notes."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     rows = "\n".join(
         "<tr>"
@@ -89,6 +91,7 @@ def _table(table: Table) -> str:
 
 
 def _figure(plot: Plot, prefix: str) -> str:
+    """Return the plot with its caption and, folded away, the table of its data."""
     caption = f"<strong>{escape(plot.title)}.</strong> {escape(plot.caption)}"
     return (
         f"<figure>\n{_inline(plot, prefix)}\n<figcaption>{caption}</figcaption>\n"
@@ -97,12 +100,14 @@ def _figure(plot: Plot, prefix: str) -> str:
 
 
 def _inline(plot: Plot, prefix: str) -> str:
-    """Return the plot's SVG as an element of the page: no names of its own outside, colours that follow the page's."""
+    """Return the SVG of the plot as an element of the page.
+
+    The ids start with ``prefix``, and the colours follow the style sheet of the page.
+    """
     svg = plot.svg()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    # Ids are unique in a page, so each figure's get its own prefix.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
     for index, colour in enumerate(COLOURS):

@@ -1,4 +1,4 @@
-"""A results folder as ``lmms-mtv compare`` wrote it: its plan and its cells."""
+"""A results folder that ``lmms-mtv compare`` wrote: the plan and the cells."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from functools import cached_property
 from pathlib import Path
 
 from lmms_mtv.errors import DataError, ResultsError
-from lmms_mtv.experiments import cells, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import Plan
 
 
 @dataclass(frozen=True)
 class Results:
-    """A results folder. ``cells`` are those of the plan; ``others`` counts cells in the folder that are not."""
+    """The plan and the cells of a results folder.
+
+    Attributes:
+        folder: path of the folder.
+        plan: the plan.
+        cells: the cells of the plan.
+        others: number of cells in the folder that do not belong to the plan.
+    """
 
     folder: Path
     plan: Plan
@@ -24,58 +32,61 @@ class Results:
 
     @property
     def title(self) -> str:
+        """The title of the plan, or its name."""
         return self.plan.title or self.plan.name
 
     @property
     def arms(self) -> list[str]:
-        """The plan's arms, in its order."""
+        """The arms, in the order of the plan."""
         return list(self.plan.arms)
 
     @property
     def tasks(self) -> list[str]:
-        """The plan's single tasks, in its order."""
+        """The single tasks, in the order of the plan."""
         return list(self.plan.leaves)
 
     @property
     def baseline(self) -> str | None:
-        """The arm that the others are compared with."""
+        """The arm that the other arms are compared with."""
         return self.plan.compared_with
 
     def seedless(self, arm: str) -> bool:
-        """Return whether no seed changes this arm, so that it runs for one seed only."""
+        """Return True if no seed changes the results of this arm, so that the arm runs with only one seed."""
         return not plan.seeded({**self.plan.model, **self.plan.arms[arm]})
 
     def expected(self, arm: str) -> list[int]:
-        """Return the seeds that this arm should have cells of."""
+        """Return the seeds of the cells that this arm should have."""
         return self.plan.seeds_for(arm)
 
     def of(self, arm: str, task: str | None = None) -> list[Cell]:
-        """Cells of an arm (and a task), by task and seed."""
+        """Return the cells of an arm, or of an arm and a task, in the order of task and seed."""
         return [cell for cell in self._by_arm.get(arm, ()) if task in (None, cell.task)]
 
     @cached_property
     def _by_arm(self) -> dict[str, list[Cell]]:
-        found: dict[str, list[Cell]] = {}
+        by_arm: dict[str, list[Cell]] = {}
         for cell in sorted(self.cells, key=lambda cell: (cell.task, cell.seed)):
-            found.setdefault(cell.arm, []).append(cell)
-        return found
+            by_arm.setdefault(cell.arm, []).append(cell)
+        return by_arm
 
 
 def read(folder: Path) -> Results:
     """Return the results in ``folder``.
 
-    Raises ArgumentError where there is no plan, DataError where none of its cells is there or one is damaged,
-    ResultsError where cells are of several models, documents or prompts.
+    Raises:
+        ArgumentError: the folder has no plan.
+        DataError: the folder has no cell of the plan, or a cell is damaged.
+        ResultsError: the cells have different models, documents or prompts.
     """
-    planned = plan.read(folder)
-    cell_keys = set(planned.cell_keys())
-    found = cells.read_all(folder)
-    kept = [cell for cell in found if cell.key in cell_keys]
-    if not kept:
+    stored_plan = plan.read(folder)
+    cell_keys = set(stored_plan.cell_keys())
+    stored_cells = cells.read_all(folder)
+    planned_cells = [cell for cell in stored_cells if cell.key in cell_keys]
+    if not planned_cells:
         raise DataError(f"no cell of the plan in {folder / cells.FOLDER}: run `lmms-mtv compare` on its plan first")
-    if wrong := cells.contradictions(kept):
+    if reasons := cells.contradictions(planned_cells):
         raise ResultsError(
-            f"the cells in {folder} do not belong in one table: {'; '.join(wrong[:3])}: delete those that are not to "
-            "count, and run lmms-mtv compare again"
+            f"the cells in {folder} do not belong in one table: {'; '.join(reasons[:3])}: delete the cells that do "
+            "not belong, and run lmms-mtv compare again"
         )
-    return Results(folder, planned, kept, len(found) - len(kept))
+    return Results(folder, stored_plan, planned_cells, len(stored_cells) - len(planned_cells))

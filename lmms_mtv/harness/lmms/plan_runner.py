@@ -15,7 +15,7 @@ import torch
 from lmms_eval.evaluator import simple_evaluate
 
 from lmms_mtv.errors import DataError
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.harness import record
 from lmms_mtv.harness.lmms.loaded_run import load_run

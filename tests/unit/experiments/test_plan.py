@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmms_mtv.errors import ArgumentError, DataError
-from lmms_mtv.experiments import cells, plan
-from lmms_mtv.experiments.cells import Cell
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import plan
+from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import Axis, CellKey, Plan
 
 ARMS = {
@@ -96,9 +97,9 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("text", "match"),
         [
-            ("a: [", "no YAML"),
-            ("- 1", "no plan but list"),
-            ("model: {}\ntasks: [a]\narms: {b: {}}\ncolour: red", "colour, which no plan has"),
+            ("a: [", "not YAML"),
+            ("- 1", "holds a list, expected a mapping"),
+            ("model: {}\ntasks: [a]\narms: {b: {}}\ncolour: red", "has colour, expected only name, model"),
             ("model: {}\ntasks: [a]", "lacks arms"),
         ],
     )

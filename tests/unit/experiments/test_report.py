@@ -18,7 +18,7 @@ from PIL import Image
 
 from lmms_mtv import cli
 from lmms_mtv.errors import ArgumentError, DataError, ResultsError
-from lmms_mtv.experiments import cells
+from lmms_mtv.experiments import cell as cells
 from lmms_mtv.experiments.report import bootstrap, marks, results, summary, tables
 from lmms_mtv.experiments.report.page import page
 from lmms_mtv.experiments.report.plots import plots
@@ -313,6 +313,27 @@ def test_a_plan_says_what_a_curve_is_against(tmp_path):
     assert axes.get_xscale() == "log"
     assert axes.get_xlabel() == "prompts averaged"
     assert [row[2] for row in plot.table.rows] == ["1", "10", "100", "-"]
+
+
+@pytest.mark.parametrize("count", [2, 24])
+def test_axes_keep_their_height_above_a_legend_of_any_length(count):
+    """The legend stands below the axes, inside the figure."""
+    arms = {f"MTV, {number} examples": {"method": "mtv"} for number in range(count)}
+    planned = grids.plan(tasks=["a_en"], seeds=[0], arms={"4-shot": {"method": "none", "shots": 4}, **arms})
+    stored = []
+    for key in planned.cell_keys():
+        cell = grids.cell(planned, key)
+        own = cell.vector and {**cell.vector, "id": key.arm}
+        stored.append(dataclasses.replace(cell, vector=own))
+    with_legend = {
+        plot.name: plot.figure for plot in plots(results.Results(Path(), planned, stored)) if plot.figure.legends
+    }
+    assert with_legend.keys() == {"score", "runtime", "memory", "tokens", "loss"}
+    for name, figure in with_legend.items():
+        axes, legend = figure.axes[0], figure.legends[0].get_window_extent()
+        assert axes.get_position().height * figure.get_figheight() > (0.7 if name in ("loss", "tokens") else 1.8), name
+        assert figure.bbox.y0 <= legend.y0 < legend.y1 <= axes.get_tightbbox().y0, name
+        assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1, name
 
 
 class Parsed(HTMLParser):

@@ -22,7 +22,8 @@ from lmms_mtv import TaskVector
 from lmms_mtv.commands.compare import ARMS
 from lmms_mtv.data.pictures import opened, rgb
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, ResultsError
-from lmms_mtv.experiments import cells, check, compare
+from lmms_mtv.experiments import cell as cells
+from lmms_mtv.experiments import check, compare
 from lmms_mtv.experiments.report import results
 from lmms_mtv.harness import record
 from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
