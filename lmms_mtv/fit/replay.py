@@ -321,7 +321,9 @@ class Replayer(Generic[P]):
                 logits = run(model, sites, by_stream(Edit.replace(value, part)), target)
                 losses = _finite(cross_entropy(logits, target))
                 if not losses.requires_grad:
-                    raise HookError("the code of this model turns gradients off: leave out optimizer=gradient")
+                    raise HookError(
+                        "the code of this model turns gradients off: use a method without gradients, such as method=mtv"
+                    )
                 (gradient,) = torch.autograd.grad(losses.sum(), part)
             return losses.detach().cpu(), gradient
 
