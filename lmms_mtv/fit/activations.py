@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lmms_mtv.errors import HookError
-from lmms_mtv.fit.context import Context
+from lmms_mtv.fit.context import Context, counted
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.fit.prefill_cache import PrefillCache
 from lmms_mtv.hooks import attention_outputs, receivers, record, shape
@@ -29,6 +29,7 @@ class ActivationReader(Generic[P]):
         self._batch_size = batch_size
 
     @torch.no_grad()
+    @counted
     def mean(self, episodes: Sequence[Episode], stream: str) -> Tensor:
         """Return the mean over ``episodes``; see :meth:`FitSession.mean_activations`."""
         context = self._context
@@ -42,11 +43,11 @@ class ActivationReader(Generic[P]):
         with context.ranks.raise_together(), tqdm(total=len(own), **description) as bar:
             for batch, rows in self._batch_size.run_batches(own, extracted):
                 total += rows
-                context.forwards += 1
                 bar.update(len(batch))
         return (context.ranks.all_reduce(total) / len(episodes)).float()
 
     @torch.no_grad()
+    @counted
     def each(self, episodes: Sequence[Episode], stream: str, layers: range, description: str) -> Tensor:
         """Return the activations of each of N prompts in ``layers``, float32 [N, layers, H, D] on the CPU."""
         context = self._context
@@ -61,20 +62,20 @@ class ActivationReader(Generic[P]):
         with context.ranks.raise_together(), tqdm(total=len(own), **context.bar_options(description)) as bar:
             for batch, rows in self._batch_size.run_batches(own, extracted):
                 activations[list(batch)] = rows
-                context.forwards += 1
                 bar.update(len(batch))
         return context.ranks.all_reduce(activations)
 
+    @counted
     def head_contributions(self, means: Tensor, chosen: Tensor) -> Tensor:
         """Return what the ``chosen`` heads add to the hidden state; see :meth:`FitSession.head_contributions`."""
         context = self._context
         with receivers(context.sites) as norms:
             # One prompt, to see where the output of attention goes.
             self._of([Episode(0, ())], HEADS)
-        context.forwards += 1
         return attention_outputs(context.sites, means * chosen.unsqueeze(-1), means, norms)
 
     @torch.no_grad()
+    @counted
     def answered(self, episodes: Sequence[Episode], stream: str) -> tuple[Tensor, Tensor]:
         """Return activations before and after the targets; see :meth:`FitSession.answered_activations`."""
         context = self._context
@@ -88,7 +89,6 @@ class ActivationReader(Generic[P]):
                     with record(context.sites, stream) as recording:
                         prefill.forward(context.model, context.sites, {}, following)
                     both[which, index] = recording.last()[0].cpu()
-                    context.forwards += 1
         before, after = context.ranks.all_reduce(both)
         return before, after
 

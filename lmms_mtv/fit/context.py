@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from lmms_mtv.fit.examples import Episode, Examples, Runner
-from lmms_mtv.hooks import Prefill, Sites, verify
+from lmms_mtv.hooks import ForwardCounter, Prefill, Sites, verify
 from lmms_mtv.runtime.distributed import Ranks
 
 P = TypeVar("P")
 T = TypeVar("T")
+R = TypeVar("R")
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass
 class Context(Generic[P]):
     """The model, the examples and the processes of one fit.
 
-    ``forwards`` counts the model's forwards so far. ``verified`` are the streams whose places were made sure of.
+    ``counter`` counts the model's forwards. ``verified`` are the streams whose hook points are verified.
     """
 
     runner: Runner[P]
@@ -31,8 +34,11 @@ class Context(Generic[P]):
     examples: Examples[P]
     ranks: Ranks
     progress: bool
-    forwards: int = 0
     verified: set[str] = field(default_factory=set)
+    counter: ForwardCounter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counter = ForwardCounter(self.sites)
 
     @property
     def model(self) -> nn.Module:
@@ -51,24 +57,44 @@ class Context(Generic[P]):
         return {"desc": description, "disable": not self.progress, "dynamic_ncols": True, "leave": False}
 
     def verify(self, prefill: Prefill, streams: Iterable[str]) -> None:
-        """Make sure, once in a fit, of the places where ``streams`` run."""
+        """Verify, once in a fit, the hook points of ``streams``."""
         for stream in sorted(set(streams) - self.verified):
             verify(self.model, self.sites, prefill.inputs, stream)
             self.verified.add(stream)
 
     def on_all_ranks(self, holds: bool) -> bool:
-        """Return whether it holds on every rank: all of them have to do the same."""
+        """Return whether a condition holds on every rank: all ranks have to do the same."""
         return self.ranks.all_reduce(torch.tensor(float(holds))).item() == self.ranks.count
+
+
+class _Part(Protocol):
+    """A part of a fit."""
+
+    _context: Context[Any]
+
+
+S = TypeVar("S", bound=_Part)
+
+
+def counted(method: Callable[Concatenate[S, Arguments], R]) -> Callable[Concatenate[S, Arguments], R]:
+    """Count the forwards that a method of a part of a fit runs. The hook that counts is gone when the method ends."""
+
+    @functools.wraps(method)
+    def counting(self: S, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> R:
+        with self._context.counter.counting():
+            return method(self, *args, **kwargs)
+
+    return counting
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Weights that take no gradient inside the block."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
+    """Keep weights from taking gradients inside the block."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)

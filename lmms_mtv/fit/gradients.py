@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import HookError, NumericsError
-from lmms_mtv.fit.context import Context, frozen
+from lmms_mtv.fit.context import Context, counted, frozen
 from lmms_mtv.fit.examples import Episode, Tokens
 from lmms_mtv.fit.prefill_cache import PrefillCache
 from lmms_mtv.fit.replay import Replayer
@@ -45,6 +45,7 @@ class GradientRunner(Generic[P]):
         self._is_edited = False
 
     @torch.no_grad()
+    @counted
     def answer(self, episode: Episode, tokens: Tokens, stream: str | None) -> Answer:
         """Return what the unedited model makes of a target; see :meth:`FitSession.answer`."""
         context = self._context
@@ -61,12 +62,12 @@ class GradientRunner(Generic[P]):
                 tail = len(target)
                 recording = stack.enter_context(record(context.sites, stream, tail=tail)) if stream else None
                 logits = run(context.model, context.sites, {}, target)[0]
-            context.forwards += 1
         states = recording.last() if recording else None
         answer = Answer(logits, torch.tensor(target, device=logits.device), states)
         self._answers.put((episode, tokens, stream), answer, sum(t.nbytes for t in answer if t is not None))
         return answer
 
+    @counted
     def gradients(
         self,
         episodes: Sequence[Episode],
@@ -102,7 +103,6 @@ class GradientRunner(Generic[P]):
                     if not value.isfinite():
                         raise NumericsError("a loss is NaN or infinite: use dtype=float32 or bfloat16")
                     slopes = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
-                context.forwards += 1
                 rows[index] = torch.cat([part.detach().float().flatten().cpu() for part in (value, *slopes)])
         # Added up in the order of the episodes, whichever process each of them was on.
         rows = context.ranks.all_reduce(rows)

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 
 from lmms_mtv.errors import DataError
-from lmms_mtv.fit.context import Context
+from lmms_mtv.fit.context import Context, counted
 from lmms_mtv.fit.examples import Episode, Target
 from lmms_mtv.hooks import Prefill, capture
 from lmms_mtv.runtime.batches import single_row
@@ -45,7 +45,6 @@ class PrefillCache(Generic[P]):
             raise DataError(f"the target of training example {episode.query} has no tokens: it cannot be learned from")
         with torch.no_grad(), capture(context.model, context.sites) as captured:
             context.runner.run([prompt])
-        context.forwards += 1
         return captured.prefill(), Target([*lead, *ids], len(lead))
 
     def get(self, episode: Episode, lean: Callable[[Prefill], bool] | None) -> Prompted:
@@ -73,6 +72,7 @@ class PrefillCache(Generic[P]):
             self._learners.put(episode, kept, kept[0].held)
         return kept
 
+    @counted
     def prefetch(self, episodes: Sequence[Episode], lean: Callable[[Prefill], bool]) -> None:
         """Have prompts prefilled by several processes, each a share, for all of them; see FitSession.prefetch."""
         context, ranks = self._context, self._context.ranks

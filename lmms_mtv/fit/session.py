@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.fit.activations import ActivationReader
+from lmms_mtv.fit.calibration import Replay
 from lmms_mtv.fit.context import Context
 from lmms_mtv.fit.episodes import EpisodeSampler
 from lmms_mtv.fit.examples import Episode, Examples, Runner, Tokens
 from lmms_mtv.fit.gradients import Answer, GradientRunner
 from lmms_mtv.fit.prefill_cache import PrefillCache
-from lmms_mtv.fit.replay import Replay, Replayer
+from lmms_mtv.fit.replay import Replayer
 from lmms_mtv.hooks import Sites
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.runtime.distributed import Ranks
@@ -78,8 +79,8 @@ class FitSession(Generic[P]):
 
     @property
     def forwards(self) -> int:
-        """Forwards of the model so far."""
-        return self._context.forwards
+        """Completed forwards of the model in this session's calls, its checks and probes among them."""
+        return self._context.counter.count
 
     @property
     def remarks(self) -> list[str]:

@@ -134,6 +134,7 @@ def split_arguments(
     # heads= passes the heads to a method that has such a setting.
     of_method = tuple(name for name in method.settings() if name not in own)
     known = {"mtv": own, f"method {method.name}": of_method, "base": base}
+    method.refuse_moved(key for key in model_args if key not in (*own, *base))
     for key in model_args:
         if not any(key in group for group in known.values()):
             near = difflib.get_close_matches(key, [name for group in known.values() for name in group], n=1)

@@ -5,10 +5,11 @@ from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
 from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
 from lmms_mtv.hooks.streams import HookPoint, attention_outputs, hook_points, receivers, shape
-from lmms_mtv.hooks.watch import Watch, watched
+from lmms_mtv.hooks.watch import ForwardCounter, Watch, watched
 
 __all__ = [
     "Fired",
+    "ForwardCounter",
     "HookPoint",
     "Prefill",
     "Recording",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -45,40 +46,42 @@ class Site(NamedTuple):
     block: tuple[str, nn.Module]
 
 
-class Sites(tuple[Site, ...]):
-    """The sites of a model in the order of its blocks, the decoder module that runs them, and the whole model.
+@dataclass(frozen=True)
+class Sites:
+    """The attention sites of a model, in the order of its blocks.
 
-    The decoder is the module whose ``forward`` receives the attention mask of the tokens: hooks learn there which
-    positions of a batch are real, or from what ``model`` receives where it hands its decoder something else.
-    ``skipped`` are the indices of the blocks without softmax self-attention.
+    ``decoder`` is the module that runs the blocks: its ``forward`` receives the attention mask of the tokens, which
+    tells hooks which positions of a batch are real. Where ``model`` hands its decoder another mask, hooks take the
+    mask that ``model`` receives. ``skipped`` are the indices of the blocks without softmax self-attention.
     """
 
+    sites: tuple[Site, ...]
     decoder: nn.Module
     model: nn.Module
-    skipped: tuple[int, ...]
+    skipped: tuple[int, ...] = ()
 
-    def __new__(
-        cls, sites: Iterable[Site], decoder: nn.Module, model: nn.Module | None = None, skipped: Iterable[int] = ()
-    ) -> Sites:
-        made = super().__new__(cls, sites)
-        made.decoder = decoder
-        made.model = decoder if model is None else model
-        made.skipped = tuple(skipped)
-        return made
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __getitem__(self, index: int) -> Site:
+        return self.sites[index]
 
     @cached_property
     def around(self) -> tuple[nn.Module, ...]:
-        """The model, the decoder, and every module that holds a site: what a forward calls on the way to the sites."""
+        """The modules that a forward calls on the way to the sites: the model, the decoder, all that hold a site."""
         names = {""}
         for site in self:
             parts = site.name.split(".")
             names |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-        found = [module for name, module in self.model.named_modules() if name in names]
-        return (*found, *(() if self.decoder in found else (self.decoder,)))
+        holders = [module for name, module in self.model.named_modules() if name in names]
+        return (*holders, *(() if self.decoder in holders else (self.decoder,)))
 
     @property
     def geometry(self) -> Geometry:
-        """What a vector has to fit."""
+        """The geometry that a vector must have: layer, name, number of heads, size of a head, for each site."""
         return tuple((site.layer, site.name, site.heads, site.head_dim) for site in self)
 
     @property
@@ -88,9 +91,9 @@ class Sites(tuple[Site, ...]):
 
     @property
     def width(self) -> int:
-        """Width of the hidden states, which is that of what the output projections give.
+        """Width of the hidden states, which is the width of the output projections' outputs.
 
-        Raises :class:`DiscoveryError` if neither they nor the configuration say it.
+        Raises :class:`DiscoveryError` if neither the projections nor the configuration say it.
         """
         width = out_features(self[0].module) or _first_integer(text_config(self.model), _HIDDEN)
         if width is None:
@@ -143,7 +146,7 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
     if skipped:
         logger.info("blocks without softmax self-attention are left alone: %s", skipped)
     _make_sure(sites)
-    return Sites(sites, owner, model, skipped)
+    return Sites(tuple(sites), owner, model, tuple(skipped))
 
 
 def _make_sure(sites: list[Site]) -> None:

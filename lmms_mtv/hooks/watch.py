@@ -52,6 +52,31 @@ class Watch:
         self.cached &= cache is not None or bool(given.get("use_cache"))
 
 
+class ForwardCounter:
+    """A count of completed forwards of a decoder; its hook is there inside :meth:`counting` blocks only."""
+
+    def __init__(self, sites: Sites) -> None:
+        self.count = 0
+        self._sites = sites
+        self._is_counting = False
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the forwards inside the block. A block inside another such block counts nothing twice."""
+        if self._is_counting:
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(uncompiled(self._sites.around))
+            stack.enter_context(after(self._sites.decoder, self._completed))
+            self._is_counting = True
+            stack.callback(setattr, self, "_is_counting", False)
+            yield
+
+    def _completed(self, *_: Any) -> None:
+        self.count += 1
+
+
 @contextmanager
 def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
     """Watch every forward of ``model`` and of its decoder inside the block. Nothing is changed."""

@@ -12,7 +12,7 @@ import logging
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
@@ -54,12 +54,17 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. ``summary`` is the first line of its documentation, with the paper."""
+    """A registered method.
+
+    ``summary`` is the first line of its documentation, with the paper. ``moved`` are names of settings that the method
+    once had, with the arguments that replace them: the method's module has them as ``MOVED``, if there are any.
+    """
 
     name: str
     config: type[Any]
     fit: Callable[[FitSession[Any], Any], Fitted]
     summary: str = ""
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self) -> tuple[str, ...]:
         """Return the names of its configuration's fields."""
@@ -73,18 +78,25 @@ class Method:
             for f in dataclasses.fields(self.config)
         ]
 
-    def configure(self, given: Mapping[str, Any]) -> Any:
-        """Return the configuration with the fields in ``given``.
+    def refuse_moved(self, names: Iterable[str]) -> None:
+        """Raise :class:`ArgumentError` if one of ``names`` is a setting that the method no longer has."""
+        for name in names:
+            if name in self.moved:
+                raise ArgumentError(f"method {self.name} has no setting {name}= any more: pass {self.moved[name]}")
+
+    def configure(self, values: Mapping[str, Any]) -> Any:
+        """Return the configuration with ``values`` for the fields that they name.
 
         Raises :class:`ArgumentError` on a wrong name or type.
         """
+        self.refuse_moved(values)
         hints = typing.get_type_hints(self.config)
-        for name, value in given.items():
+        for name, value in values.items():
             if name not in hints:
                 raise unknown(f"setting of method {self.name}", name, self.settings())
             if not _fits(value, hints[name]):
                 raise ArgumentError(f"{name}={value!r} of method {self.name}: expected {_called(hints[name])}")
-        return self.config(**given)
+        return self.config(**values)
 
 
 def names() -> list[str]:
@@ -120,7 +132,8 @@ def _get(name: str, points: _Points) -> Method:
         module = importlib.import_module(f"{__name__}.{name}")
     else:
         module = _loaded(name, points[name])
-    return Method(name, module.Config, module.fit, " ".join((module.__doc__ or "").split("\n\n")[0].split()))
+    summary = " ".join((module.__doc__ or "").split("\n\n")[0].split())
+    return Method(name, module.Config, module.fit, summary, getattr(module, "MOVED", {}))
 
 
 def _own() -> set[str]:

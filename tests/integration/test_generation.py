@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -116,7 +117,7 @@ def test_a_model_that_was_compiled_before_is_edited_and_recorded(llama, which):
 def test_a_model_that_runs_past_the_edit_is_an_error_on_leaving(llama):
     sites = find_sites(llama.model)
     other = torch.nn.Linear(32, 32)
-    elsewhere = type(sites)([site._replace(module=other) for site in sites], sites.decoder, sites.model)
+    elsewhere = dataclasses.replace(sites, sites=tuple(site._replace(module=other) for site in sites))
     with (
         pytest.raises(HookError, match="1 forwards inside the block and the edit 0"),
         applied(elsewhere, random_edit(llama)),

@@ -50,9 +50,9 @@ def fitted(ranks: Ranks) -> dict:
     losses = session.losses(Episode(0, (1,)), Edit.replace(edit.value, masks), "all")
     alone = session.losses(Episode(0, (1,)), edit)
     gradient = session.loss_gradient(Episode(0, (1,)), edit.value, masks.float(), "all")[1]
+    method = methods.get("gradient_mask")
     config = method.configure(
-        {"iterations": 2, "examples": 3, "candidate_examples": 2, "optimizer": "gradient", "diverse": 9}
-        | {"gradient_steps": 6, "gradient_samples": 5}
+        {"iterations": 2, "examples": 3, "candidate_examples": 2, "diverse": 9, "steps": 6, "samples": 5}
     )
     other = method.fit(sessions.session(tiny, ranks=ranks), config).edits["heads"]
     learned = {}

@@ -94,7 +94,7 @@ def test_mtv_runs_each_prompt_once_and_then_last_tokens_alone(samples, batch):
     forwards = 8 // batch + LAYERS_CHECKED + (PROBED + COMPARED + 1 + 1 + 3) + (queries + 20) + (4 + 4)
     compared = PROBED * zero + 3 * COMPARED * zero + 3 * SIDE_BY_SIDE
     tokens = 8 * few + LAYERS_CHECKED * zero + compared + (queries * zero + sum(steps)) + (4 * zero + sum(judged))
-    assert len(work.forwards) == forwards
+    assert len(work.forwards) == forwards == used.forwards
     assert work.tokens == tokens
     ran = [length for _, length in work.forwards if length in steps]
     assert all(ran.count(count) >= steps.count(count) for count in steps), "all masks of a step in one row"
@@ -144,7 +144,7 @@ def test_learning_runs_a_query_once_an_epoch_and_its_teacher_once():
     unedited, edited = 3 + 3 + 2, 3 + 2
     # And the first of the teachers, whose prompts are longer.
     unedited += 2
-    assert len(work.forwards) == typical + unedited + 6 * (1 + 5) + 6 * 2 + edited
+    assert len(work.forwards) == typical + unedited + 6 * (1 + 5) + 6 * 2 + edited == used.forwards
     assert max(length for _, length in work.forwards) == few
     assert [length for _, length in work.forwards].count(few) == 6 + 1, "each teacher once; it is replayed"
     assert all(rows == 1 for rows, _ in work.forwards)

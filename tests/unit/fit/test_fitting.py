@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, MiniMaxConfig, MiniMaxForCausalLM, Mi
 
 from lmms_mtv import Edit, Episode, applied, capture, find_sites
 from lmms_mtv.errors import DataError, HookError, NumericsError
-from lmms_mtv.fit.replay import Run
+from lmms_mtv.fit.losses import Run
 from lmms_mtv.hooks import Prefill, shape
 from lmms_mtv.vectors import HEADS, RESIDUAL
 from support import zoo
@@ -346,9 +346,13 @@ def test_a_session_is_calibrated_again_for_longer_prompts(dtype):
         running.losses(Episode(query, (1, 2) * (shots // 2)), edit)
         assert running.replay == "side by side"
         forwards.append(running.forwards - before)
-    probe, prefill, replay = 1, 1, 1
+    verified, prefill, replay = 3, 1, 1
+    # The probe's activations; its four edits by full forwards and in rows; and in rows and three times side by side.
+    probe = 1 + (4 + 1) + (1 + 3)
     again = prefill + probe + replay
-    assert forwards == [again, prefill + replay, again, again, prefill + replay, again], "1, 7, 13 and 1,201 tokens"
+    assert forwards == [
+        *(verified + again, prefill + replay, again, again, prefill + replay, again),
+    ], "1, 7, 13 and 1,201 tokens"
 
 
 def test_what_is_found_does_not_depend_on_what_is_asked_first():

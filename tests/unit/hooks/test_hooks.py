@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,11 @@ def test_sites_are_the_decoders_output_projections(tiny):
     assert [site.layer for site in sites] == list(tiny.layers)
     assert all(tiny.model.get_submodule(site.name) is site.module for site in sites)
     assert not any("vision" in site.name or "visual" in site.name or "perceiver" in site.name for site in sites)
+    assert len(sites) == len(list(sites)) == len(sites.geometry)
+    assert sites[-1] is list(sites)[-1]
+    assert sites == find_sites(tiny.model)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sites.skipped = (0,)
 
 
 def test_replacing_heads_by_their_own_activations_changes_nothing(tiny):
@@ -194,7 +201,8 @@ def test_hooks_are_gone_after_exceptions_and_failed_set_ups(tiny):
     assert zoo.hooks(tiny.model) == before
 
     # The third site's module refuses hooks: the first two must not keep theirs.
-    broken = type(sites)([*sites[:2], sites[2]._replace(module=_Refusing())], sites.decoder)
+    third = sites[2]._replace(module=_Refusing())
+    broken = dataclasses.replace(sites, sites=(*sites.sites[:2], third))
     with pytest.raises(RuntimeError, match="no hooks here"), applied(broken, random_edit(tiny)):
         pass
     with pytest.raises(RuntimeError, match="no hooks here"), record(broken):
@@ -202,7 +210,7 @@ def test_hooks_are_gone_after_exceptions_and_failed_set_ups(tiny):
     assert zoo.hooks(tiny.model) == before
 
     # The decoder refuses: the model must not keep the hook it was given before.
-    refusing = type(sites)(sites, _Refusing())
+    refusing = dataclasses.replace(sites, decoder=_Refusing())
     with pytest.raises(RuntimeError, match="no hooks here"), capture(tiny.model, refusing):
         pass
     assert zoo.hooks(tiny.model) == before
@@ -353,7 +361,7 @@ def test_heads_that_do_not_divide_the_projection_are_refused():
 def test_sites_off_the_path_are_refused():
     tiny = zoo.build(zoo.llama)
     sites = find_sites(tiny.model)
-    elsewhere = type(sites)([site._replace(module=nn.Linear(32, 32)) for site in sites], sites.decoder)
+    elsewhere = dataclasses.replace(sites, sites=tuple(site._replace(module=nn.Linear(32, 32)) for site in sites))
     with pytest.raises((DiscoveryError, HookError)):
         verify(tiny.model, elsewhere, tiny.inputs(TEXTS))
 

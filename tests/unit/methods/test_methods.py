@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
 import pytest
 import torch
 
-from lmms_mtv import methods
+from lmms_mtv import VectorCard, methods
 from lmms_mtv.errors import ArgumentError, NumericsError
 from lmms_mtv.fit import facility_location
 from lmms_mtv.fit.policy import EDGE, TEMPERATURE, Policy, concrete, reinforce
-from lmms_mtv.methods import mtv, none
+from lmms_mtv.fit.selection import demonstration_pool
+from lmms_mtv.harness.arguments import split_arguments
+from lmms_mtv.methods import gradient_mask, mtv, none
 from lmms_mtv.methods import random as control
 from lmms_mtv.vectors import HEADS
 from support import zoo
 from support.sessions import TokenExamples, session
+from support.vectors import card
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Settings with a choice and None."""
+
+    optimizer: Literal["gradient"] | None = None
+
 
 SHORT = {"iterations": 6, "steps": 12, "samples": 4, "examples": 5, "candidates": 3, "candidate_examples": 4}
 
@@ -201,11 +216,29 @@ def test_wrong_names_and_values_are_told_apart():
 
 @pytest.mark.parametrize("wrong", ["reinforce", 3])
 def test_a_setting_with_a_choice_and_none_is_checked(wrong):
-    method = methods.get("mtv")
+    method = methods.Method("mtv", Chosen, mtv.fit)
     with pytest.raises(ArgumentError, match=f"optimizer={wrong!r} of method mtv: expected one of gradient$"):
         method.configure({"optimizer": wrong})
     assert method.configure({"optimizer": "gradient"}).optimizer == "gradient"
     assert method.configure({"optimizer": None}).optimizer is None
+
+
+@pytest.mark.parametrize("value", ["gradient", None])
+def test_settings_that_became_a_method_are_told(value):
+    for name, replacement in (
+        ("optimizer", "method=gradient_mask$"),
+        ("gradient_steps", "method=gradient_mask with steps=$"),
+        ("gradient_samples", "method=gradient_mask with samples=$"),
+        ("gradient_lr", "method=gradient_mask with lr=$"),
+    ):
+        message = f"method mtv has no setting {name}= any more: pass {replacement}"
+        with pytest.raises(ArgumentError, match=message):
+            methods.get("mtv").configure({name: value})
+        with pytest.raises(ArgumentError, match=message):
+            split_arguments({"pretrained": "tiny", name: value}, ["pretrained"])
+    # A base may have an argument of that name.
+    base = split_arguments({"pretrained": "tiny", "optimizer": value}, ["pretrained", "optimizer"])[3]
+    assert base == {"pretrained": "tiny", "optimizer": value}
 
 
 def test_settings_that_contradict_each_other_are_told():
@@ -214,23 +247,43 @@ def test_settings_that_contradict_each_other_are_told():
         ({"threshold": 1.0}, "threshold=1.0"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_k": 3, "floor": 0.8}, "floor=0.8"),
-        ({"gradient_steps": 3}, "gradient_steps=3 .*optimizer=gradient"),
-        ({"optimizer": "gradient", "steps": 3}, "steps=3 is of REINFORCE.*gradient_steps="),
-        ({"optimizer": "gradient", "gradient_lr": 0}, "gradient_lr=0"),
+        ({"lr": 0}, "lr=0"),
         ({"diverse": 4}, "diverse=4, .*5"),
     ):
-        with pytest.raises(ArgumentError, match=message):
-            mtv.Config(**given)
+        for method in (mtv, gradient_mask):
+            with pytest.raises(ArgumentError, match=message):
+                method.Config(**given)
+    with pytest.raises(ArgumentError, match="samples=1, expected at least 2"):
+        mtv.Config(samples=1)
+    assert gradient_mask.Config(samples=1).samples == 1
+    for name in ("samples", "steps"):
+        with pytest.raises(ArgumentError, match=f"{name}=0, expected at least 1"):
+            gradient_mask.Config(**{name: 0})
 
 
 def test_the_authors_way_has_no_new_setting():
     """So that vectors keep their ids."""
-    new = ("threshold", "top_k", "optimizer", "gradient_steps", "gradient_samples", "gradient_lr", "diverse")
+    new = ("threshold", "top_k", "diverse")
     config = mtv.Config()
     assert [getattr(config, name) for name in new] == [None] * len(new)
-    filled = mtv.Config(optimizer="gradient", gradient_steps=7)
-    assert filled.gradient_steps == 7
-    assert None not in (filled.gradient_samples, filled.gradient_lr)
+    gone = ("optimizer", "gradient_steps", "gradient_samples", "gradient_lr")
+    settings = dataclasses.asdict(config)
+    assert card(config=settings | dict.fromkeys(gone)).id == card(config=settings).id
+
+
+def test_a_card_of_a_setting_that_became_a_method_loads():
+    old = card(config=dataclasses.asdict(mtv.Config()) | {"optimizer": "gradient", "gradient_steps": 30})
+    assert VectorCard.from_json(old.to_json(), "old") == old
+
+
+def test_a_gradient_mask_has_its_own_defaults_and_those_of_the_selection():
+    own, shared = dataclasses.asdict(gradient_mask.Config()), dataclasses.asdict(mtv.Config())
+    assert {name: value for name, value in own.items() if shared[name] != value} == {
+        "steps": 30,
+        "samples": 8,
+        "lr": 1.0,
+    }
+    assert shared.keys() - own.keys() == {"heads"}
 
 
 def test_heads_by_threshold_and_by_number():
@@ -320,26 +373,27 @@ def test_gradient_masks_lower_the_loss_and_follow_the_seed(architecture):
     tiny = zoo.build(architecture)
     short = {name: SHORT[name] for name in ("iterations", "candidates", "candidate_examples")}
     # One query, so that the losses of all steps compare.
-    config = mtv.Config(**short, examples=1, optimizer="gradient", gradient_samples=4, gradient_lr=0.3)
+    config = gradient_mask.Config(**short, examples=1, samples=4, lr=0.3)
     hooks = zoo.hooks(tiny.model)
-    fitted = mtv.fit(session(tiny), config)
+    fitted = gradient_mask.fit(session(tiny), config)
     assert zoo.hooks(tiny.model) == hooks
     policy = fitted.losses["policy"]
-    assert len(policy) == config.gradient_steps
+    assert len(policy) == config.steps == 30
     assert sum(policy[-10:]) < sum(policy[:10])
-    again = mtv.fit(session(tiny), config)
+    again = gradient_mask.fit(session(tiny), config)
     assert torch.equal(again.edits[HEADS].gain, fitted.edits[HEADS].gain)
     assert again.losses["probabilities"] == fitted.losses["probabilities"]
-    assert mtv.fit(session(tiny, seed=1), config).losses["probabilities"] != fitted.losses["probabilities"]
+    other = gradient_mask.fit(session(tiny, seed=1), config)
+    assert other.losses["probabilities"] != fitted.losses["probabilities"]
 
 
 def test_diverse_demonstrations_are_drawn_from_what_stands_for_all():
     tiny = zoo.build(zoo.llama)
     config = mtv.Config(**SHORT, diverse=7)
-    pool = mtv.pool(session(tiny), config)
+    pool = demonstration_pool(session(tiny), config)
     assert pool == sorted(facility_location.greedy(session(tiny, batch_size=4).embeddings(), 7))
     expected = session(tiny).mean_activations(session(tiny).episodes(6, 4, "values", pool))
     assert torch.equal(mtv.fit(session(tiny), config).edits[HEADS].value, expected)
-    assert mtv.pool(session(tiny), mtv.Config()) is None
+    assert demonstration_pool(session(tiny), mtv.Config()) is None
     with pytest.raises(ArgumentError, match="diverse=31, but the training split has 30"):
         mtv.fit(session(tiny), mtv.Config(**SHORT, diverse=31))

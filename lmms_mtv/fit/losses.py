@@ -1,0 +1,104 @@
+"""Losses of edits of one prompt, and their gradients: several edits in a forward, as many as the memory takes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lmms_mtv.errors import HookError, NumericsError
+from lmms_mtv.fit.context import Context, frozen
+from lmms_mtv.hooks import Prefill, Sites, record
+from lmms_mtv.runtime.batches import BatchSize
+from lmms_mtv.vectors import Edit, Edits, by_stream, rows_of, taken
+
+Run = Callable[[nn.Module, Sites, Edits, Sequence[int]], Tensor]
+"""A way to run a prompt with K edits: returns the logits of T target tokens, float32 [K, T, vocabulary]."""
+
+
+class LossRunner:
+    """Losses of K edits of one prompt.
+
+    The number of edits in a forward is halved each time the memory runs out, and stays so. It changes nothing but the
+    time.
+    """
+
+    def __init__(self, context: Context[Any]) -> None:
+        self._context = context
+        self._rows = BatchSize(sys.maxsize, automatic=True)
+
+    def losses(self, run: Run, edits: Edits, target: Sequence[int], limit: int = sys.maxsize) -> Tensor:
+        """Return the loss of each edit, float32 [K], with at most ``limit`` edits in a forward."""
+
+        def losses_of(rows: Sequence[int]) -> Tensor:
+            part = taken(edits, slice(rows[0], rows[-1] + 1))
+            return cross_entropy(run(self._context.model, self._context.sites, part, target), target)
+
+        batches = self._rows.run_batches(range(rows_of(edits) or 1), losses_of, limit)
+        return torch.cat([losses for _, losses in batches])
+
+    def finite_losses(self, prefill: Prefill, run: Run, edits: Edits, target: Sequence[int], limit: int) -> Tensor:
+        """Return :meth:`losses`.
+
+        Raises :class:`NumericsError` on a loss that is not finite, with the layer where the first such number is.
+        """
+        try:
+            return _finite(self.losses(run, edits, target, limit))
+        except NumericsError:
+            # Once more, one by one, to name the layer if a layer is the cause.
+            again = prefill.forward if run == prefill.forward else prefill.replay
+            with record(self._context.sites) as recording:
+                for row in range(rows_of(edits) or 1):
+                    again(self._context.model, self._context.sites, taken(edits, row), target)
+            recording.last()
+            raise
+
+    def gradients(
+        self, value: Tensor, mask: Tensor, target: Sequence[int], run: Run, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses of ``mask`` [K, L, H], which mixes ``value`` [L, H, D] in, and their gradients.
+
+        Returns:
+            The losses, float32 [K], and the derivative of each with respect to its own mask, float32 [K, L, H], both
+            on the CPU.
+
+        Raises:
+            HookError: the model's own code turns gradients off.
+            NumericsError: a loss is not finite.
+        """
+        model, sites = self._context.model, self._context.sites
+
+        def gradients_of(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+            part = mask[rows[0] : rows[-1] + 1].clone().requires_grad_()
+            with torch.enable_grad(), frozen(model):
+                logits = run(model, sites, by_stream(Edit.replace(value, part)), target)
+                losses = _finite(cross_entropy(logits, target))
+                if not losses.requires_grad:
+                    raise HookError(
+                        "the code of this model turns gradients off: use a method without gradients, such as method=mtv"
+                    )
+                (gradient,) = torch.autograd.grad(losses.sum(), part)
+            return losses.detach().cpu(), gradient
+
+        parts = [part for _, part in self._rows.run_batches(range(len(mask)), gradients_of, limit)]
+        losses, gradients = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
+
+
+def cross_entropy(logits: Tensor, target: Sequence[int]) -> Tensor:
+    """Return the mean cross-entropy of the T tokens of ``target`` under ``logits`` [K, T, V], float32 [K]."""
+    expected = torch.tensor(target, device=logits.device).repeat(logits.shape[0])
+    # Over the last dimension, which is contiguous: on a CPU ten times as fast as over another.
+    losses = functional.cross_entropy(logits.flatten(0, 1), expected, reduction="none")
+    return losses.view(logits.shape[:2]).mean(1)
+
+
+def _finite(losses: Tensor) -> Tensor:
+    """Return ``losses``; raise :class:`NumericsError` if one is NaN or infinite."""
+    if not losses.isfinite().all():
+        raise NumericsError("NaN or infinity in the logits of an edited forward: use dtype=float32 or bfloat16")
+    return losses

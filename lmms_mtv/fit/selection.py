@@ -1,0 +1,165 @@
+"""The selection of heads whose mean activations are inserted: settings and steps that several methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.fit import facility_location
+from lmms_mtv.fit.examples import Episode, Tokens
+from lmms_mtv.fit.policy import EDGE, Policy
+from lmms_mtv.fit.session import FitSession
+from lmms_mtv.runtime.settings import setting
+from lmms_mtv.vectors import Edit
+
+LearnPolicy = Callable[[Sequence[Episode]], tuple[Policy, list[float]]]
+"""Returns the policy that is learned from training queries, and its mean loss at each step."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Settings of a selection of heads.
+
+    ``iterations`` prompts of ``fit_shots`` demonstrations are averaged (T and N of the MTV paper). ``steps`` learn a
+    policy, one probability for each head, from ``initial_logit`` on: each step draws ``samples`` masks, takes one of
+    ``examples`` training queries, and has learning rate ``lr``. ``loss`` is of the ``first`` answer token or the mean
+    over ``all``. ``candidates`` masks are drawn at the end; the mask with the lowest mean loss on
+    ``candidate_examples`` further training queries is the result. Probabilities below ``floor`` are set to 0 before
+    (0.8 in the authors' code for Idefics2).
+
+    The following settings are not the authors'; None is their way. ``threshold`` takes the heads that are at least as
+    likely, and ``top_k`` the given number of most likely heads, instead of candidates. ``diverse`` training examples,
+    chosen to represent all of them (facility location on
+    :meth:`~lmms_mtv.fit.session.FitSession.embeddings`), are the demonstrations of the prompts that are averaged.
+    """
+
+    iterations: int = setting(100, "prompts whose activations are averaged (T in the paper)")
+    fit_shots: int = setting(4, "demonstrations in each of these prompts (N in the paper)")
+    steps: int = setting(600, "steps of REINFORCE")
+    samples: int = setting(32, "masks that are sampled in a step")
+    lr: float = setting(0.1, "learning rate of Adam on the logits of the policy")
+    initial_logit: float = setting(-1.0, "logit of each head's probability before the first step")
+    examples: int = setting(100, "training queries that the steps use")
+    loss: Tokens = setting(
+        "all", "tokens of the answer that count: `first` (the authors' code), or the mean over `all`"
+    )
+    candidates: int = setting(10, "masks that are drawn from the policy at the end; the best is kept")
+    candidate_examples: int = setting(50, "further training queries by whose mean loss the best mask is found")
+    floor: float = setting(
+        0.0, "probabilities below it are set to 0 before candidates are drawn (0.8 in the authors' code for Idefics2)"
+    )
+    threshold: float | None = setting(
+        None, "take all heads that are at least as likely, instead of a candidate (not the authors')"
+    )
+    top_k: int | None = setting(
+        None, "take this many of the likeliest heads, instead of a candidate (not the authors')"
+    )
+    diverse: int | None = setting(
+        None, "training examples that may be demonstrations: those that stand best for all (facility location)"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "samples", "examples", "candidates", "candidate_examples"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.fit_shots < 0 or self.steps < 0 or self.lr <= 0 or not 0 <= self.floor < 1:
+            raise ArgumentError(
+                f"fit_shots={self.fit_shots}, steps={self.steps}, lr={self.lr}, floor={self.floor}: expected fit_shots "
+                "and steps of at least 0, lr above 0, floor in [0, 1)"
+            )
+        self._check_final()
+        if self.diverse is not None and self.diverse < self.fit_shots + 1:
+            raise ArgumentError(
+                f"diverse={self.diverse}, expected at least fit_shots + 1 = {self.fit_shots + 1}: a query is never "
+                "among its own demonstrations"
+            )
+
+    def _check_final(self) -> None:
+        """Check the settings that say how the final mask follows from the policy."""
+        if self.threshold is not None and self.top_k is not None:
+            raise ArgumentError(f"threshold={self.threshold} and top_k={self.top_k}: pass one of them")
+        if self.threshold is not None and not 0 < self.threshold <= 1 - EDGE:
+            raise ArgumentError(f"threshold={self.threshold}, expected above 0 and at most {1 - EDGE}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ArgumentError(f"top_k={self.top_k}, expected at least 1")
+        if self.floor and (self.threshold is not None or self.top_k is not None):
+            raise ArgumentError(f"floor={self.floor} is for candidates that are drawn: leave out threshold= and top_k=")
+
+
+def mean_values(session: FitSession[Any], settings: Selection) -> Tensor:
+    """Return the mean activation of each head over few-shot prompts, float32 [L, H, D] on the CPU.
+
+    Raises :class:`ArgumentError` for a ``top_k`` of more heads, or a ``diverse`` of more examples, than there are.
+    """
+    layers, heads, _ = session.shape
+    if settings.top_k is not None and settings.top_k > layers * heads:
+        raise ArgumentError(f"top_k={settings.top_k}, but the model has {layers * heads} heads")
+    with session.stage("values"):
+        pool = demonstration_pool(session, settings)
+        return session.mean_activations(session.episodes(settings.iterations, settings.fit_shots, "values", pool))
+
+
+def demonstration_pool(session: FitSession[Any], settings: Selection) -> list[int] | None:
+    """Return the training examples that demonstrations are drawn from, or None for all."""
+    if settings.diverse is None:
+        return None
+    if settings.diverse > session.examples:
+        raise ArgumentError(f"diverse={settings.diverse}, but the training split has {session.examples} examples")
+    return sorted(facility_location.greedy(session.embeddings(), settings.diverse))
+
+
+def select(
+    session: FitSession[Any], settings: Selection, value: Tensor, learn: LearnPolicy
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """Return the heads to replace, and the losses on the way.
+
+    Args:
+        session: the fit.
+        settings: how many queries there are, and how the final mask follows from the policy.
+        value: the activations to insert, float32 [L, H, D].
+        learn: learns the policy.
+
+    Returns:
+        The mask, bool [L, H], and losses by name.
+
+    Raises:
+        ArgumentError: no head reaches the ``threshold``.
+    """
+    with session.stage("selection"):
+        # One draw for both, so that the queries that choose the final mask are not those of the policy, if there are
+        # enough of them.
+        episodes = session.episodes(settings.examples + settings.candidate_examples, session.shots, "selection")
+        queries, judges = episodes[: settings.examples], episodes[settings.examples :]
+        policy, history = learn(queries)
+        candidates = _candidates(session, settings, policy)
+        # The empty mask comes along, to know the loss without any edit.
+        masks = torch.cat([candidates, torch.zeros_like(candidates[:1])])
+        losses = session.mean_losses(judges, Edit.replace(value, masks), settings.loss, "Choosing the final heads")
+    best = int(losses[:-1].argmin())
+    return candidates[best], {
+        "policy": history,
+        "candidates": losses[:-1].tolist(),
+        "unedited": [losses[-1].item()],
+        "chosen": [losses[best].item()],
+        "probabilities": policy.probabilities.flatten().tolist(),
+    }
+
+
+def _candidates(session: FitSession[Any], settings: Selection, policy: Policy) -> Tensor:
+    """Return the masks of which the best is the result, bool [candidates, L, H]."""
+    if settings.top_k is not None:
+        return policy.top(settings.top_k).unsqueeze(0)
+    if settings.threshold is None:
+        return policy.sample(settings.candidates, session.generator("candidates"), settings.floor)
+    mask = policy.above(settings.threshold)
+    if not mask.any():
+        raise ArgumentError(
+            f"threshold={settings.threshold}: no head is that likely, the likeliest has "
+            f"{policy.probabilities.max().item():.3g}: pass a lower one, or top_k="
+        )
+    return mask.unsqueeze(0)
