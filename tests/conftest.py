@@ -45,7 +45,7 @@ def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=zoo.ARCHITECTURES, ids=lambda architecture: architecture.__name__)
+@pytest.fixture(scope="module", params=zoo.PARAMETERS)
 def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
     return zoo.build(request.param)
 

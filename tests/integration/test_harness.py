@@ -100,11 +100,10 @@ def test_answers_of_a_vector_are_not_taken_from_a_cache_that_does_not_know_it(tm
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"process_results": "fails"}, "a metric that fails"),
-        ({"doc_to_text": "fails"}, "a metric that fails"),
-        ({}, "Tasks were not found: absent"),
+        pytest.param({"process_results": "fails"}, "a metric that fails", id="a metric"),
+        pytest.param({"doc_to_text": "fails"}, "a metric that fails", id="a prompt", marks=pytest.mark.slow),
+        pytest.param({}, "Tasks were not found: absent", id="an unknown task", marks=pytest.mark.slow),
     ],
-    ids=["a metric", "a prompt", "an unknown task"],
 )
 def test_a_failure_that_the_harness_would_pass_over_is_a_status(wrong, said, tmp_path):
     """The harness prints a traceback and exits with 0, for whatever part of an evaluation raises."""

@@ -17,6 +17,7 @@ from lmms_mtv.errors import InstallationError
 from lmms_mtv.harness.lmms.plugin import names_model
 from lmms_mtv.runtime import environment
 from lmms_mtv.runtime.environment import RequiredLibrary, newer, problem
+from support import matrix
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -141,7 +142,10 @@ def run(folder: Path, *command: str, forced: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("forced", ["filelock==4.3.1", "transformers==4.57.1", "lmms-eval==0.7.2"])
+FORCED = ["filelock==4.3.1", "transformers==4.57.1", "lmms-eval==0.7.2"]
+
+
+@pytest.mark.parametrize("forced", matrix.members(FORCED, "transformers==4.57.1"))
 def test_lmms_eval_ends_with_one_line_before_anything_runs(forced, tmp_path):
     arguments = ("--model", "mtv", "--model_args", "pretrained=tiny", "--tasks", "shapes", "--output_path", "out")
     done = run(tmp_path, "lmms_eval", *arguments, forced=forced)
