@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -441,13 +440,10 @@ class TestCheck:
 
 
 def command(*arguments: str, processes: int = 1) -> str:
-    done = subprocess.run(
+    done = processes.run(
         [*evaluations.launcher(processes), "lmms_mtv", *arguments],
-        capture_output=True,
-        text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         timeout=300,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

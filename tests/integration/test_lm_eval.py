@@ -7,11 +7,11 @@ import itertools
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import lm_eval.tasks
 import pytest
@@ -29,7 +29,7 @@ from lmms_mtv.harness.lm.model import Mtv, _Runner
 from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.vectors import HEADS
-from support import zoo
+from support import processes, zoo
 from support.text_tasks import TASKS, run, task_file
 
 SHORT = {
@@ -574,16 +574,13 @@ class TestBadInput:
             Mtv(pretrained=str(copy), device="cpu", vector=str(vector))
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cwd: Path) -> CompletedProcess[str]:
     """The installed command in a process of its own, away from the repository."""
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-c", "from lmms_mtv.cli import main; main()", "lm-eval", *arguments],
-        capture_output=True,
-        text=True,
         cwd=cwd,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         timeout=300,
-        check=False,
     )
 
 

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 import yaml
 from lmms_eval.tasks import TaskManager
+
+from support.processes import run
 
 
 @functools.cache
@@ -54,15 +55,12 @@ def launcher(processes: int) -> list[str]:
 
 def command(*arguments: str, folder: Path, processes: int = 1) -> str:
     """``lmms-eval ARGUMENTS`` in ``folder``, alone or started by accelerate; what it wrote, once it went well."""
-    done = subprocess.run(
+    done = run(
         [*launcher(processes), "lmms_eval", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        merged=True,
         cwd=folder,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         timeout=500,
-        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     for rank in range(processes):

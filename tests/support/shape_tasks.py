@@ -13,20 +13,18 @@ import yaml
 from lmms_eval.evaluator import simple_evaluate
 
 from support.evaluations import own_tasks, task_manager
+from support.processes import run
 
 SHORT = "iterations=8,fit_shots=2,steps=10,samples=4,examples=6,candidate_examples=4,candidates=3,reuse=False"
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The harness's own command in a process of its own, away from the repository."""
-    return subprocess.run(
+    return run(
         [sys.executable, "-m", "lmms_eval", *arguments],
-        capture_output=True,
-        text=True,
         cwd=environment.pop("cwd", "/"),
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-        timeout=600,
-        check=False,
+        timeout=500,
     )
 
 

@@ -29,7 +29,7 @@ from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
 from lmms_mtv.harness.vectors import _doubts
 from lmms_mtv.shapes import CHECKPOINT
-from support import checkpoints
+from support import checkpoints, processes
 from support.evaluations import own_tasks
 from support.shape_tasks import SHORT, Arguments, records, task_file
 
@@ -237,14 +237,7 @@ class TestPlaces:
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lmms_mtv", *command],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=120,
-        check=False,
-    )
+    return processes.run([sys.executable, "-m", "lmms_mtv", *command], env=os.environ | environment, timeout=120)
 
 
 class TestTerminals:

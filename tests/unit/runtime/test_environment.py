@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ from lmms_mtv.errors import InstallationError
 from lmms_mtv.harness.lmms.plugin import names_model
 from lmms_mtv.runtime import environment
 from lmms_mtv.runtime.environment import RequiredLibrary, newer, problem
-from support import matrix
+from support import matrix, processes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -125,20 +125,17 @@ def test_a_command_line_asks_for_the_model_by_name_or_in_a_file(tmp_path):
     assert not names_model(["--config", str(tmp_path)])
 
 
-def run(folder: Path, *command: str, forced: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str, forced: str) -> CompletedProcess[str]:
     """A command in a process of its own that finds ``forced``, as ``name==version``, to be installed."""
     name, version = forced.split("==")
     metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-m", *command],
-        capture_output=True,
-        text=True,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
         timeout=300,
-        check=False,
     )
 
 
