@@ -604,6 +604,7 @@ class TestCommandLine:
             assert saved.id == used[task]["vector"]
             assert [list(head) for head in saved.heads] == used[task]["heads"]
 
+    @pytest.mark.slow
     def test_an_error_is_one_line_and_a_status(self, text_model, folder, tmp_path):
         done = command(
             *("--model", "mtv", "--model_args", f"pretrained={text_model},stepz=3", "--tasks", "own_arc"),

@@ -317,6 +317,7 @@ def test_the_base_answers_as_lmms_evals_own_idefics2_does(tmp_path):
     assert sum(mine.strip() == other.strip() for mine, other in zip(*answers.values(), strict=True)) > 6
 
 
+@pytest.mark.slow
 def test_missing_data_ends_the_command_with_the_line_that_mends_it(tmp_path, monkeypatch):
     monkeypatch.setenv(data.FOLDER, str(tmp_path))
     done = processes.run(

@@ -40,7 +40,7 @@ class Outcome:
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def launcher(processes: int) -> list[str]:
@@ -75,7 +75,7 @@ def evaluate(wanted: Mapping[str, Mapping[str, Any]], folder: Path, processes: i
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = {"log_samples": True, "device": "cpu"}
-    entries = [flags | common | {"output_path": str(folder / name)} for name, flags in wanted.items()]
+    entries = [{**flags} | common | {"output_path": str(folder / name)} for name, flags in wanted.items()]
     (folder / "evaluations.yaml").write_text(yaml.safe_dump(entries))
     written = command("--config", "evaluations.yaml", folder=folder, processes=processes)
     lacking = [name for name in wanted if not list(folder.glob(f"{name}/**/*_results.json"))]
@@ -96,6 +96,6 @@ def outcome(folder: Path) -> Outcome:
 def record(folder: Path) -> dict[str, Any] | None:
     """The entry of the one task in the file ``*_mtv.json``, if there is one."""
     for path in folder.rglob("*_mtv.json"):
-        (found,) = json.loads(path.read_text(encoding="utf-8"))["tasks"].values()
-        return found
+        (entry,) = json.loads(path.read_text(encoding="utf-8"))["tasks"].values()
+        return dict(entry)
     return None

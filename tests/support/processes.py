@@ -14,7 +14,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
 
@@ -76,7 +76,9 @@ def in_ranks(work: Callable[..., None], count: int, *arguments: Any, limit: floa
         torch.multiprocessing.ProcessRaisedException: ``work`` raised in a worker.
         torch.multiprocessing.ProcessExitedException: A worker ended otherwise, for example at the limit.
     """
-    start_processes(_rank, (work, limit, *arguments), nprocs=count, daemon=True, start_method="fork")
+    start_processes(  # type: ignore[no-untyped-call]
+        _rank, (work, limit, *arguments), nprocs=count, daemon=True, start_method="fork"
+    )
 
 
 def _rank(rank: int, work: Callable[..., None], limit: float, *arguments: Any) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lmms_eval.evaluator import simple_evaluate
@@ -28,7 +29,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **options):
+def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **options: Any) -> Any:
     """An evaluation in this process; errors come as they are raised."""
     manager = own_tasks(include) if include else task_manager()
     return simple_evaluate(
@@ -36,7 +37,7 @@ def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **o
     )
 
 
-def task_file(folder: Path, name: str = "custom", **changes) -> Path:
+def task_file(folder: Path, name: str = "custom", **changes: Any) -> Path:
     """A task of our own making over the scenes of shapes; a change to None takes a key away."""
     from lmms_mtv.harness.lmms.plugin import tasks_folder
 
@@ -64,7 +65,7 @@ def task_file(folder: Path, name: str = "custom", **changes) -> Path:
     return folder
 
 
-def records(folder: Path) -> list[dict]:
+def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.rglob("*_mtv.json"))]
 
 

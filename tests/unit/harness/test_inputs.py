@@ -29,7 +29,7 @@ from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
 from lmms_mtv.harness.vectors import _doubts
 from lmms_mtv.shapes import CHECKPOINT
-from support import checkpoints, processes
+from support import checkpoints, matrix, processes
 from support.evaluations import own_tasks
 from support.shape_tasks import SHORT, Arguments, records, task_file
 
@@ -241,6 +241,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 class TestTerminals:
+    @pytest.mark.slow
     def test_output_that_is_not_utf8(self, tmp_path):
         grids.write(tmp_path / "grid", grids.plan(tasks=["shapes_color_en"], seeds=[0, 1]))
         done = run("report", str(tmp_path / "grid"), PYTHONIOENCODING="ascii")
@@ -248,6 +249,7 @@ class TestTerminals:
         assert " ? " in done.stdout
         assert "±" in run("report", str(tmp_path / "grid"), PYTHONIOENCODING="utf-8").stdout
 
+    @pytest.mark.slow
     def test_a_reader_that_closes_early(self, tmp_path):
         grids.write(tmp_path / "grid", grids.plan(tasks=["shapes_color_en"], seeds=[0, 1]))
         pipe = subprocess.Popen(
@@ -272,7 +274,7 @@ CHANGES = {
 
 
 class TestOneTable:
-    @pytest.fixture(params=CHANGES)
+    @pytest.fixture(params=matrix.members(CHANGES, "revision"))
     def mixed(self, request, tmp_path) -> Path:
         import dataclasses
 

@@ -291,6 +291,7 @@ class TestExamples:
 
         assert training(half("red")).digest() != training(half("blue")).digest()
 
+    @pytest.mark.slow
     def test_the_digest_is_the_same_in_another_process(self):
         program = (
             "from test_recipe import examples, training\n"
@@ -330,4 +331,4 @@ def test_a_reference_of_digits_stays_a_text(text, expected):
 
     assert as_written(simple_parse_args_string(text), text) == expected
     with pytest.raises(ArgumentError, match="expected text: put it in quotes"):
-        Arguments(vector=12)  # type: ignore[arg-type]
+        Arguments(vector=12)

@@ -154,6 +154,7 @@ def test_lmms_eval_ends_with_one_line_before_anything_runs(forced, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_model_of_lmms_eval_runs_on_with_a_warning(tmp_path):
     done = run(tmp_path, "lmms_eval", "--model", "nothing", "--tasks", "list", forced="transformers==4.57.1")
     assert done.returncode == 0
@@ -161,6 +162,7 @@ def test_another_model_of_lmms_eval_runs_on_with_a_warning(tmp_path):
     assert "shapes_color_en" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_package_end_with_one_line_and_the_doctor_tells_all(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
