@@ -116,7 +116,9 @@ def test_the_package_of_the_page_runs_in_both_harnesses(installed, text_model, t
 @pytest.mark.slow
 def test_a_method_that_is_installed_is_held_to_what_holds_for_every_one(installed):
     every = str(TESTS / "unit" / "methods" / "test_every_method.py")
-    done = command(installed, "pytest", "-q", every, "-k", "difference", "-p", "no:cacheprovider")
+    done = command(
+        installed, "pytest", "-q", every, "-k", "difference", "-m", "slow or not slow", "-p", "no:cacheprovider"
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "15 passed" in done.stdout
 

@@ -395,9 +395,13 @@ class TestCheck:
         ("change", "told"),
         [
             (lambda cell: cell.update(score=cell["score"] + 0.5), "| exact_match |"),
-            (lambda cell: cell["samples"]["prompts"].__setitem__(3, "00000000"), "document 3 | prompt | 00000000 |"),
-            (lambda cell: cell["vector"].update(id="0123456789abcdef"), "| vector"),
-            (lambda cell: cell["settings"].update(lr=0.2), "| settings |"),
+            pytest.param(
+                lambda cell: cell["samples"]["prompts"].__setitem__(3, "00000000"),
+                "document 3 | prompt | 00000000 |",
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(lambda cell: cell["vector"].update(id="0123456789abcdef"), "| vector", marks=pytest.mark.slow),
+            pytest.param(lambda cell: cell["settings"].update(lr=0.2), "| settings |", marks=pytest.mark.slow),
         ],
     )
     def test_what_runs_again_differs_from_what_was_forged(self, copy, capsys, change, told):
