@@ -202,7 +202,8 @@ def test_a_fitted_vector_is_in_what_it_answers(runs):
     assert fitted.answers != plain.answers
 
 
-@pytest.mark.parametrize("way", matrix.members([here, evaluations.evaluate], here, label=matrix.name))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [here, evaluations.evaluate])
 def test_hf_answers_as_a_loop_of_transformers_does(way, folders, tmp_path):
     folder = folders["idefics2"]
     processor = AutoProcessor.from_pretrained(folder, do_image_splitting=False)
@@ -247,6 +248,7 @@ def test_two_processes_answer_as_one_does(folders, tmp_path):
         assert two[name].record["heads"] == one[name].record["heads"], name
 
 
+@pytest.mark.slow
 def test_the_prompts_that_a_task_keeps_for_a_model_are_asked_of_it_as_a_base(folders, tmp_path):
     from support.shape_tasks import task_file
 

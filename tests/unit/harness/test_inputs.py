@@ -108,6 +108,7 @@ class TestDocuments:
         assert any(f"document {min(lost)} of task custom" in line and "absent.png" in line for line in said)
         assert any(line.startswith(f"{len(lost)} of 40 documents of task custom could not be shown") for line in said)
 
+    @pytest.mark.slow
     def test_nor_where_a_base_reads_documents_itself(self, tmp_path, said):
         """The bases of lmms-eval end at the first picture that they cannot open."""
         folder = task_file(tmp_path, doc_to_visual="some")
@@ -122,7 +123,7 @@ class TestDocuments:
         assert stored["unreadable"] == len(lost) > 0
         assert any(f"document {min(lost)} of task custom" in line and "absent.png" in line for line in said)
 
-    @pytest.mark.parametrize("size", [1, 8])
+    @pytest.mark.parametrize("size", matrix.members([1, 8], 8))
     def test_a_vector_is_applied_whichever_documents_open(self, size, tmp_path):
         """The first may be one that does not."""
         folder = task_file(tmp_path, doc_to_visual="some")
@@ -216,6 +217,7 @@ class TestPlaces:
             tmp_path / "a" / "mtv-1" / "vector.safetensors"
         )
 
+    @pytest.mark.slow
     def test_a_fit_is_kept_where_its_copy_cannot_be_written(self, tmp_path, said):
         from lmms_eval.api.task import Task
 
