@@ -6,7 +6,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from lmms_mtv.experiments import cell as cells
 from lmms_mtv.experiments import check
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -24,7 +24,8 @@ RESULTS = ROOT / "results"
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, timeout=300)
+    done = processes.run(command)
+    assert done.returncode == 0, done.stderr
     (found,) = folder.glob("*.whl")
     return found
 
@@ -40,13 +41,8 @@ def test_the_wheel_has_tasks_and_checkpoint_and_nothing_else(wheel):
 
 
 def tracked(folder: str) -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", folder],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    listed = processes.run(["git", "ls-files", "--cached", folder], cwd=ROOT, timeout=60)
+    assert listed.returncode == 0, listed.stderr
     return [ROOT / line for line in listed.stdout.splitlines()]
 
 
@@ -55,16 +51,17 @@ def test_the_installed_wheel_runs_the_main_job(wheel, tmp_path):
     """MTV beats zero-shot by a wide margin on a third of the benchmark, from a wheel and away from the repository."""
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
-    subprocess.run(command, check=True, timeout=300)
+    done = processes.run(command)
+    assert done.returncode == 0, done.stderr
     environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
     where = [sys.executable, "-c", "import lmms_mtv; print(lmms_mtv.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    found = processes.run(where, cwd=tmp_path, env=environment)
     assert found.stdout.startswith(str(site))
 
     scores = {}
     for method in ("none", "mtv"):
         output = tmp_path / method
-        done = subprocess.run(
+        done = processes.run(
             [
                 *(sys.executable, "-m", "lmms_eval", "--model", "mtv", "--tasks", "shapes", "--limit", "66"),
                 *("--model_args", f"pretrained=tiny,method={method}", "--batch_size", "16"),
@@ -72,10 +69,7 @@ def test_the_installed_wheel_runs_the_main_job(wheel, tmp_path):
             ],
             cwd=tmp_path,
             env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
+            timeout=500,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         (results,) = (json.loads(path.read_text()) for path in output.rglob("*_results.json"))

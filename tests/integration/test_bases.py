@@ -26,7 +26,7 @@ from lmms_mtv.harness.lmms.bases.wrapped import WrapperBase
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.shapes import questions, scenes
 from lmms_mtv.vectors import Edit
-from support import checkpoints, evaluations
+from support import checkpoints, evaluations, matrix
 from support.evaluations import Outcome, own_tasks, task_manager
 
 pytest.importorskip("decord", reason="pip install -e '.[bases]'")
@@ -91,8 +91,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def params(chosen) -> list:
-    marks = {True: [pytest.mark.slow], False: []}
-    return [pytest.param(base, id=base.label, marks=marks[base.slow]) for base in chosen]
+    return matrix.members(chosen, *(base for base in chosen if not base.slow), label=lambda base: base.label)
 
 
 @pytest.fixture(scope="module", params=params(BASES))
@@ -140,12 +139,13 @@ def flags(model: str, model_args: str, **more: Any) -> dict[str, Any]:
 
 def ways() -> list:
     """Each base within this process, and one of either kind with the harness's command."""
-    marks = {True: [pytest.mark.slow], False: []}
-    within = [pytest.param((base, here), id=f"{base.label}-here", marks=marks[base.slow]) for base in BASES]
-    return within + [
-        pytest.param((base, evaluations.evaluate), id=f"{base.label}-command", marks=pytest.mark.slow)
-        for base in (IDEFICS2, QWEN2_5_VL)
-    ]
+    within = [(base, here) for base in BASES]
+    by_command = [(base, evaluations.evaluate) for base in (IDEFICS2, QWEN2_5_VL)]
+    return matrix.members(
+        [*within, *by_command],
+        (IDEFICS2, here),
+        label=lambda way: f"{way[0].label}-{'here' if way[1] is here else 'command'}",
+    )
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ def test_a_fitted_vector_is_in_what_it_answers(runs):
     assert fitted.answers != plain.answers
 
 
-@pytest.mark.parametrize("way", [here, pytest.param(evaluations.evaluate, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [here, evaluations.evaluate])
 def test_hf_answers_as_a_loop_of_transformers_does(way, folders, tmp_path):
     folder = folders["idefics2"]
     processor = AutoProcessor.from_pretrained(folder, do_image_splitting=False)
@@ -247,6 +248,7 @@ def test_two_processes_answer_as_one_does(folders, tmp_path):
         assert two[name].record["heads"] == one[name].record["heads"], name
 
 
+@pytest.mark.slow
 def test_the_prompts_that_a_task_keeps_for_a_model_are_asked_of_it_as_a_base(folders, tmp_path):
     from support.shape_tasks import task_file
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -402,9 +401,13 @@ class TestCheck:
         ("change", "told"),
         [
             (lambda cell: cell.update(score=cell["score"] + 0.5), "| exact_match |"),
-            (lambda cell: cell["samples"]["prompts"].__setitem__(3, "00000000"), "document 3 | prompt | 00000000 |"),
-            (lambda cell: cell["vector"].update(id="0123456789abcdef"), "| vector"),
-            (lambda cell: cell["settings"].update(lr=0.2), "| settings |"),
+            pytest.param(
+                lambda cell: cell["samples"]["prompts"].__setitem__(3, "00000000"),
+                "document 3 | prompt | 00000000 |",
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(lambda cell: cell["vector"].update(id="0123456789abcdef"), "| vector", marks=pytest.mark.slow),
+            pytest.param(lambda cell: cell["settings"].update(lr=0.2), "| settings |", marks=pytest.mark.slow),
         ],
     )
     def test_what_runs_again_differs_from_what_was_forged(self, copy, capsys, change, told):
@@ -447,13 +450,10 @@ class TestCheck:
 
 
 def command(*arguments: str, processes: int = 1) -> str:
-    done = subprocess.run(
+    done = processes.run(
         [*evaluations.launcher(processes), "lmms_mtv", *arguments],
-        capture_output=True,
-        text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         timeout=300,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -15,9 +15,8 @@ import torch
 from lmms_mtv import TaskVector, VectorCard, find_sites, methods
 from lmms_mtv.errors import VectorFileError
 from lmms_mtv.vectors import HEADS
-from support import sessions, zoo
+from support import processes, sessions, zoo
 
-FORK = get_context("fork")
 SETTINGS = {"iterations": 4, "fit_shots": 1, "steps": 6, "samples": 4, "examples": 3, "candidate_examples": 2}
 
 
@@ -49,13 +48,16 @@ def good(path: Path, expected: TaskVector) -> None:
 def test_a_killed_fit_leaves_a_whole_vector_or_none_and_no_lock(tmp_path):
     expected = fit_and_save(tmp_path / "expected.safetensors")
     drawn, path = random.Random(0), tmp_path / "library" / "vector.safetensors"
+    started = time.monotonic()
+    fit_and_save(tmp_path / "timed.safetensors")
+    fit_seconds = time.monotonic() - started
     seen = 0
     for _ in range(20):
-        process = FORK.Process(target=again_and_again, args=(path,))
+        process = processes.forked(again_and_again, path)
         process.start()
-        time.sleep(drawn.uniform(0.02, 0.7))
+        time.sleep(drawn.uniform(0.05, 2.5) * fit_seconds)
         process.kill()
-        process.join()
+        process.join(60)
         assert process.exitcode == -signal.SIGKILL
         if path.exists():
             seen += 1
@@ -67,10 +69,10 @@ def test_a_killed_fit_leaves_a_whole_vector_or_none_and_no_lock(tmp_path):
 
 def test_two_fits_of_one_vector_at_once_end_with_one_good_vector(tmp_path):
     expected, path = fit_and_save(tmp_path / "expected.safetensors"), tmp_path / "library" / "vector.safetensors"
-    processes = [FORK.Process(target=fit_and_save, args=(path,)) for _ in range(4)]
-    for process in processes:
+    fits = [processes.forked(fit_and_save, path) for _ in range(4)]
+    for process in fits:
         process.start()
-    for process in processes:
+    for process in fits:
         process.join(120)
         assert process.exitcode == 0
     good(path, expected)
@@ -90,8 +92,8 @@ def full_disk(path: Path, queue) -> None:
 
 def test_a_full_disk_is_one_error_and_the_old_vector_stays(tmp_path):
     path = tmp_path / "vector.safetensors"
-    expected, queue = fit_and_save(path), FORK.SimpleQueue()
-    process = FORK.Process(target=full_disk, args=(path, queue))
+    expected, queue = fit_and_save(path), get_context("fork").SimpleQueue()
+    process = processes.forked(full_disk, path, queue)
     process.start()
     process.join(60)
     assert process.exitcode == 0

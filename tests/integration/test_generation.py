@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from lmms_mtv import Edit, applied, capture, find_sites, record
 from lmms_mtv.errors import HookError
 from lmms_mtv.runtime.compat import cache_name, returned_cache, unwrapped
-from support import zoo
+from support import matrix, zoo
 
 TEXT = [[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]]
 
@@ -88,7 +88,9 @@ def test_several_tokens_after_a_cache_go_with_an_edit_of_as_many(llama):
     assert fired.count == 1, "a prompt may go on from a cache that was made before"
 
 
-@pytest.mark.parametrize("which", ["the model", "its decoder", "a block", "a wrapper"])
+@pytest.mark.parametrize(
+    "which", matrix.members(["the model", "its decoder", "a block", "a wrapper"], "the model", "a wrapper")
+)
 @torch.no_grad()
 def test_a_model_that_was_compiled_before_is_edited_and_recorded(llama, which):
     inputs, model = llama.inputs(TEXT), llama.model

@@ -65,6 +65,7 @@ def test_the_command_fits_evaluates_and_records(tmp_path):
     assert record["tasks"]["shapes_color_en"]["vector"] != record["tasks"]["shapes_phrase_en"]["vector"]
 
 
+@pytest.mark.slow
 def test_an_error_at_the_command_line_is_one_line_and_a_status(tmp_path):
     done = command(
         *("--model", "mtv", "--model_args", "pretrained=tiny,stepz=3"),
@@ -77,6 +78,7 @@ def test_an_error_at_the_command_line_is_one_line_and_a_status(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_answers_of_a_vector_are_not_taken_from_a_cache_that_does_not_know_it(tmp_path):
     done = command(
         *("--model", "mtv", "--model_args", f"pretrained=tiny,{SHORT}", "--tasks", "shapes_color_en"),
@@ -97,6 +99,7 @@ def test_answers_of_a_vector_are_not_taken_from_a_cache_that_does_not_know_it(tm
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

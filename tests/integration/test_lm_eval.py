@@ -7,11 +7,11 @@ import itertools
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import lm_eval.tasks
 import pytest
@@ -30,7 +30,7 @@ from lmms_mtv.harness.lm.runner import LmRunner
 from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.vectors import HEADS
-from support import zoo
+from support import processes, zoo
 from support.text_tasks import TASKS, run, task_file
 
 SHORT = {
@@ -575,16 +575,13 @@ class TestBadInput:
             LmEvalMtv(pretrained=str(copy), device="cpu", vector=str(vector))
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cwd: Path) -> CompletedProcess[str]:
     """The installed command in a process of its own, away from the repository."""
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-c", "from lmms_mtv.cli import main; main()", "lm-eval", *arguments],
-        capture_output=True,
-        text=True,
         cwd=cwd,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         timeout=300,
-        check=False,
     )
 
 
@@ -608,6 +605,7 @@ class TestCommandLine:
             assert saved.id == used[task]["vector"]
             assert [list(head) for head in saved.heads] == used[task]["heads"]
 
+    @pytest.mark.slow
     def test_an_error_is_one_line_and_a_status(self, text_model, folder, tmp_path):
         done = command(
             *("--model", "mtv", "--model_args", f"pretrained={text_model},stepz=3", "--tasks", "own_arc"),

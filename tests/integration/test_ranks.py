@@ -7,22 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from lmms_mtv import Edit, Episode, find_sites, methods
 from lmms_mtv.errors import MtvError
 from lmms_mtv.runtime.distributed import Ranks, current
-from support import evaluations, sessions, zoo
+from support import evaluations, matrix, processes, sessions, zoo
 
 PARTS = ("value", "keep", "gain")
 SHORT = "iterations=7,fit_shots=2,steps=12,samples=5,examples=6,candidate_examples=4,candidates=3,reuse=False"
 
 
-def work(rank: int, count: int, port: int, folder: str) -> None:
+def work(rank: int, count: int, folder: str) -> None:
     """One process: a fit on a tiny model, and a step at which one rank fails; what came out goes to a file."""
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+    rendezvous = Path(folder, "rendezvous").as_uri()
+    distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count)
     assert current() == Ranks(rank, count)
     try:
         result = fitted(current())
@@ -85,13 +85,11 @@ def fitted(ranks: Ranks) -> dict:
     }
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", matrix.members([2, 3], 2))
 def test_a_fit_is_the_same_and_a_failure_is_everyones(count, tmp_path):
     """Seven prompts, five masks and then two: shares are uneven, and with three processes one gets none."""
     expected = fitted(Ranks())
-    multiprocessing.start_processes(
-        work, (count, evaluations.free_port(), str(tmp_path)), nprocs=count, start_method="fork"
-    )
+    processes.in_ranks(work, count, count, str(tmp_path))
     for rank in range(count):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         torch.testing.assert_close(found["value"], expected["value"], rtol=1e-6, atol=1e-7)
@@ -107,10 +105,10 @@ def test_a_fit_is_the_same_and_a_failure_is_everyones(count, tmp_path):
         assert found["failure"].startswith(last)
 
 
-def prefetching(rank: int, count: int, port: int, folder: str) -> None:
+def prefetching(rank: int, count: int, folder: str) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+    rendezvous = Path(folder, "rendezvous").as_uri()
+    distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count)
     try:
         torch.save(prefetched(current()), Path(folder, f"{rank}.pt"))
     finally:
@@ -142,9 +140,7 @@ def prefetched(ranks: Ranks) -> dict:
 def test_prompts_are_prefilled_in_shares_and_passed_on(tmp_path):
     expected = prefetched(Ranks())
     assert (expected["ahead"], expected["after"]) == (0, 4 + 5)
-    multiprocessing.start_processes(
-        prefetching, (2, evaluations.free_port(), str(tmp_path)), nprocs=2, start_method="fork"
-    )
+    processes.in_ranks(prefetching, 2, 2, str(tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert (found["ahead"], found["after"], found["tight"]) == (2, 5, 0)
@@ -167,13 +163,13 @@ def test_shares_cover_everything_once():
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def launched(processes: int, output: Path, limit: int, arguments: str = SHORT) -> tuple[dict, dict]:
+def launched(count: int, output: Path, limit: int, arguments: str = SHORT) -> tuple[dict, dict]:
     """The harness's command, in one process or started by accelerate; the record and the results."""
     evaluations.command(
         *("--model", "mtv", "--model_args", f"pretrained=tiny,{arguments}"),
         *("--tasks", "shapes_color_en,shapes_phrase_en", "--limit", str(limit), "--output_path", str(output)),
         folder=output.parent,
-        processes=processes,
+        processes=count,
     )
     (record,) = output.rglob("*_mtv.json")
     (results,) = output.rglob("*_results.json")

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from lmms_mtv.fit.examples import Episode
 from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
-from support import checkpoints, golden, official_files
+from support import checkpoints, golden, official_files, processes
 from support.evaluations import task_manager
 
 FOLDERS = ("vqa", "episodes", "words")
@@ -234,17 +233,14 @@ class TestScores:
 
 def run(model: str, arguments: str, tasks: tuple[str, ...], output: Path, *more: str) -> dict[str, dict]:
     """The harness's own command in a process of its own; the results of each task."""
-    done = subprocess.run(
+    done = processes.run(
         [
             *(sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments),
             *("--tasks", ",".join(tasks), "--output_path", str(output), *more),
         ],
-        capture_output=True,
-        text=True,
         cwd=output.parent,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        timeout=600,
-        check=False,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = output.rglob("*_results.json")
@@ -321,18 +317,16 @@ def test_the_base_answers_as_lmms_evals_own_idefics2_does(tmp_path):
     assert sum(mine.strip() == other.strip() for mine, other in zip(*answers.values(), strict=True)) > 6
 
 
+@pytest.mark.slow
 def test_missing_data_ends_the_command_with_the_line_that_mends_it(tmp_path, monkeypatch):
     monkeypatch.setenv(data.FOLDER, str(tmp_path))
-    done = subprocess.run(
+    done = processes.run(
         [
             *(sys.executable, "-m", "lmms_eval", "--model", "mtv", "--model_args", "pretrained=tiny,method=none"),
             *("--tasks", "dtd", "--output_path", str(tmp_path / "out")),
         ],
-        capture_output=True,
-        text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         timeout=300,
-        check=False,
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -71,7 +72,7 @@ TURNS_TEMPLATE = (
 )
 
 
-def _vision(image_size: int, patch_size: int) -> dict:
+def _vision(image_size: int, patch_size: int) -> dict[str, int]:
     return {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -82,7 +83,7 @@ def _vision(image_size: int, patch_size: int) -> dict:
     }
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, **more) -> dict:
+def _text(tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -98,7 +99,7 @@ def _text(tokenizer: PreTrainedTokenizerFast, **more) -> dict:
     }
 
 
-def _save(model: PreTrainedModel, processor, folder: Path) -> Path:
+def _save(model: PreTrainedModel, processor: Any, folder: Path) -> Path:
     # Wide random weights, so that answers differ from one prompt to the next.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 import yaml
 from lmms_eval.tasks import TaskManager
+
+from support.processes import run
 
 
 @functools.cache
@@ -39,7 +40,7 @@ class Outcome:
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def launcher(processes: int) -> list[str]:
@@ -54,15 +55,12 @@ def launcher(processes: int) -> list[str]:
 
 def command(*arguments: str, folder: Path, processes: int = 1) -> str:
     """``lmms-eval ARGUMENTS`` in ``folder``, alone or started by accelerate; what it wrote, once it went well."""
-    done = subprocess.run(
+    done = run(
         [*launcher(processes), "lmms_eval", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        merged=True,
         cwd=folder,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         timeout=500,
-        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     for rank in range(processes):
@@ -77,7 +75,7 @@ def evaluate(wanted: Mapping[str, Mapping[str, Any]], folder: Path, processes: i
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = {"log_samples": True, "device": "cpu"}
-    entries = [flags | common | {"output_path": str(folder / name)} for name, flags in wanted.items()]
+    entries = [{**flags} | common | {"output_path": str(folder / name)} for name, flags in wanted.items()]
     (folder / "evaluations.yaml").write_text(yaml.safe_dump(entries))
     written = command("--config", "evaluations.yaml", folder=folder, processes=processes)
     lacking = [name for name in wanted if not list(folder.glob(f"{name}/**/*_results.json"))]
@@ -98,6 +96,6 @@ def outcome(folder: Path) -> Outcome:
 def record(folder: Path) -> dict[str, Any] | None:
     """The entry of the one task in the file ``*_mtv.json``, if there is one."""
     for path in folder.rglob("*_mtv.json"):
-        (found,) = json.loads(path.read_text(encoding="utf-8"))["tasks"].values()
-        return found
+        (entry,) = json.loads(path.read_text(encoding="utf-8"))["tasks"].values()
+        return dict(entry)
     return None

@@ -60,9 +60,9 @@ def build(path: Path, seed: int = 0) -> Path:
             heads = made.num_attention_heads if "q_proj" in name else made.num_key_value_heads
             # GGUF has the halves of a rotated pair side by side.
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values, dtype=np.float32)
-        )
+        stored_name = names.get_name(name, try_suffixes=(".weight",))
+        assert stored_name is not None, name
+        writer.add_tensor(stored_name, np.ascontiguousarray(values, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

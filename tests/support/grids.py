@@ -65,7 +65,10 @@ def cell(planned: Plan, key: CellKey, n: int = 40, steps: int = 60, shape: Seque
             "fit": float(random.normal(5, 0.3)) if vector else None,
             "evaluation": float(n * (0.01 + 0.004 * shots) * random.normal(1, 0.05)),
         },
-        memory={"fit": 734003200 if vector else None, "evaluation": int(7e8 + 3e7 * shots + random.integers(0, 9e6))},
+        memory={
+            "fit": 734003200 if vector else None,
+            "evaluation": int(7e8 + 3e7 * shots + random.integers(0, 9_000_000)),
+        },
         vector=vector,
         versions=VERSIONS,
         hardware=HARDWARE,

@@ -7,7 +7,7 @@ import json
 import random
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -50,7 +50,7 @@ def members(path: Path, ending: str) -> list[str]:
 def build(task: str, folder: Path) -> Path:
     """The official files of ``task``, small, in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    {
+    builders: dict[str, Callable[[Path], None]] = {
         "vizwiz": vizwiz,
         "okvqa": okvqa,
         "flowers": flowers,
@@ -59,7 +59,8 @@ def build(task: str, folder: Path) -> Path:
         "english_spanish": lambda where: pairs(where / "english-spanish.json"),
         "antonyms": lambda where: pairs(where / "antonym.json", reverse=True),
         "words_capitalize": lambda where: pairs(where / "capitalize.json"),
-    }[task](folder)
+    }
+    builders[task](folder)
     return folder
 
 
@@ -84,7 +85,7 @@ def vizwiz(folder: Path) -> None:
                 }
             )
         annotations[f"Annotations/{split}.json"] = json.dumps(items).encode()
-        zipped(folder / f"{split}.zip", {f"{split}/{item['image']}": picture(item["image"]) for item in items})
+        zipped(folder / f"{split}.zip", {f"{split}/{item['image']}": picture(str(item["image"])) for item in items})
     zipped(folder / "Annotations.zip", annotations)
 
 
@@ -151,7 +152,9 @@ def flowers(folder: Path) -> None:
 
 
 def cub(folder: Path) -> None:
-    classes = {f"{number:03d}.Gray_{WORDS[number % 12].title()}_{number}": [] for number in range(1, 32)}
+    classes: dict[str, list[str]] = {
+        f"{number:03d}.Gray_{WORDS[number % 12].title()}_{number}": [] for number in range(1, 32)
+    }
     for label, images in classes.items():
         images += [f"{label}/{label.partition('.')[2]}_{k:04d}_{len(label)}.jpg" for k in range(4)]
     flat = [image for images in classes.values() for image in images]

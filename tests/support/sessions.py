@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ class TokenRunner:
 
     def __init__(self, tiny: zoo.Tiny, generating: bool = False, padding: int = 0, lead: int = 0) -> None:
         self._tiny, self._generating, self._padding, self._lead = tiny, generating, padding, lead
-        self.model = tiny.model
+        self.model: Any = tiny.model
 
     @torch.no_grad()
     def run(self, prompts: Sequence[TokenPrompt]) -> None:
@@ -64,10 +65,10 @@ class TokenRunner:
         return list(prompt.target[self._lead :])
 
 
-class TokenSession(FitSession):
+class TokenSession(FitSession[TokenPrompt]):
     """A fit that also tells what it runs: ``runner`` and ``prompts``."""
 
-    def __init__(self, runner: TokenRunner, sites: Sites, prompts: TokenExamples, **options) -> None:
+    def __init__(self, runner: TokenRunner, sites: Sites, prompts: TokenExamples, **options: Any) -> None:
         super().__init__(runner, sites, prompts, **options)
         self.runner, self.prompts = runner, prompts
 
@@ -79,7 +80,7 @@ def session(
     generating: bool = False,
     padding: int = 0,
     lead: int = 0,
-    **options,
+    **options: Any,
 ) -> TokenSession:
     runner, options = TokenRunner(tiny, generating, padding, lead), {"seed": 0, "progress": False} | options
     return TokenSession(runner, find_sites(tiny.model), examples or TokenExamples(), **options)

@@ -8,29 +8,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lmms_eval.evaluator import simple_evaluate
 
 from support.evaluations import own_tasks, task_manager
+from support.processes import run
 
 SHORT = "iterations=8,fit_shots=2,steps=10,samples=4,examples=6,candidate_examples=4,candidates=3,reuse=False"
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The harness's own command in a process of its own, away from the repository."""
-    return subprocess.run(
+    return run(
         [sys.executable, "-m", "lmms_eval", *arguments],
-        capture_output=True,
-        text=True,
         cwd=environment.pop("cwd", "/"),
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-        timeout=600,
-        check=False,
+        timeout=500,
     )
 
 
-def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **options):
+def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **options: Any) -> Any:
     """An evaluation in this process; errors come as they are raised."""
     manager = own_tasks(include) if include else task_manager()
     return simple_evaluate(
@@ -38,7 +37,7 @@ def evaluate(model_args: str, tasks: list[str], include: Path | None = None, **o
     )
 
 
-def task_file(folder: Path, name: str = "custom", **changes) -> Path:
+def task_file(folder: Path, name: str = "custom", **changes: Any) -> Path:
     """A task of our own making over the scenes of shapes; a change to None takes a key away."""
     from lmms_mtv.harness.lmms.plugin import tasks_folder
 
@@ -66,7 +65,7 @@ def task_file(folder: Path, name: str = "custom", **changes) -> Path:
     return folder
 
 
-def records(folder: Path) -> list[dict]:
+def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.rglob("*_mtv.json"))]
 
 

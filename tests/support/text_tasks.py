@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lm_eval.tasks
 import yaml
@@ -24,46 +26,45 @@ def phrases(rng: random.Random, least: int = 1, most: int = 4) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most)))
 
 
-def rows(kind: str, seed: int, count: int = 12) -> list[dict]:
+def rows(kind: str, seed: int, count: int = 12) -> list[dict[str, Any]]:
     """Documents in the form that each of the library's tasks has them; every third has words nobody knows."""
     rng = random.Random(f"{kind}/{seed}")
-    made = []
+    documents: list[dict[str, Any]] = []
     for index in range(count):
         ask, strange = phrases(rng, 2, 9), " zyx" if index % 3 == 0 else ""
         one, two, three = (phrases(rng) for _ in range(3))
-        made.append(
-            {
-                "arc": {
-                    "question": ask + strange,
-                    "choices": {"text": [one + strange, two, f"{one}{strange} zyx"], "label": ["A", "B", "C"]},
-                    "answerKey": "ABC"[index % 3],
-                },
-                "copa": {
-                    "premise": f"{ask}.",
-                    "question": "cause" if index % 2 else "effect",
-                    "choice1": WORDS[index % 5],
-                    "choice2": WORDS[5 + index % 5],
-                    "label": index % 2,
-                },
-                "winogrande": {
-                    "sentence": f"{ask} _ {two}",
-                    "option1": one,
-                    "option2": f"{three} top",
-                    "answer": "12"[index % 2],
-                },
-                "answers": {"ask": f"{ask}{strange}", "answer": one},
-                # Two ways to split the same words, and a question without words.
-                "splits": {
-                    "ask": ["red circle", "red circle left", "red", "", "zyx"][index % 5],
-                    "answer": [" left top", " top", " circle left top", "blue ring zyx", " zyx"][index % 5],
-                },
-                "texts": {"ask": "", "answer": phrases(rng, 1, 60)},
-            }[kind]
-        )
-    return made
+        forms: dict[str, dict[str, Any]] = {
+            "arc": {
+                "question": ask + strange,
+                "choices": {"text": [one + strange, two, f"{one}{strange} zyx"], "label": ["A", "B", "C"]},
+                "answerKey": "ABC"[index % 3],
+            },
+            "copa": {
+                "premise": f"{ask}.",
+                "question": "cause" if index % 2 else "effect",
+                "choice1": WORDS[index % 5],
+                "choice2": WORDS[5 + index % 5],
+                "label": index % 2,
+            },
+            "winogrande": {
+                "sentence": f"{ask} _ {two}",
+                "option1": one,
+                "option2": f"{three} top",
+                "answer": "12"[index % 2],
+            },
+            "answers": {"ask": f"{ask}{strange}", "answer": one},
+            # Two ways to split the same words, and a question without words.
+            "splits": {
+                "ask": ["red circle", "red circle left", "red", "", "zyx"][index % 5],
+                "answer": [" left top", " top", " circle left top", "blue ring zyx", " zyx"][index % 5],
+            },
+            "texts": {"ask": "", "answer": phrases(rng, 1, 60)},
+        }
+        documents.append(forms[kind])
+    return documents
 
 
-OWN = {
+OWN: dict[str, Any] = {
     "doc_to_text": "{{ask}}",
     "doc_to_target": "{{answer}}",
     "fewshot_delimiter": "\n",
@@ -71,7 +72,7 @@ OWN = {
 }
 
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "arc": {"include": str(LIBRARY / "arc" / "arc_easy.yaml")},
     "copa": {"include": str(LIBRARY / "super_glue" / "copa" / "default.yaml")},
     "winogrande": {"include": str(LIBRARY / "winogrande" / "default.yaml")},
@@ -90,7 +91,7 @@ TASKS = {
 }
 
 
-def task_file(folder: Path, kind: str, **changes) -> Path:
+def task_file(folder: Path, kind: str, **changes: Any) -> Path:
     """A task over local documents; of the library's tasks everything but the data is the library's own."""
     folder.mkdir(exist_ok=True)
     files = {}
@@ -116,8 +117,14 @@ def task_file(folder: Path, kind: str, **changes) -> Path:
 
 
 def run(
-    model: Path, folder: Path, kinds, evaluation: dict | None = None, library: bool = False, prefix="own_", **given
-):
+    model: Path,
+    folder: Path,
+    kinds: Iterable[str],
+    evaluation: dict[str, Any] | None = None,
+    library: bool = False,
+    prefix: str = "own_",
+    **given: Any,
+) -> tuple[Any, dict[str, list[Any]]]:
     """An evaluation in this process. Gives the model, and the answers of each task."""
     tasks = Tasks(include_path=str(folder), include_defaults=False)
     evaluation = evaluation or {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,8 +17,8 @@ from lmms_mtv.vectors import checksum
 GEOMETRY = ((0, "model.layers.0.self_attn.o_proj", 2, 4), (2, "model.layers.2.self_attn.o_proj", 2, 4))
 
 
-def card(**changes) -> VectorCard:
-    fields = {
+def card(**changes: Any) -> VectorCard:
+    fields: dict[str, Any] = {
         "model": "some/model",
         "revision": "abc",
         "dtype": "float32",
@@ -37,14 +39,14 @@ def card(**changes) -> VectorCard:
     return VectorCard(**fields | changes)
 
 
-def vector(values: int = 0, **changes) -> TaskVector:
+def vector(values: int = 0, **changes: Any) -> TaskVector:
     """A vector whose values are drawn from the seed ``values``; ``changes`` are fields of its card."""
     rng = torch.Generator().manual_seed(values)
     mask = torch.tensor([[True, False], [False, True]])
     return TaskVector({"heads": Edit.replace(torch.randn(2, 2, 4, generator=rng), mask)}, card(**changes))
 
 
-def rewritten(path: Path, change) -> Path:
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """The file with its card changed, and with a checksum that still holds."""
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
@@ -53,6 +55,6 @@ def rewritten(path: Path, change) -> Path:
     change(fields)
     text = json.dumps(fields)
     header["__metadata__"] |= {"card": text, "checksum": checksum(text, load_file(path))}
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    described = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(described)) + described + raw[8 + size :])
     return path

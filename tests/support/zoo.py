@@ -34,6 +34,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from support import matrix
+
 VOCABULARY, PAD, IMAGE, VISION_START, VISION_END = 120, 0, 100, 101, 102
 LAYERS, HEADS, HEAD_DIM = 3, 4, 8
 
@@ -291,6 +293,9 @@ def qwen3_vl() -> Tiny:
 
 
 ARCHITECTURES = (idefics2, idefics3, llava, qwen2_5_vl, qwen3_vl, mllama, gemma3, gemma2, qwen3, llama, gpt2)
+REPRESENTATIVES = (idefics3, llama)
+"""An image-text model and a text model."""
+PARAMETERS = matrix.members(ARCHITECTURES, *REPRESENTATIVES, label=matrix.name)
 
 
 def build(architecture: Callable[[], Tiny]) -> Tiny:

@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
@@ -24,7 +23,7 @@ from lmms_mtv import cli, data
 from lmms_mtv.data import episodes, hub, vqa, words
 from lmms_mtv.data.official import checksum
 from lmms_mtv.errors import ArgumentError, DataError
-from support import official_files
+from support import official_files, processes
 
 EPISODES = {known.task: known for known in episodes.SETS}
 
@@ -366,13 +365,10 @@ class TestBadData:
         try:
             environment = {k: v for k, v in os.environ.items() if k not in (data.FOLDER, "HF_HUB_OFFLINE")}
             environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_address[1]}"
-            done = subprocess.run(
+            done = processes.run(
                 [sys.executable, "-c", "from lmms_mtv import data; data.documents('vizwiz', 'val')"],
                 env=environment,
-                capture_output=True,
-                text=True,
                 timeout=120,
-                check=False,
             )
         finally:
             server.shutdown()

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import shutil
 import statistics
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,7 +21,7 @@ from lmms_mtv.experiments import cell as cells
 from lmms_mtv.experiments.report import bootstrap, marks, results, summary, tables
 from lmms_mtv.experiments.report.page import page
 from lmms_mtv.experiments.report.plots import plots
-from support import grids
+from support import grids, processes
 
 SMALL = {"tasks": ["a_en", "b_en"], "arms": {name: grids.ARMS[name] for name in ("zero-shot", "2-shot", "MTV")}}
 
@@ -413,6 +412,6 @@ def test_a_browser_opens_the_page_without_complaint(html, tmp_path: Path):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--enable-logging=stderr", "--dump-dom"]
-    done = subprocess.run(["chromium", *flags, path.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    done = processes.run(["chromium", *flags, path.as_uri()], timeout=120)
     assert done.stdout.count("<figure>") == 6
     assert "CONSOLE" not in done.stderr

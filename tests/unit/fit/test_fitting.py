@@ -16,7 +16,7 @@ from lmms_mtv.errors import DataError, HookError, NumericsError
 from lmms_mtv.fit.losses import Run
 from lmms_mtv.hooks import Prefill, shape
 from lmms_mtv.vectors import HEADS, RESIDUAL
-from support import zoo
+from support import matrix, zoo
 from support.sessions import TokenExamples, TokenPrompt, TokenRunner, session
 
 MASKS = 32
@@ -223,7 +223,7 @@ def mistral(window: int) -> zoo.Tiny:
     return zoo.Tiny("mistral", MistralForCausalLM(MistralConfig(**zoo._text(sliding_window=window))))
 
 
-@pytest.mark.parametrize("architecture", [mistral, zoo.gemma2, zoo.gemma3])
+@pytest.mark.parametrize("architecture", matrix.members([mistral, zoo.gemma2, zoo.gemma3], mistral))
 def test_a_full_sliding_window_falls_back_and_says_so(architecture, caplog):
     """A window shorter than the prompt has forgotten what a replay would need."""
     tiny = zoo.build(lambda: architecture(4))
@@ -255,7 +255,7 @@ def test_a_cache_with_a_recurrent_state_falls_back_and_says_so(caplog):
     assert (losses - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("architecture", [mistral, zoo.gemma2, zoo.gemma3])
+@pytest.mark.parametrize("architecture", matrix.members([mistral, zoo.gemma2, zoo.gemma3], mistral))
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_window_as_long_as_the_prompt_is_replayed_right_or_not_at_all(architecture, padding):
     """Windows around the length of prompt and target: padding takes place in them, as it does in a full forward."""
@@ -273,7 +273,7 @@ def test_a_window_as_long_as_the_prompt_is_replayed_right_or_not_at_all(architec
     assert replays[length + 3]
 
 
-@pytest.mark.parametrize("architecture", [mistral, zoo.gemma2, zoo.gemma3])
+@pytest.mark.parametrize("architecture", matrix.members([mistral, zoo.gemma2, zoo.gemma3], mistral))
 @pytest.mark.parametrize("padding", [0, 3])
 def test_edits_side_by_side_fit_a_window_or_are_refused(architecture, padding):
     length = len(architecture(4).row(list(PROMPT.text))) + padding
@@ -314,7 +314,7 @@ class Refusing(LlamaForCausalLM):
         return super().forward(*args, attention_mask=attention_mask, **kwargs)
 
 
-@pytest.mark.parametrize("shots", [2, 400])
+@pytest.mark.parametrize("shots", matrix.members([2, 400], 2))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", [Nearsighted, Counting, Refusing])
 def test_a_model_on_which_edits_disturb_each_other_replays_them_in_rows(architecture, dtype, shots, caplog):

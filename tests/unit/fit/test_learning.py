@@ -17,7 +17,7 @@ from lmms_mtv.fit.learning import Distillation, TrainingQuery
 from lmms_mtv.hooks import checkpointed, find_sites, shape
 from lmms_mtv.methods import i2cl, live, m2iv, mimic
 from lmms_mtv.vectors import ATTENTION, HEADS, MLP, RESIDUAL, Edit
-from support import zoo
+from support import matrix, zoo
 from support.sessions import TokenExamples, session
 
 BOTH = [zoo.llama, zoo.idefics3]
@@ -39,7 +39,7 @@ def whole(prompt) -> list[int]:
     return [*prompt.text, *prompt.target[:-1]]
 
 
-@pytest.mark.parametrize("architecture", BOTH)
+@pytest.mark.parametrize("architecture", matrix.members(BOTH, zoo.idefics3))
 @pytest.mark.parametrize("tokens", ["first", "all"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_finite_differences_and_reach_no_weight(architecture, tokens, checkpointing):
@@ -136,7 +136,7 @@ def test_autocast_computes_in_bfloat16():
     assert functional.cosine_similarity(exact.flatten(), near.flatten(), dim=0) > 0.98
 
 
-@pytest.mark.parametrize("architecture", BOTH)
+@pytest.mark.parametrize("architecture", matrix.members(BOTH, zoo.idefics3))
 def test_an_answer_has_the_logits_and_states_of_a_plain_forward(architecture):
     tiny, examples = zoo.build(architecture), TokenExamples(answer=3)
     used, episode = session(tiny, examples=examples), Episode(3, (5, 6))
@@ -242,7 +242,7 @@ def test_learning_lowers_the_loss_of_queries_it_was_not_on(name):
     assert all(not edit.value.requires_grad and edit.everywhere for edit in found.edits.values())
 
 
-@pytest.mark.parametrize("architecture", BOTH)
+@pytest.mark.parametrize("architecture", matrix.members(BOTH, zoo.idefics3))
 def test_m2iv_is_the_formula_and_with_zero_weights_changes_nothing(architecture):
     tiny = zoo.build(architecture)
     inputs = tiny.inputs([[5, 6, 7], [8, 9]])
@@ -374,7 +374,7 @@ def test_an_edit_of_heads_can_be_learned_too():
     assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("architecture", BOTH)
+@pytest.mark.parametrize("architecture", matrix.members(BOTH, zoo.idefics3))
 def test_mimic_learns_a_vector_and_a_gate_for_every_head(architecture):
     tiny = zoo.build(architecture)
     used = session(tiny)

@@ -30,7 +30,7 @@ from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
 from lmms_mtv.harness.trial import doubts
 from lmms_mtv.shapes import CHECKPOINT
-from support import checkpoints
+from support import checkpoints, matrix, processes
 from support.evaluations import own_tasks
 from support.shape_tasks import SHORT, Arguments, records, task_file
 
@@ -109,6 +109,7 @@ class TestDocuments:
         assert any(f"document {min(lost)} of task custom" in line and "absent.png" in line for line in said)
         assert any(line.startswith(f"{len(lost)} of 40 documents of task custom could not be shown") for line in said)
 
+    @pytest.mark.slow
     def test_nor_where_a_base_reads_documents_itself(self, tmp_path, said):
         """The bases of lmms-eval end at the first picture that they cannot open."""
         folder = task_file(tmp_path, doc_to_visual="some")
@@ -123,7 +124,7 @@ class TestDocuments:
         assert stored["unreadable"] == len(lost) > 0
         assert any(f"document {min(lost)} of task custom" in line and "absent.png" in line for line in said)
 
-    @pytest.mark.parametrize("size", [1, 8])
+    @pytest.mark.parametrize("size", matrix.members([1, 8], 8))
     def test_a_vector_is_applied_whichever_documents_open(self, size, tmp_path):
         """The first may be one that does not."""
         folder = task_file(tmp_path, doc_to_visual="some")
@@ -217,6 +218,7 @@ class TestPlaces:
             tmp_path / "a" / "mtv-1" / "vector.safetensors"
         )
 
+    @pytest.mark.slow
     def test_a_fit_is_kept_where_its_copy_cannot_be_written(self, tmp_path, said):
         from lmms_eval.api.task import Task
 
@@ -238,17 +240,11 @@ class TestPlaces:
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lmms_mtv", *command],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=120,
-        check=False,
-    )
+    return processes.run([sys.executable, "-m", "lmms_mtv", *command], env=os.environ | environment, timeout=120)
 
 
 class TestTerminals:
+    @pytest.mark.slow
     def test_output_that_is_not_utf8(self, tmp_path):
         grids.write(tmp_path / "grid", grids.plan(tasks=["shapes_color_en"], seeds=[0, 1]))
         done = run("report", str(tmp_path / "grid"), PYTHONIOENCODING="ascii")
@@ -256,6 +252,7 @@ class TestTerminals:
         assert " ? " in done.stdout
         assert "±" in run("report", str(tmp_path / "grid"), PYTHONIOENCODING="utf-8").stdout
 
+    @pytest.mark.slow
     def test_a_reader_that_closes_early(self, tmp_path):
         grids.write(tmp_path / "grid", grids.plan(tasks=["shapes_color_en"], seeds=[0, 1]))
         pipe = subprocess.Popen(
@@ -280,7 +277,7 @@ CHANGES = {
 
 
 class TestOneTable:
-    @pytest.fixture(params=CHANGES)
+    @pytest.fixture(params=matrix.members(CHANGES, "revision"))
     def mixed(self, request, tmp_path) -> Path:
         import dataclasses
 

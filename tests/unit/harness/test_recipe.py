@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.harness.training import Training
 from lmms_mtv.vectors.library import Library
+from support import processes
 from support.evaluations import own_tasks
 from support.shape_tasks import SHORT, task_file
 from support.text_tasks import task_file as lm_task_file
@@ -290,6 +290,7 @@ class TestExamples:
 
         assert training(half("red")).digest() != training(half("blue")).digest()
 
+    @pytest.mark.slow
     def test_the_digest_is_the_same_in_another_process(self):
         program = (
             "from test_recipe import examples, training\n"
@@ -299,10 +300,7 @@ class TestExamples:
         folders = (str(Path(__file__).parent), str(Path(__file__).parents[2]))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
         command = [sys.executable, "-c", program]
-        runs = [
-            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-            for _ in range(2)
-        ]
+        runs = [processes.run(command, env=environment, timeout=240).stdout for _ in range(2)]
         assert runs[0] == runs[1]
         assert runs[0].split()[0] == training(examples("red")).digest()
 
@@ -332,4 +330,4 @@ def test_a_reference_of_digits_stays_a_text(text, expected):
 
     assert with_text_restored(simple_parse_args_string(text), text) == expected
     with pytest.raises(ArgumentError, match="expected text: put it in quotes"):
-        Arguments(vector=12)  # type: ignore[arg-type]
+        Arguments(vector=12)

@@ -21,7 +21,7 @@ from lmms_mtv.errors import GeometryError, HookError, NumericsError, VectorFileE
 from lmms_mtv.hooks import Sites, gates
 from lmms_mtv.vectors import HEADS, MLP, RESIDUAL
 from lmms_mtv.vectors.library import page
-from support import zoo
+from support import matrix, zoo
 from support.vectors import card, vector
 
 TEXTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
@@ -77,15 +77,19 @@ def by_hand(tiny: zoo.Tiny, edit: Edit) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS["by_hand"]
 
 
-@pytest.fixture(scope="module", params=[a for a in zoo.ARCHITECTURES if a is not zoo.gemma2], ids=lambda a: a.__name__)
+WITH_SDPA = [architecture for architecture in zoo.ARCHITECTURES if architecture is not zoo.gemma2]
+
+
+@pytest.fixture(scope="module", params=matrix.members(WITH_SDPA, *zoo.REPRESENTATIVES, label=matrix.name))
 def every(request: pytest.FixtureRequest) -> zoo.Tiny:
     """All that have ``sdpa``."""
     return zoo.build(request.param)
 
 
-@pytest.fixture(
-    scope="module", params=[zoo.idefics3, zoo.mllama, zoo.gemma3, zoo.qwen3, zoo.gpt2], ids=lambda a: a.__name__
-)
+SEVERAL = [zoo.idefics3, zoo.mllama, zoo.gemma3, zoo.qwen3, zoo.gpt2]
+
+
+@pytest.fixture(scope="module", params=matrix.members(SEVERAL, zoo.idefics3, zoo.qwen3, label=matrix.name))
 def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
     return zoo.build(request.param)
 

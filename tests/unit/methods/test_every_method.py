@@ -24,7 +24,7 @@ from lmms_mtv.fit.episodes import EpisodeSampler
 from lmms_mtv.harness.lm import model as of_lm_eval
 from lmms_mtv.harness.lmms import model as of_lmms_eval
 from lmms_mtv.harness.lmms import task_evaluation
-from support import zoo
+from support import matrix, zoo
 from support.sessions import session
 from support.shape_tasks import task_file
 from support.text_tasks import run
@@ -109,7 +109,7 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
-@pytest.fixture(scope="module", params=[zoo.llama, zoo.idefics3], ids=lambda architecture: architecture.__name__)
+@pytest.fixture(scope="module", params=matrix.members([zoo.llama, zoo.idefics3], zoo.llama, label=matrix.name))
 def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
     """A text model and an image-text one; of their weights every second takes a gradient."""
     built = zoo.build(request.param)
@@ -232,6 +232,11 @@ def test_the_module_says_what_it_stores_injects_trains_costs_and_where_it_is_fro
     assert methods.get(name).fit.__doc__
 
 
+through_a_harness = pytest.mark.parametrize(
+    "name", matrix.members(methods.names(), "mtv", "m2iv"), indirect=True, scope="module"
+)
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of lmms-eval: ``seen`` with images, ``read`` without; of lm-eval, apart: answers and choices."""
@@ -275,7 +280,8 @@ def counted(monkeypatch) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("task", ["seen", "read"])
+@pytest.mark.parametrize("task", matrix.members(["seen", "read"], "seen"))
+@through_a_harness
 def test_lmms_eval_evaluates_with_it(name, task, tasks, loaded, counted, monkeypatch):
     # It frees the model by a full collection of garbage, which takes longer than all of this; and others need it.
     monkeypatch.setattr(of_lmms_eval.LmmsEvalMtv, "clean", lambda model: None)
@@ -291,6 +297,7 @@ def test_lmms_eval_evaluates_with_it(name, task, tasks, loaded, counted, monkeyp
     assert (counted["run"] > 0) == (name != "none")
 
 
+@through_a_harness
 def test_lm_eval_evaluates_with_it(name, text_model, tasks, counted, monkeypatch):
     # The library lists all installed packages in its results.
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)

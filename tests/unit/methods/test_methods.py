@@ -18,7 +18,7 @@ from lmms_mtv.harness.arguments import split_arguments
 from lmms_mtv.methods import gradient_mask, mtv, none
 from lmms_mtv.methods import random as control
 from lmms_mtv.vectors import HEADS
-from support import zoo
+from support import matrix, zoo
 from support.sessions import TokenExamples, session
 from support.vectors import card
 
@@ -368,7 +368,7 @@ def test_one_concrete_step_is_the_derivative_of_the_relaxed_sample():
     torch.testing.assert_close(policy.logits, -1.0 - 0.1 * expected / (expected.abs() + 1e-8))
 
 
-@pytest.mark.parametrize("architecture", [zoo.llama, zoo.idefics3])
+@pytest.mark.parametrize("architecture", matrix.members([zoo.llama, zoo.idefics3], zoo.llama))
 def test_gradient_masks_lower_the_loss_and_follow_the_seed(architecture):
     tiny = zoo.build(architecture)
     short = {name: SHORT[name] for name in ("iterations", "candidates", "candidate_examples")}

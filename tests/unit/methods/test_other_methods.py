@@ -13,7 +13,7 @@ from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.methods import function_vector, icv, task_vector
 from lmms_mtv.vectors import MLP, RESIDUAL
-from support import zoo
+from support import matrix, zoo
 from support.sessions import TokenExamples, session
 
 SHORT = {
@@ -67,7 +67,7 @@ def likelihood(used, tiny, episode, edit=None) -> float:
 
 
 @pytest.mark.parametrize("corrupted", ["shuffled", "bare"])
-@pytest.mark.parametrize("architecture", [*BOTH, zoo.gpt2])
+@pytest.mark.parametrize("architecture", matrix.members([*BOTH, zoo.gpt2], zoo.llama))
 def test_a_function_vector_is_the_sum_of_projected_means_of_the_most_effective_heads(architecture, corrupted):
     tiny = zoo.build(architecture)
     found = fitted("function_vector", tiny, corrupted=corrupted)
@@ -110,7 +110,7 @@ def test_shuffled_answers_are_those_of_the_same_demonstrations():
     assert [(episode.demonstrations, episode.answers) for episode in bare] == [((), None)] * 8
 
 
-@pytest.mark.parametrize("architecture", BOTH)
+@pytest.mark.parametrize("architecture", matrix.members(BOTH, zoo.llama))
 def test_a_task_vector_is_the_recorded_state_of_a_few_shot_prompt(architecture):
     tiny = zoo.build(architecture)
     found = fitted("task_vector", tiny, loss="first")

@@ -12,7 +12,7 @@ from lmms_mtv.errors import ArgumentError, NumericsError
 from lmms_mtv.fit.policy import Categorical, improved
 from lmms_mtv.methods import stv
 from lmms_mtv.vectors import HEADS
-from support import zoo
+from support import matrix, zoo
 from support.sessions import TokenExamples, session
 
 SHORT = {
@@ -39,7 +39,7 @@ def activations(used, episode) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shots", [0, 1])
-@pytest.mark.parametrize("architecture", [zoo.llama, zoo.idefics3])
+@pytest.mark.parametrize("architecture", matrix.members([zoo.llama, zoo.idefics3], zoo.llama))
 def test_the_most_sensitive_heads_are_edited(architecture, shots):
     found, used = fitted(zoo.build(architecture), top=5, shots=shots)
     moved = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import yaml
@@ -17,6 +17,7 @@ from lmms_mtv.errors import InstallationError
 from lmms_mtv.harness.lmms.plugin import names_model
 from lmms_mtv.runtime import environment
 from lmms_mtv.runtime.environment import RequiredLibrary, newer, problem
+from support import matrix, processes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -124,24 +125,24 @@ def test_a_command_line_asks_for_the_model_by_name_or_in_a_file(tmp_path):
     assert not names_model(["--config", str(tmp_path)])
 
 
-def run(folder: Path, *command: str, forced: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str, forced: str) -> CompletedProcess[str]:
     """A command in a process of its own that finds ``forced``, as ``name==version``, to be installed."""
     name, version = forced.split("==")
     metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-m", *command],
-        capture_output=True,
-        text=True,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
         timeout=300,
-        check=False,
     )
 
 
-@pytest.mark.parametrize("forced", ["filelock==4.3.1", "transformers==4.57.1", "lmms-eval==0.7.2"])
+FORCED = ["filelock==4.3.1", "transformers==4.57.1", "lmms-eval==0.7.2"]
+
+
+@pytest.mark.parametrize("forced", matrix.members(FORCED, "transformers==4.57.1"))
 def test_lmms_eval_ends_with_one_line_before_anything_runs(forced, tmp_path):
     arguments = ("--model", "mtv", "--model_args", "pretrained=tiny", "--tasks", "shapes", "--output_path", "out")
     done = run(tmp_path, "lmms_eval", *arguments, forced=forced)
@@ -153,6 +154,7 @@ def test_lmms_eval_ends_with_one_line_before_anything_runs(forced, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_model_of_lmms_eval_runs_on_with_a_warning(tmp_path):
     done = run(tmp_path, "lmms_eval", "--model", "nothing", "--tasks", "list", forced="transformers==4.57.1")
     assert done.returncode == 0
@@ -160,6 +162,7 @@ def test_another_model_of_lmms_eval_runs_on_with_a_warning(tmp_path):
     assert "shapes_color_en" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_package_end_with_one_line_and_the_doctor_tells_all(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()

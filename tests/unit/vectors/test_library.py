@@ -12,11 +12,9 @@ import shlex
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import threading
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -30,9 +28,8 @@ from lmms_mtv.errors import ArgumentError, GeometryError, LibraryError, MtvError
 from lmms_mtv.runtime import files
 from lmms_mtv.vectors.library import page
 from lmms_mtv.vectors.library.place import FILE, PAGE, folder_name
+from support import processes
 from support.vectors import card, rewritten, vector
-
-FORK = get_context("fork")
 
 NAMES = st.one_of(
     st.text(max_size=300),
@@ -545,14 +542,14 @@ def test_a_full_and_a_read_only_library_say_so_and_lose_nothing(tmp_path):
     root.mkdir()
     mounted = f"mount -t tmpfs -o size=64k tmpfs {root} && exec"
     try:
-        probe = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mounted} true"], capture_output=True, check=False)
+        probe = processes.run(["unshare", "-rm", "sh", "-c", f"{mounted} true"], timeout=60)
     except FileNotFoundError:
         pytest.skip("no unshare here")
     if probe.returncode:
-        pytest.skip(f"this place lets no test mount a file system: {probe.stderr.decode()}")
+        pytest.skip(f"this place lets no test mount a file system: {probe.stderr}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = ["unshare", "-rm", "sh", "-c", f'{mounted} "$0" "$@"', sys.executable, "-c", FULL, str(root)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = processes.run(command, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert "No space left on device" in said["full"]
@@ -587,13 +584,13 @@ def test_a_killed_process_leaves_whole_vectors(library):
     drawn = random.Random(0)
     library.add(vector())
     for _ in range(10):
-        processes = [FORK.Process(target=again_and_again, args=(library.root, 2 * n)) for n in range(2)]
-        for process in processes:
+        adding = [processes.forked(again_and_again, library.root, 2 * n) for n in range(2)]
+        for process in adding:
             process.start()
         time.sleep(drawn.uniform(0.02, 0.2))
-        for process in processes:
+        for process in adding:
             process.kill()
-            process.join()
+            process.join(60)
             assert process.exitcode == -signal.SIGKILL
         assert library.get(card()) is not None
         assert len(library.entries()) == 1
