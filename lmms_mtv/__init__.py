@@ -8,7 +8,7 @@ from lmms_mtv.vectors import Edit, TaskVector, VectorCard
 from lmms_mtv.vectors.combine import combined
 from lmms_mtv.vectors.library import Library
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Edit",
