@@ -34,14 +34,14 @@ class ActivationReader(Generic[P]):
         """Return the mean over ``episodes``; see :meth:`FitSession.mean_activations`."""
         context = self._context
         total = torch.zeros(shape(context.sites, stream), dtype=torch.float64)
-        own = context.ranks.shard(episodes)
+        shard = context.ranks.shard(episodes)
 
-        def extracted(batch: Sequence[Episode]) -> Tensor:
+        def sum_of(batch: Sequence[Episode]) -> Tensor:
             return self._of(batch, stream).to("cpu", torch.float64).sum(0)
 
         description = context.bar_options("Extracting activations")
-        with context.ranks.raise_together(), tqdm(total=len(own), **description) as bar:
-            for batch, rows in self._batch_size.run_batches(own, extracted):
+        with context.ranks.raise_together(), tqdm(total=len(shard), **description) as bar:
+            for batch, rows in self._batch_size.run_batches(shard, sum_of):
                 total += rows
                 bar.update(len(batch))
         return (context.ranks.all_reduce(total) / len(episodes)).float()
@@ -53,14 +53,14 @@ class ActivationReader(Generic[P]):
         context = self._context
         _, heads, size = shape(context.sites, stream)
         activations = torch.zeros(len(episodes), len(layers), heads, size)
-        own = context.ranks.shard(range(len(episodes)))
+        shard = context.ranks.shard(range(len(episodes)))
 
-        def extracted(batch: Sequence[int]) -> Tensor:
+        def activations_of(batch: Sequence[int]) -> Tensor:
             rows = self._of([episodes[index] for index in batch], stream)
             return rows[:, layers.start : layers.stop].cpu()
 
-        with context.ranks.raise_together(), tqdm(total=len(own), **context.bar_options(description)) as bar:
-            for batch, rows in self._batch_size.run_batches(own, extracted):
+        with context.ranks.raise_together(), tqdm(total=len(shard), **context.bar_options(description)) as bar:
+            for batch, rows in self._batch_size.run_batches(shard, activations_of):
                 activations[list(batch)] = rows
                 bar.update(len(batch))
         return context.ranks.all_reduce(activations)
@@ -79,17 +79,17 @@ class ActivationReader(Generic[P]):
     def answered(self, episodes: Sequence[Episode], stream: str) -> tuple[Tensor, Tensor]:
         """Return activations before and after the targets; see :meth:`FitSession.answered_activations`."""
         context = self._context
-        both = torch.zeros(2, len(episodes), *shape(context.sites, stream))
+        before_and_after = torch.zeros(2, len(episodes), *shape(context.sites, stream))
         with context.ranks.raise_together(), single_row():
             for index in context.bar(context.ranks.shard(range(len(episodes))), "Extracting activations"):
                 prefill, target = self._prefills.get(episodes[index], lean=None)
                 context.verify(prefill, [stream])
                 # A forward runs the target without its last token, so the whole of it needs one more.
-                for which, following in enumerate((target.ids[:1], [*target.ids, target.ids[-1]])):
+                for side, following in enumerate((target.ids[:1], [*target.ids, target.ids[-1]])):
                     with record(context.sites, stream) as recording:
                         prefill.forward(context.model, context.sites, {}, following)
-                    both[which, index] = recording.last()[0].cpu()
-        before, after = context.ranks.all_reduce(both)
+                    before_and_after[side, index] = recording.last()[0].cpu()
+        before, after = context.ranks.all_reduce(before_and_after)
         return before, after
 
     def _of(self, batch: Sequence[Episode], stream: str) -> Tensor:

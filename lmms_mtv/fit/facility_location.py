@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def greedy(points: Tensor, count: int) -> list[int]:
-    """Indices of ``count`` of the ``points`` [n, E], each one the gain of which is greatest after those before it.
+    """Return the indices of ``count`` of the ``points`` [n, E]: each has the greatest gain after the points before it.
 
     The value of a set is the sum over all points of ``1 + cosine`` with the most similar one in it, of vectors from
     the mean of all points: without the mean, activations of one model all look alike. Gains equal to six decimals go
@@ -20,16 +20,16 @@ def greedy(points: Tensor, count: int) -> list[int]:
     units = torch.nn.functional.normalize(points.double() - points.double().mean(0), dim=1)
     covered = torch.zeros(len(units), dtype=torch.float64)
     # Alone, a point gains its row sum. A little more, so that rounding leaves it a bound.
-    single_row = len(units) * (1 + 1e-6) + units @ units.sum(0)
-    bounds = [(-gain, index) for index, gain in enumerate(single_row.tolist())]
+    row_sums = len(units) * (1 + 1e-6) + units @ units.sum(0)
+    bounds = [(-gain, index) for index, gain in enumerate(row_sums.tolist())]
     heapq.heapify(bounds)
     chosen: list[int] = []
     while bounds and len(chosen) < count:
         _, index = heapq.heappop(bounds)
         similar = 1 + units @ units[index]
-        found = (-round((similar - covered).clamp(min=0).sum().item(), 6), index)
-        if bounds and found > bounds[0]:
-            heapq.heappush(bounds, found)
+        bound = (-round((similar - covered).clamp(min=0).sum().item(), 6), index)
+        if bounds and bound > bounds[0]:
+            heapq.heappush(bounds, bound)
             continue
         chosen.append(index)
         covered = torch.maximum(covered, similar)

@@ -51,9 +51,9 @@ class GradientRunner(Generic[P]):
         context = self._context
         if self._is_edited:
             raise HookError("the model is edited now: ask for its own answers in loss, before it gives its function")
-        kept = self._answers.get((episode, tokens, stream))
-        if kept is not None:
-            return kept
+        cached = self._answers.get((episode, tokens, stream))
+        if cached is not None:
+            return cached
         with single_row():
             prefill, prompted = self._prefills.prompted(episode)
             target = prompted.counting(tokens)
@@ -86,18 +86,18 @@ class GradientRunner(Generic[P]):
             for index in context.ranks.shard(range(len(episodes))):
                 prefill, prompted = self._prefills.learner(episodes[index])
                 target = prompted.counting(tokens)
-                compared = loss(index)
+                loss_of = loss(index)
                 with ExitStack() as stack:
                     stack.enter_context(frozen(context.model))
                     if checkpointing:
                         stack.enter_context(checkpointed(context.sites))
                     stack.enter_context(torch.enable_grad())
-                    made = edits(index)
+                    edits_now = edits(index)
                     with torch.no_grad():
-                        context.verify(prefill, made)
+                        context.verify(prefill, edits_now)
                     # Open to the end: what is checkpointed runs again, edited, when gradients are computed.
-                    stack.enter_context(self._edited(made, len(target)))
-                    value = compared(self._answered(prefill, target, stream, autocast))
+                    stack.enter_context(self._edited(edits_now, len(target)))
+                    value = loss_of(self._answered(prefill, target, stream, autocast))
                     if not value.requires_grad:
                         raise HookError("the code of this model turns gradients off: nothing can be learned from it")
                     if not value.isfinite():
@@ -123,13 +123,13 @@ class GradientRunner(Generic[P]):
     def _answered(self, prefill: Prefill, target: list[int], stream: str | None, autocast: bool) -> Answer:
         """Return what the model makes of ``target``, with gradients, under the edits that are applied now."""
         context = self._context
-        given = prefill.whole(context.model, target)
-        device = given["input_ids"].device
+        inputs = prefill.whole(context.model, target)
+        device = inputs["input_ids"].device
         with ExitStack() as stack:
             recording = None
             if stream is not None:
                 recording = stack.enter_context(record(context.sites, stream, tail=len(target), attached=True))
             if autocast:
                 stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-            logits = context.model(**given).logits[0, -len(target) :].float()
+            logits = context.model(**inputs).logits[0, -len(target) :].float()
         return Answer(logits, torch.tensor(target, device=logits.device), recording.last() if recording else None)

@@ -20,13 +20,13 @@ def best_layer(
     ``unedited`` and ``chosen``.
     """
     layers = len(value)
-    single_row = torch.cat([torch.eye(layers), torch.zeros(1, layers)]).unsqueeze(-1)
-    found = losses(Edit(value, 1 - (1 - keep) * single_row, single_row, once=once))
-    best = int(found[:-1].argmin())
-    chosen = single_row[best]
+    layer_masks = torch.cat([torch.eye(layers), torch.zeros(1, layers)]).unsqueeze(-1)
+    layer_losses = losses(Edit(value, 1 - (1 - keep) * layer_masks, layer_masks, once=once))
+    best = int(layer_losses[:-1].argmin())
+    chosen = layer_masks[best]
     edit = Edit(value * chosen.unsqueeze(-1), 1 - (1 - keep) * chosen, chosen.clone(), once=once)
     return edit, {
-        "layers": found[:-1].tolist(),
-        "unedited": [found[-1].item()],
-        "chosen": [found[best].item()],
+        "layers": layer_losses[:-1].tolist(),
+        "unedited": [layer_losses[-1].item()],
+        "chosen": [layer_losses[best].item()],
     }

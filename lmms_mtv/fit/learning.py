@@ -36,10 +36,10 @@ class TrainingQuery(NamedTuple):
 T = TypeVar("T")
 
 Make = Callable[[TrainingQuery | None], Edits]
-"""Makes the edits of what is learned so far: for a moment, whose name noise may come from, or (None) to be kept."""
+"""Returns the edits learned so far: for a training query, which may seed noise, or (None) for the vector."""
 
 Loss = Callable[[TrainingQuery], Callable[[Answer], Tensor]]
-"""For a moment, a number to make small, of what the edited model answers then."""
+"""Returns, for a training query, the loss of what the edited model answers."""
 
 
 @dataclass(frozen=True)
@@ -130,23 +130,23 @@ def learn(
     """
     if (lowest := min(rate for rate, _ in parameters)) <= 0:
         raise ArgumentError(f"a learning rate of {lowest}, expected above 0")
-    asked = session.episodes(schedule.examples, session.shots, "learning")
-    judges = session.episodes(schedule.judges, session.shots, "judging", unlike=asked)
+    queries = session.episodes(schedule.examples, session.shots, "learning")
+    judges = session.episodes(schedule.judges, session.shots, "judging", unlike=queries)
     with session.stage("judging"):
         # First, since it also settles whether answers can be replayed.
         unedited = session.mean_losses(judges, {}, schedule.loss, "Without the edit")
     with session.stage("learning"):
-        history = _learned(session, schedule, asked, parameters, edits, loss, stream)
-    made = edits(None)
+        history = _learned(session, schedule, queries, parameters, edits, loss, stream)
+    learned = edits(None)
     with session.stage("judging"):
-        chosen = session.mean_losses(judges, made, schedule.loss, "With the edit")
-    return made, {"learning": history, "unedited": unedited.tolist(), "chosen": chosen.tolist()}
+        chosen = session.mean_losses(judges, learned, schedule.loss, "With the edit")
+    return learned, {"learning": history, "unedited": unedited.tolist(), "chosen": chosen.tolist()}
 
 
 def _learned(
     session: FitSession[Any],
     schedule: Schedule,
-    asked: Sequence[Episode],
+    queries: Sequence[Episode],
     parameters: Sequence[tuple[float, Sequence[Tensor]]],
     edits: Make,
     loss: Loss,
@@ -156,8 +156,8 @@ def _learned(
     learned = [tensor.requires_grad_() for _, tensors in parameters for tensor in tensors]
     groups: list[dict[str, Any]] = [{"params": list(tensors), "lr": rate} for rate, tensors in parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
-    steps = _steps(session, schedule, asked)
-    slower = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda example: pace(example, len(steps), schedule.warmup))
+    steps = _steps(session, schedule, queries)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda example: pace(example, len(steps), schedule.warmup))
     history = []
     for batch in session.bar(steps, "Learning"):
         losses, gradients = session.gradients(
@@ -173,7 +173,7 @@ def _learned(
         for tensor, gradient in zip(learned, gradients, strict=True):
             tensor.grad = gradient / len(batch)
         optimizer.step()
-        slower.step()
+        scheduler.step()
         history.append(losses.mean().item())
     for tensor in learned:
         tensor.requires_grad_(False)
@@ -181,16 +181,16 @@ def _learned(
 
 
 def _of(make: Callable[[TrainingQuery], T], batch: Sequence[TrainingQuery], index: int) -> T:
-    """``make`` of the moment that an index means."""
+    """Return ``make`` of the training query with an index."""
     return make(batch[index])
 
 
-def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode]) -> list[list[TrainingQuery]]:
+def _steps(session: FitSession[Any], schedule: Schedule, queries: Sequence[Episode]) -> list[list[TrainingQuery]]:
     """Return the queries of each step."""
     order, steps = session.random("order"), []
     for epoch in range(schedule.epochs):
         batch = [
-            TrainingQuery(epoch, number, episode) for number, episode in enumerate(order.sample(asked, len(asked)))
+            TrainingQuery(epoch, number, episode) for number, episode in enumerate(order.sample(queries, len(queries)))
         ]
         size = schedule.accumulation
         steps += [batch[begin : begin + size] for begin in range(0, len(batch), size)]
@@ -200,16 +200,14 @@ def _steps(session: FitSession[Any], schedule: Schedule, asked: Sequence[Episode
 def teacher_answer(
     session: FitSession[Any], settings: Distillation, example: TrainingQuery, stream: str | None = None
 ) -> Answer:
-    """Return what the unedited model makes of the query after demonstrations, with the activations of ``stream`` if
-    asked.
-    """
+    """Return what the unedited model makes of the query after demonstrations, with the activations of a ``stream``."""
     query, teacher = example.episode.query, example.epoch % settings.teachers
     (shown,) = session.with_other_demonstrations([example.episode], settings.fit_shots, f"teacher {teacher} of {query}")
     return session.answer(shown, settings.loss, stream)
 
 
 def mean_activation_norm(session: FitSession[Any], stream: str) -> Tensor:
-    """Root mean square of a stream's numbers at the last token of a few training queries, float32 [L, 1, 1].
+    """Return the root mean square of a stream's numbers at the last token of a few training queries, float32 [L, 1, 1].
 
     What is learned in this unit can have the same learning rate in all models and layers.
     """
@@ -227,13 +225,13 @@ def pace(example: int, steps: int, warmup: float) -> float:
 
 
 def divergence(answer: Answer, teacher: Answer) -> Tensor:
-    """KL(teacher || answer) of the next tokens, mean over those of the target.
+    """Return KL(teacher || answer) of the next tokens, the mean over the tokens of the target.
 
     Raises :class:`DataError` if the two are of different targets.
     """
     comparable(answer, teacher)
-    found, expected = (each.logits.log_softmax(-1) for each in (answer, teacher))
-    return functional.kl_div(found, expected, log_target=True, reduction="batchmean")
+    predicted, expected = (each.logits.log_softmax(-1) for each in (answer, teacher))
+    return functional.kl_div(predicted, expected, log_target=True, reduction="batchmean")
 
 
 def comparable(answer: Answer, teacher: Answer) -> None:
@@ -246,5 +244,5 @@ def comparable(answer: Answer, teacher: Answer) -> None:
 
 
 def cross_entropy(answer: Answer) -> Tensor:
-    """Of the target, mean over its tokens."""
+    """Return the cross-entropy of the target, the mean over its tokens."""
     return functional.cross_entropy(answer.logits, answer.target)

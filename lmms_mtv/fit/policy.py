@@ -35,13 +35,13 @@ class Policy:
         return self.logits.detach().sigmoid().clamp(EDGE, 1 - EDGE)
 
     def sample(self, count: int, generator: torch.Generator, floor: float = 0.0) -> Tensor:
-        """``count`` masks, bool [count, L, H]. Heads less likely than ``floor`` are never chosen."""
+        """Return ``count`` masks, bool [count, L, H]. Heads less likely than ``floor`` are never chosen."""
         probabilities = self.probabilities
         likely = probabilities.where(probabilities >= floor, torch.zeros_like(probabilities))
         return torch.rand(count, *likely.shape, generator=generator) < likely
 
     def log_probability(self, masks: Tensor) -> Tensor:
-        """Of each of the bool [count, L, H] ``masks``, float32 [count]; has a gradient if the logits do."""
+        """Return the log-probability of the bool [count, L, H] ``masks``, float32 [count], differentiable."""
         probabilities = self.logits.sigmoid().clamp(EDGE, 1 - EDGE)
         return torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
 
@@ -74,11 +74,11 @@ class Categorical:
         return self.logits.detach().sort(dim=1, descending=True, stable=True).indices[:, 0]
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """``count`` options for each head, int64 [count, N]."""
+        """Return ``count`` options for each head, int64 [count, N]."""
         return torch.multinomial(self.probabilities, count, replacement=True, generator=generator).T
 
     def log_probability(self, options: Tensor) -> Tensor:
-        """Of each row of the int64 [count, N] ``options``, float32 [count]; has a gradient if the logits do."""
+        """Return the log-probability of each row of int64 ``options`` [count, N], float32 [count], differentiable."""
         return self.logits.log_softmax(1).gather(1, options.T).sum(0)
 
 
@@ -122,10 +122,10 @@ def improved(
     history = []
     for step in steps:
         choices = learning.sample(samples, generator)
-        found = losses(step, choices).detach().to("cpu", torch.float32)
-        if not found.isfinite().all():
+        sample_losses = losses(step, choices).detach().to("cpu", torch.float32)
+        if not sample_losses.isfinite().all():
             raise NumericsError(f"a loss of selection step {step} is NaN or infinite: use dtype=float32 or bfloat16")
-        advantage = (found - found.mean()) / (found.std() + EDGE)
+        advantage = (sample_losses - sample_losses.mean()) / (sample_losses.std() + EDGE)
         optimizer.zero_grad()
         # Also where the caller evaluates and has turned gradients off.
         with torch.enable_grad():
@@ -135,7 +135,7 @@ def improved(
             # of the rounding error that is left, and of its sign, which depends on the batch size of the activations.
             logits.grad[(choices == choices[:1]).all(0)] = 0
         optimizer.step()
-        history.append(found.mean().item())
+        history.append(sample_losses.mean().item())
     return replace(policy, logits=logits.detach()), history
 
 
@@ -164,13 +164,13 @@ def concrete(
         noise = torch.rand(samples, *shape, generator=generator).logit(eps=1e-6)
         with torch.enable_grad():
             masks = ((logits + noise) / TEMPERATURE).sigmoid()
-        found, gradient = loss_gradient(step, masks.detach())
-        if not (found.isfinite().all() and gradient.isfinite().all()):
+        sample_losses, gradient = loss_gradient(step, masks.detach())
+        if not (sample_losses.isfinite().all() and gradient.isfinite().all()):
             raise NumericsError(
                 f"a loss of selection step {step} or its gradient is NaN or infinite: use dtype=float32"
             )
         optimizer.zero_grad()
         torch.autograd.backward(masks, gradient / samples)
         optimizer.step()
-        history.append(found.mean().item())
+        history.append(sample_losses.mean().item())
     return Policy(logits.detach()), history

@@ -54,9 +54,9 @@ class PrefillCache(Generic[P]):
             episode: what the prompt is made of.
             lean: tells of a prompt whether its replays alone are needed; None if it has to run whole.
         """
-        kept = self._prefills.get(episode)
-        if kept is not None and not (lean is None and kept[0].tokens_only):
-            return kept
+        cached = self._prefills.get(episode)
+        if cached is not None and not (lean is None and cached[0].tokens_only):
+            return cached
         prefill, target = self.prompted(episode)
         if lean is not None and lean(prefill):
             prefill = prefill.without_media()
@@ -65,12 +65,12 @@ class PrefillCache(Generic[P]):
 
     def learner(self, episode: Episode) -> Prompted:
         """Return the prompt of an episode to run whole, without its cache, and its target."""
-        kept = self._learners.get(episode)
-        if kept is None:
+        cached = self._learners.get(episode)
+        if cached is None:
             prefill, target = self.prompted(episode)
-            kept = prefill.without_cache(), target
-            self._learners.put(episode, kept, kept[0].held)
-        return kept
+            cached = prefill.without_cache(), target
+            self._learners.put(episode, cached, cached[0].held)
+        return cached
 
     @counted
     def prefetch(self, episodes: Sequence[Episode], lean: Callable[[Prefill], bool]) -> None:
@@ -80,17 +80,17 @@ class PrefillCache(Generic[P]):
         if ranks.count == 1 or len(devices) > 1:
             return
         (device,) = devices
-        ahead = [episode for episode in dict.fromkeys(episodes) if self._prefills.get(episode) is None]
-        for begin in range(0, len(ahead), ranks.count):
-            wanted = ahead[begin : begin + ranks.count]
-            own: Prompted | None = None
+        missing = [episode for episode in dict.fromkeys(episodes) if self._prefills.get(episode) is None]
+        for begin in range(0, len(missing), ranks.count):
+            batch = missing[begin : begin + ranks.count]
+            prompted: Prompted | None = None
             with ranks.raise_together(), single_row():
-                if ranks.rank < len(wanted):
-                    prefill, target = self.prompted(wanted[ranks.rank])
+                if ranks.rank < len(batch):
+                    prefill, target = self.prompted(batch[ranks.rank])
                     prefill = prefill.without_media() if lean(prefill) else prefill
-                    own = prefill.to(torch.device("cpu")), target
-            for source, episode in enumerate(wanted):
-                prefill, target = ranks.broadcast(own, source)
+                    prompted = prefill.to(torch.device("cpu")), target
+            for source, episode in enumerate(batch):
+                prefill, target = ranks.broadcast(prompted, source)
                 if not self._prefills.room(prefill.bytes):
                     return
                 self._prefills.put(episode, (prefill.to(device), target), prefill.bytes)

@@ -18,7 +18,7 @@ _SWITCH = "gradient_checkpointing"
 
 @contextmanager
 def checkpointed(sites: Sites) -> Iterator[None]:
-    """Blocks keep their input alone in the forwards inside the block, and run again in the backward passes there.
+    """Checkpoint the model's blocks: a forward keeps the inputs of blocks alone, and a backward pass runs blocks again.
 
     The blocks' own switch is used, which transformers reads in training only: blocks are set to training, nothing
     inside them is, so that no dropout begins. Hooks that were there in the forward have to be there in the backward
@@ -28,8 +28,10 @@ def checkpointed(sites: Sites) -> Iterator[None]:
     for name, block in blocks:
         if not hasattr(block, _SWITCH):
             raise HookError(f"{name} ({type(block).__name__}) cannot be checkpointed: leave out checkpointing=True")
-        if own := _dropout(block):
-            raise HookError(f"{name} has dropout of its own ({own}), which would begin: leave out checkpointing=True")
+        if dropout := _dropout(block):
+            raise HookError(
+                f"{name} has dropout of its own ({dropout}), which would begin: leave out checkpointing=True"
+            )
     with ExitStack() as stack:
         for _, block in blocks:
             again = partial(checkpoint, use_reentrant=False)
@@ -40,20 +42,20 @@ def checkpointed(sites: Sites) -> Iterator[None]:
 
 def _dropout(block: nn.Module) -> str | None:
     """Return the name of a probability of dropout that the block's own code may use."""
-    found = vars(block).items()
-    return next((name for name, value in found if "drop" in name and isinstance(value, float) and value > 0), None)
+    attributes = vars(block).items()
+    return next((name for name, value in attributes if "drop" in name and isinstance(value, float) and value > 0), None)
 
 
 @contextmanager
 def _set(block: nn.Module, attribute: str, value: Any) -> Iterator[None]:
-    """An attribute of its own for the block, taken away or set back."""
-    own = attribute in vars(block)
+    """Set an attribute of a module inside the block, and restore it afterwards."""
+    was_set = attribute in vars(block)
     before = getattr(block, attribute, None)
     setattr(block, attribute, value)
     try:
         yield
     finally:
-        if own:
+        if was_set:
             setattr(block, attribute, before)
         else:
             delattr(block, attribute)

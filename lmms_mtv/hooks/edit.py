@@ -69,9 +69,9 @@ def record(
     last real tokens of each row instead of one, one after the other. What is ``attached`` keeps its gradients. An edit
     that is applied around the block is seen.
     """
-    found = hook_points(sites, stream)
-    recording, positions = Recording(found, prompts_only, attached), Positions(tail)
-    hooks = [(point, recording._keeping(index, positions)) for index, point in enumerate(found)]
+    points = hook_points(sites, stream)
+    recording, positions = Recording(points, prompts_only, attached), Positions(tail)
+    hooks = [(point, recording._keeping(index, positions)) for index, point in enumerate(points)]
     with _hooked(sites, positions, hooks):
         yield recording
 
@@ -243,18 +243,18 @@ def _of_packed(change: Change, rows: int) -> Change:
 
 
 def _cast(tensor: Tensor) -> Callable[[torch.device, torch.dtype], Tensor]:
-    """``tensor`` on a device and in a dtype, made once for each.
+    """Return a function that gives ``tensor`` on a device and in a dtype, copied once for each.
 
-    Not so with a gradient: a copy belongs to the graph of the forward that made it, or to none where that had none.
+    With a gradient each call copies: a copy belongs to the graph of the forward that made the copy.
     """
-    made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def cast(device: torch.device, dtype: torch.dtype) -> Tensor:
         if tensor.requires_grad:
             return tensor.to(device, dtype)
-        if (device, dtype) not in made:
-            made[device, dtype] = tensor.to(device, dtype)
-        return made[device, dtype]
+        if (device, dtype) not in copies:
+            copies[device, dtype] = tensor.to(device, dtype)
+        return copies[device, dtype]
 
     return cast
 
@@ -288,17 +288,17 @@ def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any], stream: st
     """
     with record(sites, stream) as recording:
         plain = model(**inputs).logits
-    own = recording.last()
+    activations = recording.last()
     rows = plain.shape[0]
-    if own.shape[0] != rows:
+    if activations.shape[0] != rows:
         raise DiscoveryError(
-            f"the sites of {stream} ran {own.shape[0] / rows:g} times in one forward, expected once: pass decoder= "
-            "with the module that holds the language decoder's blocks"
+            f"the sites of {stream} ran {activations.shape[0] / rows:g} times in one forward, expected once: pass "
+            "decoder= with the module that holds the language decoder's blocks"
         )
-    everywhere = torch.ones(own.shape[1:3], device=own.device)
-    with applied(sites, {stream: Edit(own, 1 - everywhere, everywhere)}):
+    everywhere = torch.ones(activations.shape[1:3], device=activations.device)
+    with applied(sites, {stream: Edit(activations, 1 - everywhere, everywhere)}):
         same = model(**inputs).logits
-    with applied(sites, {stream: Edit.replace(torch.zeros_like(own[0]), everywhere)}):
+    with applied(sites, {stream: Edit.replace(torch.zeros_like(activations[0]), everywhere)}):
         other = model(**inputs).logits
     if not torch.equal(plain, same):
         _make_sure_it_repeats(model, inputs, plain)

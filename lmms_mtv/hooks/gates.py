@@ -66,12 +66,12 @@ class Gates:
         site = self._sites[layer]
         rows, length = x.shape[:2]
         seen = self._attention(site)
-        found, shape = tuple(seen.query.shape), (rows, site.heads, length, gate.shape[-1] - 1)
+        query_shape, shape = tuple(seen.query.shape), (rows, site.heads, length, gate.shape[-1] - 1)
         # Of one position, the heads that share keys may stand as queries of one head.
-        packed = length == 1 and found == (rows, found[1], site.heads // found[1], shape[-1])
-        if found != shape and not (packed and site.heads % found[1] == 0):
+        packed = length == 1 and query_shape == (rows, query_shape[1], site.heads // query_shape[1], shape[-1])
+        if query_shape != shape and not (packed and site.heads % query_shape[1] == 0):
             raise HookError(
-                f"{site.attention[0]} computes attention of queries {found}, the gate of the edit expects (rows, "
+                f"{site.attention[0]} computes attention of queries {query_shape}, the gate of the edit expects (rows, "
                 f"heads, positions, size) {shape}: use a vector that was made for this model"
             )
         # An edit of the last positions needs no others; where there is one, a device is not waited for.

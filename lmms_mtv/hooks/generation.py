@@ -62,11 +62,11 @@ def token_by_token(sites: Sites, tail: int | Tensor = 1) -> Iterator[None]:
         yield
 
 
-def _tokens(given: Mapping[str, Any]) -> Tensor | None:
+def _tokens(inputs: Mapping[str, Any]) -> Tensor | None:
     """Return the tokens of a forward, [rows, length], or their embeddings."""
-    found = given.get("input_ids")
-    found = found if found is not None else given.get("inputs_embeds")
-    return found if isinstance(found, Tensor) and found.dim() > 1 else None
+    tokens = inputs.get("input_ids")
+    tokens = tokens if tokens is not None else inputs.get("inputs_embeds")
+    return tokens if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
 
 
 def _extends(tokens: Tensor, earlier: Tensor) -> bool:

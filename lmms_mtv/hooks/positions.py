@@ -18,7 +18,7 @@ _UNKNOWN: Final = object()
 
 
 def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 1) -> tuple[Tensor, Tensor]:
-    """Row and column indices of the last ``tail`` real positions of each row.
+    """Return row and column indices of the last ``tail`` real positions of each row.
 
     ``mask`` is [rows, past + length], 1 for a real token, or None when all are real; ``length`` is the number of
     positions in this forward. ``tail`` is one number, or one for each row. A row without a real position counts as
@@ -47,7 +47,7 @@ def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 
 
 
 def cached_tokens(cache: Any) -> int:
-    """Return number of tokens in the cache that a decoder was given: a cache object, nested tuples, or None."""
+    """Return the number of tokens in the cache that a decoder was given: a cache object, nested tuples, or None."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
@@ -86,7 +86,7 @@ class Positions:
         """How many forwards of the decoder were completed."""
 
     def of(self, activation: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
-        """Rows and columns in ``activation``, which is [rows, length, width], on its device.
+        """Return rows and columns in ``activation``, which is [rows, length, width], on its device.
 
         With ``first`` of the ``tail`` of each row only its first position, which is where the prompt ends.
         """

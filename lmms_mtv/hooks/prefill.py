@@ -97,8 +97,8 @@ class Prefill:
 
     def without_media(self) -> Prefill:
         """Return the prompt for replays alone: of the inputs, the tokens and the masks that belong to them are kept."""
-        kept = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
-        return dataclasses.replace(self, inputs=kept | self._views(), tokens_only=True)
+        of_tokens = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
+        return dataclasses.replace(self, inputs=of_tokens | self._views(), tokens_only=True)
 
     def replay(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """Return logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
@@ -114,19 +114,21 @@ class Prefill:
             raise ReplayError("an edit of all positions changes what the cache holds: it needs full forwards")
         rows = rows_of(edits) or 1
         ids = self._followed_by(target)[:, self.length - 1 :]
-        given: dict[str, Any] = {
+        inputs: dict[str, Any] = {
             "input_ids": ids.expand(rows, -1),
             "attention_mask": self._real(len(target) - 1).expand(rows, -1),
             cache_name(model): _expanded(self.cache, rows),
             "use_cache": True,
         }
         for name, view in self._views().items():
-            given[name] = view[:, -1:].expand(rows, len(target), *view.shape[2:])
+            inputs[name] = view[:, -1:].expand(rows, len(target), *view.shape[2:])
         if self.position_ids is not None:
             steps = torch.arange(len(target), device=self.position_ids.device)
-            given["position_ids"] = (self.position_ids + steps).expand(*self.position_ids.shape[:-2], rows, len(target))
+            inputs["position_ids"] = (self.position_ids + steps).expand(
+                *self.position_ids.shape[:-2], rows, len(target)
+            )
         with applied(sites, edits, tail=len(target), resumed=True):
-            logits: Tensor = model(**given).logits
+            logits: Tensor = model(**inputs).logits
         return logits[:, -len(target) :].float()
 
     def fits_one_row(
@@ -162,7 +164,7 @@ class Prefill:
         ids = self._followed_by(target)[:, self.length - 1 :]
         last = self.last_position
         positions = last + torch.arange(steps, device=last.device)
-        given: dict[str, Any] = {
+        inputs: dict[str, Any] = {
             "input_ids": ids.repeat(1, rows),
             "attention_mask": self._side_by_side(rows, steps),
             "position_ids": positions.repeat(*[1] * (positions.dim() - 1), rows),
@@ -170,36 +172,36 @@ class Prefill:
             "use_cache": True,
         }
         for name, view in self._views().items():
-            given[name] = view[:, -1:].expand(1, rows * steps, *view.shape[2:])
+            inputs[name] = view[:, -1:].expand(1, rows * steps, *view.shape[2:])
         with applied(sites, edits, tail=steps, resumed=True, packed=rows):
-            logits: Tensor = model(**given).logits
+            logits: Tensor = model(**inputs).logits
         return logits[:, -rows * steps :].view(rows, steps, -1).float()
 
     def forward(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """Return the same logits as :meth:`replay`, from a full forward of the prompt for each edit."""
-        edits, logits, given = by_stream(edit), [], self.whole(model, target)
+        edits, logits, inputs = by_stream(edit), [], self.whole(model, target)
         for row in range(rows_of(edits) or 1):
             with applied(sites, taken(edits, row), tail=len(target)):
-                logits.append(model(**given).logits[:, -len(target) :].float())
+                logits.append(model(**inputs).logits[:, -len(target) :].float())
         return torch.cat(logits)
 
     def whole(self, model: nn.Module, target: Sequence[int]) -> dict[str, Any]:
         """Return the arguments of one forward of ``model`` over the prompt and ``target`` without its last token."""
         more = len(target) - 1
-        given = dict(self.inputs) | {"input_ids": self._followed_by(target), "use_cache": False}
-        if isinstance(positions := given.get("position_ids"), Tensor):
+        inputs = dict(self.inputs) | {"input_ids": self._followed_by(target), "use_cache": False}
+        if isinstance(positions := inputs.get("position_ids"), Tensor):
             steps = torch.arange(1, more + 1, device=positions.device)
-            given["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], -1)
-        if "attention_mask" in given:
-            given["attention_mask"] = self._real(more)
+            inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], -1)
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = self._real(more)
         for name, view in self._views().items():
-            given[name] = torch.cat([view, view[:, -1:].expand(1, more, *view.shape[2:])], 1)
+            inputs[name] = torch.cat([view, view[:, -1:].expand(1, more, *view.shape[2:])], 1)
         for name in _PER_TOKEN:
-            if isinstance(kinds := given.get(name), Tensor):
-                given[name] = torch.cat([kinds, kinds.new_zeros(1, more)], 1)
+            if isinstance(kinds := inputs.get(name), Tensor):
+                inputs[name] = torch.cat([kinds, kinds.new_zeros(1, more)], 1)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            given["logits_to_keep"] = len(target)
-        return given
+            inputs["logits_to_keep"] = len(target)
+        return inputs
 
     def _followed_by(self, target: Sequence[int]) -> Tensor:
         """Return token ids [1, n + len(target) - 1] of the prompt and of the target without its last token."""
@@ -219,8 +221,8 @@ class Prefill:
         dtype = _filled(self.cache)[0].keys.dtype
         before = self._real(0)[:, :-1].bool().expand(rows * steps, -1)
         causal = torch.ones(steps, steps, dtype=torch.bool, device=before.device).tril()
-        own = torch.kron(torch.eye(rows, dtype=torch.bool, device=before.device), causal)
-        seen = torch.cat([before, own], 1)
+        same_edit = torch.kron(torch.eye(rows, dtype=torch.bool, device=before.device), causal)
+        seen = torch.cat([before, same_edit], 1)
         hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         return hidden[None, None]
 
@@ -310,9 +312,9 @@ def _window(model: nn.Module, cache: Any) -> int:
 
 def _copied(cache: Any) -> Any:
     """Return a cache of its own over the same tensors: updating it leaves the original as it is."""
-    made = copy.copy(cache)
-    made.layers = [copy.copy(layer) for layer in cache.layers]
-    return made
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def _filled(cache: Any) -> list[Any]:
@@ -373,10 +375,10 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         # A copy, since an output of transformers is a mapping of a class of its own.
-        made: Any = copy.copy(value)
+        moved: Any = copy.copy(value)
         for name, part in value.items():
-            made[name] = _moved(part, device)
-        return made
+            moved[name] = _moved(part, device)
+        return moved
     if isinstance(value, list | tuple):
         parts = [_moved(part, device) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -388,8 +390,8 @@ def _expanded(cache: Any, rows: int) -> Any:
 
     Views; the model's update copies them when it appends a token.
     """
-    made = _copied(cache)
-    for layer in _filled(made):
+    expanded = _copied(cache)
+    for layer in _filled(expanded):
         layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])
         layer.values = layer.values.expand(rows, *layer.values.shape[1:])
-    return made
+    return expanded

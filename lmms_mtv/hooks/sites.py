@@ -120,8 +120,8 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
     hidden, kinds = _first_integer(config, _HIDDEN), _kinds(config, len(blocks))
     sites, skipped = [], []
     for layer, ((block_name, block), kind) in enumerate(zip(blocks, kinds, strict=True)):
-        found = [] if kind is False else _attentions(block, hidden)
-        if not found:
+        attentions = [] if kind is False else _attentions(block, hidden)
+        if not attentions:
             if kind and decoder is None:
                 raise DiscoveryError(
                     f"the configuration says that block {layer} of {name or 'the model'} has attention, but no module "
@@ -129,13 +129,13 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
                 )
             skipped.append(layer)
             continue
-        if len(found) > 1:
-            candidates = ", ".join(f"{block_name}.{part}" for part, _, _ in found)
+        if len(attentions) > 1:
+            candidates = ", ".join(f"{block_name}.{part}" for part, _, _ in attentions)
             raise DiscoveryError(
                 f"block {layer} of {name or 'the model'} has several attention modules ({candidates}) and it is not "
                 "clear whose heads are meant: pass decoder= with the name of a module whose blocks have one"
             )
-        part_name, attention, projection = found[0]
+        part_name, attention, projection = attentions[0]
         module = getattr(attention, projection)
         around = ".".join(filter(None, (name, block_name)))
         inner = ".".join(filter(None, (around, part_name)))
@@ -150,7 +150,7 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
 
 
 def _make_sure(sites: list[Site]) -> None:
-    """Every block has a projection of its own, and all have heads of one number and size."""
+    """Raise unless every block has its own projection, and all have the same number and size of heads."""
     if len({id(site.module) for site in sites}) < len(sites):
         raise DiscoveryError(
             f"blocks share one attention module ({sites[0].name}, ...), whose runs cannot be told apart: pass decoder= "
@@ -165,7 +165,7 @@ def _make_sure(sites: list[Site]) -> None:
 
 
 def in_features(module: nn.Module) -> int:
-    """Width of a projection's input, whether it is a Linear, a quantised one or a Conv1D (weight [in, out])."""
+    """Return the width of a projection's input: a Linear, a quantised Linear or a Conv1D (weight [in, out])."""
     if isinstance(width := getattr(module, "in_features", None), int):
         return width
     weight = getattr(module, "weight", None)
@@ -227,13 +227,13 @@ def _nearest(name: str, lists: Mapping[str, nn.ModuleList]) -> Blocks:
 
 
 def _block_lists(owner: nn.Module) -> dict[str, nn.ModuleList]:
-    """Lists of blocks inside ``owner``, without those that are inside another list."""
-    found: dict[str, nn.ModuleList] = {}
+    """Return lists of blocks inside ``owner``, without those that are inside another list."""
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in owner.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
+        inside = any(name.startswith(outer + ".") for outer in lists)
         if isinstance(module, nn.ModuleList) and not inside and any(map(_has_attention, module)):
-            found[name] = module
-    return found
+            lists[name] = module
+    return lists
 
 
 def _has_attention(block: nn.Module) -> bool:
@@ -241,7 +241,7 @@ def _has_attention(block: nn.Module) -> bool:
 
 
 def _attentions(block: nn.Module, hidden: int | None) -> list[tuple[str, nn.Module, str]]:
-    """Softmax self-attention modules of a block: dotted name, module, name of the output projection in it."""
+    """Return the softmax self-attention modules of a block: dotted name, module, name of its output projection."""
     return [
         (name, module, projection)
         for name, module in block.named_modules()
@@ -250,7 +250,7 @@ def _attentions(block: nn.Module, hidden: int | None) -> list[tuple[str, nn.Modu
 
 
 def _projection(name: str, module: nn.Module, hidden: int | None) -> str | None:
-    """Name of the output projection if ``module`` is softmax self-attention, else None."""
+    """Return the name of the output projection if ``module`` is softmax self-attention, else None."""
     own_name, kind = name.rpartition(".")[2], type(module).__name__
     children = dict(module.named_children())
     if "att" not in f"{own_name} {kind}".lower() or not any(map(_INPUT.search, children)):
@@ -266,7 +266,7 @@ def _projection(name: str, module: nn.Module, hidden: int | None) -> str | None:
 
 
 def out_features(module: nn.Module) -> int | None:
-    """Width of a projection's output, or None where the module does not say it."""
+    """Return the width of a projection's output, or None where the module does not say it."""
     for attribute in ("out_features", "nf"):
         if isinstance(width := getattr(module, attribute, None), int):
             return width
@@ -277,11 +277,11 @@ def _token_embedding(model: nn.Module) -> nn.Module:
     getter = getattr(model, "get_input_embeddings", None)
     if callable(getter):
         try:
-            found = getter()
+            embedding = getter()
         except (NotImplementedError, AttributeError):
-            found = None
-        if isinstance(found, nn.Module):
-            return found
+            embedding = None
+        if isinstance(embedding, nn.Module):
+            return embedding
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables:
         raise DiscoveryError(f"{type(model).__name__} has no token embedding to find its decoder by: pass decoder=")
@@ -306,7 +306,7 @@ def _kinds(config: Any, blocks: int) -> list[bool | None]:
 
 
 def _heads(attention: nn.Module, module: nn.Module, name: str) -> tuple[int, int]:
-    """Return number of heads and size of a head, from the modules; the configuration only cross-checks."""
+    """Return number and size of the heads, from the modules; the configuration only cross-checks them."""
     width = in_features(module)
     size = _first_integer(attention, _HEAD_DIM)
     counts = list(_integers((attention, getattr(attention, "config", None)), _HEADS))

@@ -36,13 +36,13 @@ def hook_points(sites: Sites, stream: str) -> tuple[HookPoint, ...]:
     if stream == HEADS:
         return tuple(HookPoint(site.name, site.module, True, site.heads, site.head_dim) for site in sites)
     modules = [{ATTENTION: _attention, MLP: _mlp, RESIDUAL: _block}[stream](site) for site in sites]
-    found = tuple(HookPoint(name, module, False, 1, sites.width) for name, module in modules)
-    if len({id(point.module) for point in found}) < len(found):
+    points = tuple(HookPoint(name, module, False, 1, sites.width) for name, module in modules)
+    if len({id(point.module) for point in points}) < len(points):
         raise DiscoveryError(
-            f"blocks share the module of their {stream} ({found[0].name}, ...), whose runs cannot be told apart: "
+            f"blocks share the module of their {stream} ({points[0].name}, ...), whose runs cannot be told apart: "
             "choose a method that edits another stream"
         )
-    return found
+    return points
 
 
 def shape(sites: Sites, stream: str) -> tuple[int, int, int]:
@@ -61,18 +61,18 @@ def _block(site: Site) -> tuple[str, nn.Module]:
 def _mlp(site: Site) -> tuple[str, nn.Module]:
     """Return the part of a block, other than attention, that has matrices: norms have none."""
     around, block = site.block
-    found = [
+    candidates = [
         (f"{around}.{name}", child)
         for name, child in block.named_children()
         if _has_matrix(child) and not CROSS.search(name) and site.attention[1] not in child.modules()
     ]
-    if len(found) != 1:
-        listed = ", ".join(name for name, _ in found) or "none"
+    if len(candidates) != 1:
+        listed = ", ".join(name for name, _ in candidates) or "none"
         raise DiscoveryError(
             f"{around} has no single module that is its MLP (candidates: {listed}): choose a method that edits another "
             "stream"
         )
-    return found[0]
+    return candidates[0]
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -81,7 +81,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 @contextmanager
 def changed_at(point: HookPoint, change: Change) -> Iterator[None]:
-    """Hand what runs through ``place`` inside the block to ``change``."""
+    """Call ``change`` with each tensor that runs through ``point`` inside the block."""
 
     def entering(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = change(args[0])
@@ -90,9 +90,9 @@ def changed_at(point: HookPoint, change: Change) -> Iterator[None]:
     def leaving(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first, *others = output if isinstance(output, tuple) else (output,)
         if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[-1] != point.size:
-            found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+            actual = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
             raise HookError(
-                f"{point.name} gave {found}, expected a tensor of [rows, tokens, {point.size}]: choose a method that "
+                f"{point.name} gave {actual}, expected a tensor of [rows, tokens, {point.size}]: choose a method that "
                 "edits another stream"
             )
         changed = change(first)
@@ -112,21 +112,25 @@ def receivers(sites: Sites) -> Iterator[list[list[nn.Module]]]:
     Gemma 2 and 3 have a norm there; most models have nothing. The list has the modules of each site, in the order in
     which they run, once the model ran inside the block.
     """
-    found: list[list[nn.Module]] = [[] for _ in sites]
+    norms: list[list[nn.Module]] = [[] for _ in sites]
     with ExitStack() as stack:
-        for modules, site in zip(found, sites, strict=True):
-            given: list[Tensor] = []
+        for modules, site in zip(norms, sites, strict=True):
+            attention_output: list[Tensor] = []
 
-            def leaving(_: nn.Module, __: Any, output: Any, given: list[Tensor] = given) -> None:
-                given[:] = [output[0] if isinstance(output, tuple) else output]
+            def leaving(_: nn.Module, __: Any, output: Any, attention_output: list[Tensor] = attention_output) -> None:
+                attention_output[:] = [output[0] if isinstance(output, tuple) else output]
 
             def entering(
                 module: nn.Module,
                 args: tuple[Any, ...],
-                given: list[Tensor] = given,
+                attention_output: list[Tensor] = attention_output,
                 modules: list[nn.Module] = modules,
             ) -> None:
-                same = bool(args and given) and isinstance(args[0], Tensor) and _is_same(args[0], given[0])
+                same = (
+                    bool(args and attention_output)
+                    and isinstance(args[0], Tensor)
+                    and _is_same(args[0], attention_output[0])
+                )
                 if same and all(module is not other for other in modules):
                     modules.append(module)
 
@@ -134,7 +138,7 @@ def receivers(sites: Sites) -> Iterator[list[list[nn.Module]]]:
             for child in site.block[1].children():
                 if site.attention[1] not in child.modules():
                     stack.enter_context(before(child, entering, with_kwargs=False))
-        yield found
+        yield norms
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -42,14 +42,14 @@ class Watch:
             self.error = self.error or raised
         return raised is not None
 
-    def _saw(self, given: Mapping[str, Any], images: int | None) -> None:
-        ids, cache, mask = given.get("input_ids"), given_cache(given), given.get("attention_mask")
-        ids = ids if ids is not None else given["inputs_embeds"]
+    def _saw(self, inputs: Mapping[str, Any], images: int | None) -> None:
+        ids, cache, mask = inputs.get("input_ids"), given_cache(inputs), inputs.get("attention_mask")
+        ids = ids if ids is not None else inputs["inputs_embeds"]
         rows, length = ids.shape[:2]
         self.prompts += rows
         self.tokens += int(mask.sum()) if isinstance(mask, Tensor) and mask.dim() == 2 else rows * length
         self.images = None if self.images is None or images is None else self.images + images
-        self.cached &= cache is not None or bool(given.get("use_cache"))
+        self.cached &= cache is not None or bool(inputs.get("use_cache"))
 
 
 class ForwardCounter:
@@ -92,9 +92,9 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
 
     def begins(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         prompt.clear()
-        given = to_decoder(args, kwargs)
-        if not cached_tokens(given_cache(given)):
-            prompt.update(given if tells(given.get("attention_mask")) else given | outer)
+        inputs = to_decoder(args, kwargs)
+        if not cached_tokens(given_cache(inputs)):
+            prompt.update(inputs if tells(inputs.get("attention_mask")) else inputs | outer)
 
     def ends(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not watch._failed(output):
@@ -119,7 +119,7 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
 def _image_tokens(model: nn.Module, ids: Any) -> int | None:
     """Return how many of the tokens stand for images: none in a text model, None if it does not say which these are."""
     config = getattr(model, "config", None)
-    known = [found for name in _IMAGE_TOKENS if isinstance(found := getattr(config, name, None), int)]
-    if not isinstance(ids, Tensor) or (not known and hasattr(config, "vision_config")):
+    image_tokens = [token for name in _IMAGE_TOKENS if isinstance(token := getattr(config, name, None), int)]
+    if not isinstance(ids, Tensor) or (not image_tokens and hasattr(config, "vision_config")):
         return None
-    return sum(int((ids == token).sum()) for token in known[:1])
+    return sum(int((ids == image_token).sum()) for image_token in image_tokens[:1])

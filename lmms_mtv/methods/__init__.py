@@ -142,10 +142,10 @@ def _own() -> set[str]:
 
 def _points() -> _Points:
     """Return the entry points of other packages, which takes a look at every installed one."""
-    found: _Points = {}
+    points: _Points = {}
     for point in entry_points(group=GROUP):
-        found.setdefault(point.name, []).append(point)
-    return found
+        points.setdefault(point.name, []).append(point)
+    return points
 
 
 def _origin(point: EntryPoint) -> str:

@@ -34,7 +34,7 @@ class Config(mtv.Config):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """MTV's fit with ``round(drop * n)`` of its n heads dropped and ``round(add * n)`` others added."""
+    """Return MTV's fit with ``round(drop * n)`` of its n heads dropped and ``round(add * n)`` others added."""
     fitted = mtv.fit(session, config)
     edit, generator = fitted.edits[HEADS], session.generator("degraded heads")
     mask = edit.gain.flatten().bool()

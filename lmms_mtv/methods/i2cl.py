@@ -50,7 +50,7 @@ class Config(Schedule):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Mean outputs of attention and MLP, and how much of them is mixed in."""
+    """Return mean outputs of attention and MLP, and the scalars that mix them in."""
     streams = (ATTENTION, MLP)
     shown = session.episodes(config.iterations, 0, "values")
     with session.stage("values"):
@@ -70,7 +70,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def _noisy(value: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """``value`` [L, 1, width] with noise that is ``share`` as long as each of its rows."""
+    """Return ``value`` [L, 1, width] with noise that is ``share`` as long as each of its rows."""
     noise = torch.randn(value.shape, generator=generator)
     longer: Tensor = value.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     return value + share * longer * noise

@@ -43,7 +43,7 @@ class Config(Weighted):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Vectors and weights that were learned from few-shot prompts."""
+    """Return vectors and weights that were learned from few-shot prompts."""
     value = torch.randn(shape(session.sites, RESIDUAL), generator=session.generator("vectors")) * config.spread
     unit = mean_activation_norm(session, RESIDUAL)
     gain = torch.full(value.shape[:2], config.initial_weight)

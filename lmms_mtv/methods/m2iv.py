@@ -62,7 +62,7 @@ class Config(Weighted):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Vectors and weights that were learned from few-shot prompts."""
+    """Return vectors and weights that were learned from few-shot prompts."""
     generator = session.generator("vectors")
     streams = (ATTENTION, MLP)
     values = [torch.randn(shape(session.sites, name), generator=generator) * config.spread for name in streams]

@@ -59,7 +59,7 @@ class Config(Distillation):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Vectors and gates that were learned from the hidden states of few-shot prompts.
+    """Return vectors and gates that were learned from the hidden states of few-shot prompts.
 
     Raises :class:`HookError` where queries cannot be seen, or have another size than what the heads give.
     """
@@ -80,7 +80,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def distance(answer: Answer, teacher: Answer) -> Tensor:
-    """Mean over tokens and layers of the states' Euclidean distance, as a share of the length of the teacher's.
+    """Return the states' Euclidean distance as a share of the length of the teacher's, the mean over tokens and layers.
 
     Raises :class:`ValueError` for answers without states, :class:`DataError` if they are of different targets.
     """

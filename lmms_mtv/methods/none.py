@@ -18,5 +18,5 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Nothing is fitted and nothing is stored."""
+    """Return no edit."""
     return Fitted()

@@ -21,7 +21,7 @@ class Config(mtv.Config):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """MTV's fit with the chosen heads of each layer drawn anew, uniformly, by the session's seed."""
+    """Return MTV's fit with the chosen heads of each layer drawn anew, uniformly, by the session's seed."""
     fitted = mtv.fit(session, config)
     edit, generator = fitted.edits[HEADS], session.generator("random heads")
     drawn = torch.stack([layer[torch.randperm(len(layer), generator=generator)] for layer in edit.gain])

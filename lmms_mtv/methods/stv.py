@@ -59,8 +59,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "fit_shots", "top", "clusters", "examples", "candidate_examples"):
-            if (given := getattr(self, name)) is not None and given < 1:
-                raise ArgumentError(f"{name}={given}, expected at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ArgumentError(f"{name}={value}, expected at least 1")
         if self.samples < 2:
             raise ArgumentError(f"samples={self.samples}, expected at least 2: combinations are compared")
         if self.steps < 0 or self.lr <= 0:
@@ -145,22 +145,22 @@ def _bank(session: FitSession[Any], config: Config, contexts: Tensor) -> Tensor:
     from sklearn.cluster import KMeans
 
     rng, clusters = session.random("bank"), min(config.clusters, len(contexts))
-    found = []
+    centroids = []
     for head in contexts.double().unbind(1):
         # Without a tolerance it ends when no activation changes its cluster: then a centroid is the mean of its own.
         means = KMeans(clusters, n_init=1, tol=0, random_state=rng.getrandbits(32)).fit(head.numpy())
-        found.append(torch.from_numpy(means.cluster_centers_).float())
-    return torch.stack(found)
+        centroids.append(torch.from_numpy(means.cluster_centers_).float())
+    return torch.stack(centroids)
 
 
 def _searched(
     session: FitSession[Any], config: Config, queries: Sequence[Episode], bank: Tensor, mask: Tensor
 ) -> tuple[Categorical, list[float]]:
     """Return the choice among the centroids of each head, and its mean loss at each step."""
-    asked = session.random_queries(queries, config.steps)
+    chosen = session.random_queries(queries, config.steps)
 
     def losses(step: int, options: Tensor) -> Tensor:
-        return session.losses(asked[step], Edit.replace(_inserted(bank, options, mask), mask), config.loss)
+        return session.losses(chosen[step], Edit.replace(_inserted(bank, options, mask), mask), config.loss)
 
     return improved(
         Categorical(torch.zeros(bank.shape[:2])),

@@ -36,7 +36,7 @@ class BatchSize:
     def run_batches(
         self, items: Sequence[T], run: Callable[[Sequence[T]], R], at_most: int | None = None
     ) -> Iterator[tuple[Sequence[T], R]]:
-        """``run`` of one batch of ``items`` after the other, in their order, with what it gives.
+        """Yield each batch of ``items``, in their order, and the result of ``run`` for it.
 
         What ran out of memory runs again in halves, so ``run`` must not leave anything behind when it raises. Raises
         :class:`MemoryLimitError` where there is nothing to halve.
@@ -66,7 +66,7 @@ class BatchSize:
 
 @contextmanager
 def single_row() -> Iterator[None]:
-    """A block of forwards of one row. Raises :class:`MemoryLimitError` when the memory runs out in it."""
+    """Run forwards of one row inside the block. Raises :class:`MemoryLimitError` when the memory runs out in it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -86,8 +86,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if callable(inner) and isinstance(configs, Mapping):
         if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
             return model
-        found: nn.Module = inner()
-        return found
+        base: nn.Module = inner()
+        return base
     return model
 
 

@@ -47,8 +47,8 @@ class Ranks:
         box: list[Any] = [own]
         if self.count > 1:
             distributed.broadcast_object_list(box, src=source, device=_device())
-        found: T = box[0]
-        return found
+        value: T = box[0]
+        return value
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:

@@ -62,9 +62,9 @@ def libraries() -> list[RequiredLibrary]:
     ]
 
 
-def problem(found: Sequence[RequiredLibrary]) -> str | None:
+def problem(required: Sequence[RequiredLibrary]) -> str | None:
     """Return one line that names the libraries that cannot work and the command that mends them, or None."""
-    wrong = [library for library in found if not library.is_supported]
+    wrong = [library for library in required if not library.is_supported]
     if not wrong:
         return None
     listed = ", ".join(
@@ -74,11 +74,11 @@ def problem(found: Sequence[RequiredLibrary]) -> str | None:
     return f"lmms-mtv cannot work with {listed}: python -m pip install {mend}"
 
 
-def newer(found: Sequence[RequiredLibrary]) -> str | None:
+def newer(required: Sequence[RequiredLibrary]) -> str | None:
     """Return one line that names the watched libraries that are newer than the tested ones, or None."""
     listed = [
         f"{library.name} {library.installed} (tested: {library.tested})"
-        for library in found
+        for library in required
         if library.name in WATCHED and library.is_newer
     ]
     if not listed:

@@ -81,7 +81,7 @@ def temporary(path: Path) -> Path:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file that is no link, and its size in bytes."""
+    """Open a regular file that is no link; yield the file and its size in bytes."""
     # os.path and not Path: what no path can be (too long, a zero byte) is no file.
     if os.path.islink(path):
         raise VectorFileError(f"{path} is a link, and links are not followed: name the file itself")
@@ -100,7 +100,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _unfollowed(path: str, flags: int) -> int:
-    """Open ``path`` though it be exchanged for a link or a pipe in the meantime."""
+    """Open ``path``, but no link or pipe that took its place in the meantime."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -114,10 +114,10 @@ def _metadata(path: Path, file: BinaryIO, size: int) -> dict[str, str]:
         header = json.loads(file.read(claim))
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON: {error}") from None
-    found = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its header has no metadata of texts")
-    return found
+    return metadata
 
 
 def _damaged(path: Path, reason: str) -> VectorFileError:

@@ -24,17 +24,17 @@ class Peak:
 @contextmanager
 def peak(device: torch.device) -> Iterator[Peak]:
     """Measure the block on ``device``; the weights that lie there already are part of it. Blocks do not nest."""
-    found = Peak()
+    memory = Peak()
     if device.type == "cuda":
         gpus = range(torch.cuda.device_count())
         for gpu in gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
-        yield found
-        found.bytes = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+        yield memory
+        memory.bytes = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
         return
     resets = _reset()
-    yield found
-    found.bytes = _resident() if resets else None
+    yield memory
+    memory.bytes = _resident() if resets else None
 
 
 def _reset() -> bool:
@@ -48,5 +48,5 @@ def _reset() -> bool:
 
 
 def _resident() -> int | None:
-    found = re.search(r"^VmHWM:\s*(\d+) kB", (_OWN / "status").read_text(), re.MULTILINE)
-    return int(found[1]) << 10 if found else None
+    peak_line = re.search(r"^VmHWM:\s*(\d+) kB", (_OWN / "status").read_text(), re.MULTILINE)
+    return int(peak_line[1]) << 10 if peak_line else None

@@ -85,39 +85,39 @@ class VectorCard:
         Raises :class:`VectorFileError`, with ``source`` in the message, if a field is missing or has a wrong type.
         """
         try:
-            found = json.loads(text)
+            written = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise VectorFileError(f"the card of {source} is not JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise VectorFileError(f"the card of {source} is no JSON object but {type(found).__name__}")
+        if not isinstance(written, dict):
+            raise VectorFileError(f"the card of {source} is no JSON object but {type(written).__name__}")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-        if missing := sorted(required - found.keys()):
+        if missing := sorted(required - written.keys()):
             raise VectorFileError(f"the card of {source} lacks {', '.join(missing)}: fit the vector again")
-        if extra := sorted(found.keys() - fields.keys() - {"id"}):
+        if extra := sorted(written.keys() - fields.keys() - {"id"}):
             logger.warning("the card of %s has fields that this version does not know: %s", source, ", ".join(extra))
         try:
             geometry = tuple(
-                (int(layer), str(name), int(heads), int(size)) for layer, name, heads, size in found["geometry"]
+                (int(layer), str(name), int(heads), int(size)) for layer, name, heads, size in written["geometry"]
             )
-            given = {name: found[name] for name in fields if name in found} | {"geometry": geometry}
-            card = cls(**given)
+            values = {name: written[name] for name in fields if name in written} | {"geometry": geometry}
+            card = cls(**values)
             for name in ("model", "revision", "dtype", "task", "split", "examples", "prompt", "method"):
-                if not isinstance(given[name], str) and (name, given[name]) != ("revision", None):
-                    raise TypeError(f"{name} is {type(given[name]).__name__}, not text")
+                if not isinstance(values[name], str) and (name, values[name]) != ("revision", None):
+                    raise TypeError(f"{name} is {type(values[name]).__name__}, not text")
             if not isinstance(card.replay, str | None):
                 raise TypeError(f"replay is {type(card.replay).__name__}, not text")
             for name in ("shots", "seed", "schema"):
-                given[name] = int(getattr(card, name))
+                values[name] = int(getattr(card, name))
             for name in ("config", "versions"):
-                given[name] = dict(getattr(card, name))
-            given["parents"] = {name: float(weight) for name, weight in dict(card.parents).items()}
-            given["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
-            given["seconds"] = float(card.seconds)
-            given["stages"] = {name: float(seconds) for name, seconds in dict(card.stages).items()}
-            given["accuracy"] = {name: float(share) for name, share in dict(card.accuracy).items()}
-            card = cls(**given)
-            if _deeper(found, 32):
+                values[name] = dict(getattr(card, name))
+            values["parents"] = {name: float(weight) for name, weight in dict(card.parents).items()}
+            values["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
+            values["seconds"] = float(card.seconds)
+            values["stages"] = {name: float(seconds) for name, seconds in dict(card.stages).items()}
+            values["accuracy"] = {name: float(share) for name, share in dict(card.accuracy).items()}
+            card = cls(**values)
+            if _deeper(written, 32):
                 raise ValueError("something is nested too deeply")
         except (TypeError, ValueError, OverflowError) as error:
             raise VectorFileError(f"the card of {source} has a field of a wrong type: {error}") from error

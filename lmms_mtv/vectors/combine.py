@@ -37,8 +37,8 @@ def combined(
     shares = _shares(vectors, weights, any_sum)
     cards = [vector.card for vector in vectors]
     for name in ("model", "revision", "dtype", "geometry"):
-        if len(found := {getattr(card, name) for card in cards}) > 1:
-            listed = "" if name == "geometry" else f" ({', '.join(sorted(map(repr, found)))})"
+        if len(values := {getattr(card, name) for card in cards}) > 1:
+            listed = "" if name == "geometry" else f" ({', '.join(sorted(map(repr, values)))})"
             raise GeometryError(f"vectors that differ in {name}{listed} cannot be combined")
     streams = {frozenset(vector.edits) for vector in vectors}
     if len(streams) > 1 or not vectors[0].edits:
@@ -105,5 +105,5 @@ def _sum(edits: Sequence[Edit], shares: Sequence[float]) -> Edit:
 
 
 def _agreed(cards: Sequence[VectorCard], name: str, otherwise: Any) -> Any:
-    found = {getattr(card, name) for card in cards}
-    return found.pop() if len(found) == 1 else otherwise
+    values = {getattr(card, name) for card in cards}
+    return values.pop() if len(values) == 1 else otherwise

@@ -137,16 +137,16 @@ def by_stream(edits: Edit | Edits) -> Edits:
     Raises :class:`GeometryError` for a stream that there is not, for a gate in one that has no queries, and for edits
     that are for batches of different sizes.
     """
-    found = {HEADS: edits} if isinstance(edits, Edit) else edits
-    if unknown := sorted(found.keys() - set(STREAMS)):
+    by_name = {HEADS: edits} if isinstance(edits, Edit) else edits
+    if unknown := sorted(by_name.keys() - set(STREAMS)):
         raise GeometryError(f"edits of {', '.join(unknown)}, expected streams among {', '.join(STREAMS)}")
-    if gated := sorted(name for name, edit in found.items() if edit.gate is not None and name != HEADS):
+    if gated := sorted(name for name, edit in by_name.items() if edit.gate is not None and name != HEADS):
         raise GeometryError(
             f"edits of {', '.join(gated)} have a gate, expected one in {HEADS} alone: these have queries"
         )
-    if len(batches := {edit.batch for edit in found.values()} - {None}) > 1:
+    if len(batches := {edit.batch for edit in by_name.values()} - {None}) > 1:
         raise GeometryError(f"edits of several streams are for batches of {sorted(filter(None, batches))} rows")
-    return found
+    return by_name
 
 
 def rows_of(edits: Edits) -> int | None:

@@ -40,32 +40,32 @@ def chosen(wanted: str, entries: Sequence[Entry], criteria: Mapping[str, str | i
     Several are narrowed by those ``criteria`` that are not None, one after the other, then to those without parents.
     Raises :class:`ArgumentError` if none or several are left, or if a criterion leaves none.
     """
-    found = [entry for entry in entries if _named(wanted, entry)]
-    if not found:
+    matches = [entry for entry in entries if _named(wanted, entry)]
+    if not matches:
         raise ArgumentError(
             f"no vector {wanted!r} in the library {root}.{_near(wanted, entries)} A vector is named by {FORMS}; "
             "`lmms-mtv library ls` lists them all."
         )
     for name, value in criteria.items():
-        if value is None or len(found) < 2:
+        if value is None or len(matches) < 2:
             continue
-        kept = [entry for entry in found if getattr(entry.card, name) == value]
-        if not kept:
+        narrowed = [entry for entry in matches if getattr(entry.card, name) == value]
+        if not narrowed:
             raise ArgumentError(
-                f"{wanted!r} is {len(found)} vectors, none of them with {name} {value!r}: name one by its id.\n"
-                f"{_list(found)}"
+                f"{wanted!r} is {len(matches)} vectors, none of them with {name} {value!r}: name one by its id.\n"
+                f"{_list(matches)}"
             )
-        found = kept
-    if len(found) > 1 and (own := [entry for entry in found if not entry.card.parents]):
+        matches = narrowed
+    if len(matches) > 1 and (fitted := [entry for entry in matches if not entry.card.parents]):
         # What was made of other vectors is named by its id.
-        found = own
-    if len(found) > 1:
-        telling = [name for name in _TELLING if len({getattr(entry.card, name) for entry in found}) > 1]
+        matches = fitted
+    if len(matches) > 1:
+        telling = [name for name in _TELLING if len({getattr(entry.card, name) for entry in matches}) > 1]
         told = f"They differ in {', '.join(telling)}" if telling else "They differ in settings alone"
         raise ArgumentError(
-            f"{wanted!r} is {len(found)} vectors. {told}: give {' or '.join((*telling, 'an id'))}.\n{_list(found)}"
+            f"{wanted!r} is {len(matches)} vectors. {told}: give {' or '.join((*telling, 'an id'))}.\n{_list(matches)}"
         )
-    return found[0]
+    return matches[0]
 
 
 def _named(wanted: str, entry: Entry) -> bool:
