@@ -155,6 +155,7 @@ class TestReuse:
             assert len(chosen - degraded) == round(0.5 * len(chosen))
             assert len(degraded - chosen) == round(0.25 * len(chosen))
 
+    @pytest.mark.slow
     def test_a_vector_of_the_same_recipe_is_reused_and_the_same_run_without_it_fits(self, tmp_path):
         runner = PlanRunner(PLAN, tmp_path)
         first = runner.fit(CellKey(ENGLISH, "MTV", 0))
@@ -198,7 +199,7 @@ class TestReuse:
             ),
             pytest.param({"heads": "0123", "vector": "0123"}, "does not go with vector=0123", marks=pytest.mark.slow),
             ({"batch_size": 3}, "batch_size= stands under arm"),
-            ({"dtype": "float16"}, "dtype: one model is loaded for all arms"),
+            pytest.param({"dtype": "float16"}, "dtype: one model is loaded for all arms", marks=pytest.mark.slow),
             ({"wrong": 1.5}, "wrong=1.5"),
             pytest.param({"stepps": 3}, "'stepps'. Did you mean 'steps'", marks=pytest.mark.slow),
         ],
@@ -290,6 +291,7 @@ class TestResuming:
         assert set(check.plan.read(copy).arms) == set(ARMS)
         assert tuple(check.plan.read(copy).seeds) == (0, 1, 7)
 
+    @pytest.mark.slow
     def test_an_arm_runs_with_some_of_the_seeds(self, tmp_path):
         path = tmp_path / "plan.yaml"
         path.write_text(
