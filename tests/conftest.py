@@ -18,5 +18,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import the fixtures, which import torch and transformers, but not where xdist only hands out tests."""
-    if "PYTEST_XDIST_WORKER" in os.environ or config.getoption("dist", "no") == "no":
+    hands_out = bool(config.getoption("tx", None)) and not config.option.collectonly
+    if "PYTEST_XDIST_WORKER" in os.environ or not hands_out:
         config.pluginmanager.import_plugin("support.fixtures")

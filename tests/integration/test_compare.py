@@ -92,6 +92,7 @@ def figures(folder: Path) -> dict[CellKey, tuple]:
     }
 
 
+@pytest.mark.slow
 class TestCells:
     def test_a_cell_is_what_the_harness_measures(self, results):
         for arm in ("zero-shot", "2-shot", "MTV"):
@@ -134,6 +135,7 @@ class TestCells:
 
 
 class TestReuse:
+    @pytest.mark.slow
     def test_heads_of_another_task_with_values_of_this_one(self, results):
         library = Library(results / "vectors")
         parent, own, child = (
@@ -146,6 +148,7 @@ class TestReuse:
         assert child.edits[HEADS].value.equal(own.edits[HEADS].value)
         assert not child.edits[HEADS].value.equal(parent.edits[HEADS].value)
 
+    @pytest.mark.slow
     def test_a_vector_of_another_task(self, results):
         for seed in (0, 1):
             parent, used = cell(results, "MTV", seed=seed), cell(results, "its vector", SPANISH, seed)
@@ -153,6 +156,7 @@ class TestReuse:
             assert used.vector["task"] == ENGLISH
             assert used.score == 0
 
+    @pytest.mark.slow
     def test_a_degraded_selection(self, results):
         for seed in (0, 1):
             chosen = {tuple(head) for head in cell(results, "MTV", seed=seed).vector["heads"]}
@@ -160,6 +164,7 @@ class TestReuse:
             assert len(chosen - degraded) == round(0.5 * len(chosen))
             assert len(degraded - chosen) == round(0.25 * len(chosen))
 
+    @pytest.mark.slow
     def test_a_vector_of_the_same_recipe_is_reused_and_the_same_run_without_it_fits(self, tmp_path):
         first = fitted(tmp_path)
         again = fitted(tmp_path)
@@ -169,6 +174,7 @@ class TestReuse:
         assert anew.card.seconds != first.card.seconds
         assert anew.checksum == first.checksum
 
+    @pytest.mark.slow
     def test_a_damaged_vector_is_fitted_again(self, tmp_path, caplog):
         first = fitted(tmp_path)
         (path,) = tmp_path.rglob("vector.safetensors")
@@ -177,6 +183,7 @@ class TestReuse:
         assert again.checksum == first.checksum
         assert TaskVector.load(path).checksum == first.checksum
 
+    @pytest.mark.slow
     def test_a_library_that_cannot_be_written_is_told_before_the_fit(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("no folder")
         monkeypatch.setattr(FitSession, "mean_activations", lambda *_: pytest.fail("it fits"))
@@ -186,13 +193,21 @@ class TestReuse:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            ({"heads": "nothing/mtv", "method": "mtv"}, "no vector 'nothing/mtv' in the library"),
-            ({"heads": "0123", "method": "none"}, "heads=0123 is for methods that choose heads.*method=none"),
-            ({"heads": "0123", "vector": "0123"}, "does not go with vector=0123"),
+            pytest.param(
+                {"heads": "nothing/mtv", "method": "mtv"},
+                "no vector 'nothing/mtv' in the library",
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(
+                {"heads": "0123", "method": "none"},
+                "heads=0123 is for methods that choose heads.*method=none",
+                marks=pytest.mark.slow,
+            ),
+            pytest.param({"heads": "0123", "vector": "0123"}, "does not go with vector=0123", marks=pytest.mark.slow),
             ({"batch_size": 3}, "batch_size= stands under arm"),
-            ({"dtype": "float16"}, "dtype: one model is loaded for all arms"),
+            pytest.param({"dtype": "float16"}, "dtype: one model is loaded for all arms", marks=pytest.mark.slow),
             ({"wrong": 1.5}, "wrong=1.5"),
-            ({"stepps": 3}, "'stepps'. Did you mean 'steps'"),
+            pytest.param({"stepps": 3}, "'stepps'. Did you mean 'steps'", marks=pytest.mark.slow),
         ],
     )
     def test_arguments_that_do_not_fit(self, tmp_path, arguments, match):
@@ -247,11 +262,13 @@ class TestWrong:
 
 
 class TestResuming:
+    @pytest.mark.slow
     def test_a_finished_comparison_loads_nothing(self, results):
         before = figures(results)
         assert compare.run(PLAN, results, refused) == []
         assert figures(results) == before
 
+    @pytest.mark.slow
     def test_interrupted_and_started_again_it_is_the_same(self, results, copy, monkeypatch):
         shutil.rmtree(copy / "cells")
         shutil.rmtree(copy / "vectors")
@@ -272,6 +289,7 @@ class TestResuming:
         assert len(compare.run(PLAN, copy, load)) == len(PLAN.cell_keys()) - done
         assert figures(copy) == figures(results)
 
+    @pytest.mark.slow
     def test_another_seed_is_added_to_what_is_there(self, copy):
         arms = {name: ARMS[name] for name in ("zero-shot", "2-shot")}
         ran = compare.run(dataclasses.replace(PLAN, arms=arms, seeds=(0, 7)), copy, load)
@@ -279,6 +297,7 @@ class TestResuming:
         assert set(check.plan.read(copy).arms) == set(ARMS)
         assert tuple(check.plan.read(copy).seeds) == (0, 1, 7)
 
+    @pytest.mark.slow
     def test_an_arm_runs_with_some_of_the_seeds(self, tmp_path):
         path = tmp_path / "plan.yaml"
         path.write_text(
@@ -306,6 +325,7 @@ class TestResuming:
         with pytest.raises(ArgumentError, match="expected an arm of the plan and some of its seeds"):
             plan.Plan("few", {}, ["shapes"], {"2-shot": {"method": "none"}}, seeds=(0, 1), seeds_of=seeds_of)
 
+    @pytest.mark.slow
     def test_a_plan_that_contradicts_is_refused(self, copy):
         changed = {**ARMS, "MTV": {"method": "mtv", **SHORT, "steps": 13}}
         for changes, match in (
@@ -316,6 +336,7 @@ class TestResuming:
             with pytest.raises(ArgumentError, match=match):
                 compare.run(dataclasses.replace(PLAN, **changes), copy, refused)
 
+    @pytest.mark.slow
     def test_a_damaged_cell_is_told_before_anything_runs(self, copy):
         path = cells.path(copy, CellKey(ENGLISH, "MTV", 0))
         path.write_text(path.read_text()[:-40])
@@ -335,6 +356,7 @@ def checked(folder: Path, *flags: str) -> None:
     cli.main(["check", str(folder), *flags])
 
 
+@pytest.mark.slow
 class TestCheck:
     def test_results_that_hold(self, results, capsys):
         checked(results, "--stored")

@@ -124,6 +124,7 @@ def test_training_sees_what_the_harness_will_show(chat):
     assert end == (tiny.END_OF_TURN if chat else "\n")
 
 
+@pytest.mark.slow
 def test_training_never_sees_the_benchmark_and_continues_where_it_stopped(tmp_path):
     config = train.TrainConfig(
         seed=3, seeing_steps=3, steps=4, seeing_batch=4, batch=2, scenes=40, evaluate_every=100, log_every=100

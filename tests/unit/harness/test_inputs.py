@@ -343,6 +343,7 @@ class TestTrial:
         (endless,) = doubts(good | {"endless": 0.9}, blind=False)
         assert "90% of the answers with the vector run on" in endless
 
+    @pytest.mark.slow
     def test_a_loss_on_a_token_that_all_targets_share_is_told(self, tmp_path, said):
         """As the bare space before a number is, with many tokenizers."""
         from lmms_eval.api.task import Task

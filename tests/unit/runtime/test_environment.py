@@ -17,7 +17,7 @@ from lmms_mtv.errors import InstallationError
 from lmms_mtv.harness.lmms.plugin import names_model
 from lmms_mtv.runtime import environment
 from lmms_mtv.runtime.environment import RequiredLibrary, newer, problem
-from support import matrix, processes
+from support import processes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -139,10 +139,8 @@ def run(folder: Path, *command: str, forced: str) -> CompletedProcess[str]:
     )
 
 
-FORCED = ["filelock==4.3.1", "transformers==4.57.1", "lmms-eval==0.7.2"]
-
-
-@pytest.mark.parametrize("forced", matrix.members(FORCED, "transformers==4.57.1"))
+@pytest.mark.slow
+@pytest.mark.parametrize("forced", ["filelock==4.3.1", "transformers==4.57.1", "lmms-eval==0.7.2"])
 def test_lmms_eval_ends_with_one_line_before_anything_runs(forced, tmp_path):
     arguments = ("--model", "mtv", "--model_args", "pretrained=tiny", "--tasks", "shapes", "--output_path", "out")
     done = run(tmp_path, "lmms_eval", *arguments, forced=forced)
@@ -180,6 +178,7 @@ def test_the_commands_of_the_package_end_with_one_line_and_the_doctor_tells_all(
     assert done.stderr.splitlines()[-1].startswith("lmms-mtv: lmms-mtv cannot work with transformers 4.57.1")
 
 
+@pytest.mark.slow
 def test_the_doctor_shows_versions_device_folders_and_bases(tmp_path):
     done = run(tmp_path, "lmms_mtv", "doctor", forced="nothing==1.0")
     assert done.returncode == 0, done.stderr
