@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -77,7 +77,7 @@ class UneditedRecord:
 
     method: str = "none"
     source: str = "nothing to fit"
-    heads: Sequence[Sequence[int]] = ()
+    heads: Sequence[Sequence[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -264,12 +264,12 @@ class TestFits:
     def test_same_seed_same_heads_whatever_the_batch_size(self, text_model, folder, kind):
         settings = SHORT | {"samples": 32}
         used = [
-            run(text_model, folder, [kind], **settings, batch_size=size, seed=seed)[0]._record[f"own_{kind}"]
+            run(text_model, folder, [kind], **settings, batch_size=size, seed=seed)[0].records[f"own_{kind}"]
             for size, seed in ((1, 1), (4, 1), (4, 2))
         ]
-        assert used[0]["vector"] == used[1]["vector"] != used[2]["vector"]
-        assert used[0]["heads"] == used[1]["heads"]
-        assert 0 < len(used[0]["heads"]) < 8
+        assert used[0].vector == used[1].vector != used[2].vector
+        assert used[0].heads == used[1].heads
+        assert 0 < len(used[0].heads) < 8
 
     def test_one_fit_serves_all_requests_of_a_task(self, text_model, folder, tmp_path, caplog):
         """The library asks for likelihoods and for answers in calls of their own."""
@@ -387,13 +387,13 @@ class TestFits:
         lm, answers = run(text_model, folder, ["answers", "arc"], **fitting)
         _, plain = run(text_model, folder, ["answers", "arc"], method="none")
         for name in ("own_answers", "own_arc"):
-            assert lm._record[name]["heads"] == []
-            assert lm._record[name]["method"] == settings["method"]
+            assert lm.records[name].heads == []
+            assert lm.records[name].method == settings["method"]
             assert answers[name] != plain[name]
 
     def test_few_shot_prompts_are_counted(self, text_model, folder):
         lm, _ = run(text_model, folder, ["arc"], {"num_fewshot": 2}, **SHORT)
-        assert lm._record["own_arc"]["shots"] == 2
+        assert lm.records["own_arc"].shots == 2
 
     def test_an_evaluation_in_another_form_than_the_model_was_told_is_refused(self, text_model, folder):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
@@ -417,19 +417,19 @@ class TestFits:
         form = {"apply_chat_template": True, "system_instruction": "blue ring.", "num_fewshot": 2}
         lm, _ = run(text_model, folder, ["arc"], form | {"fewshot_as_multiturn": True}, **SHORT)
         plain, _ = run(text_model, folder, ["arc"], {"num_fewshot": 2}, **SHORT)
-        assert lm._record["own_arc"]["prompt"] != plain._record["own_arc"]["prompt"]
+        assert lm.records["own_arc"].prompt != plain.records["own_arc"].prompt
 
     def test_the_tasks_own_settings_are_used_and_arguments_win(self, text_model, tmp_path):
         declared = {"version": 1, "mtv": {"demonstrations": "train", "mtv": {"iterations": 3, "steps": 4}}}
         folder = task_file(tmp_path, "arc", metadata=declared, training_split=None, fewshot_split=None)
         lm, _ = run(text_model, folder, ["arc"], **(SHORT | {"steps": 5}))
-        settings = lm._record["own_arc"]["settings"]
+        settings = lm.records["own_arc"].settings
         assert (settings["iterations"], settings["steps"]) == (8, 5)
         lm, _ = run(
             text_model, folder, ["arc"], **{key: SHORT[key] for key in SHORT if key not in ("steps", "iterations")}
         )
-        assert lm._record["own_arc"]["settings"]["steps"] == 4
-        assert lm._record["own_arc"]["declared"] == {"iterations": 3, "steps": 4}
+        assert lm.records["own_arc"].settings["steps"] == 4
+        assert lm.records["own_arc"].declared == {"iterations": 3, "steps": 4}
 
     def test_settings_of_one_method_are_no_defaults_of_another(self, text_model, tmp_path):
         declared = {"version": 1, "mtv": {"mtv": {"iterations": 3, "steps": 4}, "icv": {"strength": 0.2}}}
@@ -438,7 +438,7 @@ class TestFits:
         for name, expected in {"icv": {"iterations": 100, "strength": 0.2}, "random": {"iterations": 3}}.items():
             settings = {k: v for k, v in quick.items() if k in (*methods.get(name).settings(), "reuse")}
             lm, _ = run(text_model, folder, ["arc"], method=name, **settings)
-            assert expected.items() <= lm._record["own_arc"]["settings"].items(), name
+            assert expected.items() <= lm.records["own_arc"].settings.items(), name
 
     def test_caches_keep_working_and_never_mix_tasks(self, text_model, folder, tmp_path):
         tasks = Tasks(include_path=str(folder), include_defaults=False)

@@ -306,10 +306,10 @@ def test_lm_eval_evaluates_with_it(name, text_model, tasks, counted, monkeypatch
     form = {"limit": 3}
     lm, answers = run(text_model, tasks / "lm_eval", ["answers", "arc"], form, method=name, reuse=False, **settings)
     for task in ("own_answers", "own_arc"):
-        assert lm._record[task]["method"] == name
+        assert lm.records[task].method == name
         assert len(answers[task]) == 3
         if name != "none":
-            assert settings.items() <= lm._record[task]["settings"].items()
+            assert settings.items() <= lm.records[task].settings.items()
     assert counted["edited"] == counted["run"]
     assert (counted["run"] > 0) == (name != "none")
     assert zoo.hooks(lm.model) == 0
