@@ -11,14 +11,14 @@ from PIL import Image
 from lmms_mtv import data
 from lmms_mtv.data.answers import cut
 from lmms_mtv.harness.documents import documents
-from lmms_mtv.harness.lmms.failure import reported
+from lmms_mtv.harness.lmms.failure import fail_with_status
 
 __all__ = ["documents"]
 
 Doc = dict[str, Any]
 
 
-@reported
+@fail_with_status
 def visual(doc: Doc) -> list[Image.Image]:
     """Return the image of option A, the image of option B, and the query image."""
     return [data.image(doc["data"], reference) for reference in doc["images"]]

@@ -7,10 +7,10 @@ from typing import Any
 from datasets import DatasetDict
 
 from lmms_mtv.data import SOURCES, documents
-from lmms_mtv.harness.lmms.failure import reported
+from lmms_mtv.harness.lmms.failure import fail_with_status
 
 
-@reported
+@fail_with_status
 def pairs(data: str, **metadata: Any) -> DatasetDict:
     """Return all splits of ``data``. The harness also passes the metadata of the task."""
     return DatasetDict({split: documents(data, split) for split in SOURCES[data].rows})

@@ -11,7 +11,7 @@ from PIL import Image
 from lmms_mtv import data
 from lmms_mtv.data.answers import cut
 from lmms_mtv.harness.documents import documents
-from lmms_mtv.harness.lmms.failure import reported
+from lmms_mtv.harness.lmms.failure import fail_with_status
 
 __all__ = ["documents"]
 
@@ -25,7 +25,7 @@ VIZWIZ = (
 """The instruction of the authors before the first image of a prompt; the task file has the same description."""
 
 
-@reported
+@fail_with_status
 def visual(doc: Doc) -> list[Image.Image]:
     """Return the image of the question."""
     return [data.image(doc["data"], doc["image"])]
