@@ -1,4 +1,4 @@
-"""``lmms-mtv check``: whether stored results still hold."""
+"""``lmms-mtv check``: checks of stored results."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from lmms_mtv.errors import ResultsError
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
-        help="whether stored results still hold",
-        description="Check that the files of RESULTS are as they were measured, that the tables made of them say what "
-        "they say, and run the cells again, their vectors fitted anew. Exit status 1, with a table of what differs, if "
-        "a number left its tolerance, or a prompt, a vector or a table changed.",
+        help="check stored results, and run their cells again",
+        description="Check that the files of RESULTS are unaltered and that the tables in README.md match the cells. "
+        "Then run the cells again, fit their vectors again, and compare. The exit status is 1, with a table of the "
+        "differences, if a number left its tolerance, or if a prompt, a vector or a table changed.",
     )
-    parser.add_argument("results", type=Path, metavar="RESULTS", help="a folder that lmms-mtv compare has written")
-    parser.add_argument("--stored", action="store_true", help="the files alone: run nothing")
-    parser.add_argument("--cells", type=int, metavar="N", help="run N cells again, drawn by --seed, instead of all")
-    parser.add_argument("--seed", type=int, default=0, help="of the cells that --cells draws")
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="results folder that lmms-mtv compare wrote")
+    parser.add_argument("--stored", action="store_true", help="check only the files, and run nothing")
+    parser.add_argument("--cells", type=int, metavar="N", help="run only N cells again, drawn with --seed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cells that --cells draws (default: 0)")
     parser.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from lmms_mtv.experiments import check, compare, plan
 
-    asked = plan.read(given.results)
-    differences = check.stored(given.results)
+    stored_plan = plan.read(arguments.results)
+    differences = check.stored(arguments.results)
     pages: list[Path] = []
     if not differences:
-        pages = check.pages(given.results)
-        differences += check.tables(given.results, pages)
-    cell_keys = [] if given.stored or differences else check.sampled_keys(asked, given.cells, given.seed)
+        pages = check.pages(arguments.results)
+        differences += check.tables(arguments.results, pages)
+    cell_keys = (
+        [] if arguments.stored or differences else check.sampled_keys(stored_plan, arguments.cells, arguments.seed)
+    )
 
-    def load(asked: plan.Plan, library: Path) -> compare.CellRunner:
+    def load(requested: plan.Plan, library: Path) -> compare.CellRunner:
         from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 
-        return PlanRunner(asked, library, reuse=False)
+        return PlanRunner(requested, library, reuse=False)
 
     if cell_keys:
         with tempfile.TemporaryDirectory() as scratch:
-            differences += check.rerun(given.results, cell_keys, Path(scratch), load)
+            differences += check.rerun(arguments.results, cell_keys, Path(scratch), load)
     if differences:
         sys.stdout.write(check.table(differences) + "\n")
-        raise ResultsError(f"{given.results}: {len(differences)} differences, see the table")
-    tables = ", ".join(map(str, pages)) or "no page has tables of them"
-    again = f", {len(cell_keys)} run again and the same within {dict(asked.tolerance)}" if cell_keys else ""
+        raise ResultsError(f"{arguments.results}: {len(differences)} differences, see the table above")
+    tables = ", ".join(map(str, pages)) or "no page has tables of these results"
+    again = f", {len(cell_keys)} run again and the same within {dict(stored_plan.tolerance)}" if cell_keys else ""
     sys.stdout.write(
-        f"{given.results}: {len(asked.cell_keys())} cells as they were measured{again}; tables: {tables}\n"
+        f"{arguments.results}: {len(stored_plan.cell_keys())} cells as they were measured{again}; tables: {tables}\n"
     )

@@ -23,92 +23,114 @@ ARMS: Final = {
     "MTV": {"method": "mtv"},
     "MTV + 1-shot": {"method": "mtv", "shots": 1},
 }
-"""The arms of a comparison that says nothing else."""
+"""The arms of a comparison without a plan and without ``--arm``."""
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
-        help="run tasks x arms x seeds",
-        description="Run every arm on every task with every seed, on one loaded model, and keep each cell in OUTPUT. "
-        "A cell that is there is not run again, so an interrupted comparison goes on where it stopped.",
+        help="run tasks x arms x seeds and store the results",
+        description="Run every arm on every task with every seed, on one loaded model, and store each cell in the "
+        "results folder. Stored cells do not run again, so the same command continues an interrupted comparison.",
     )
-    parser.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="a YAML file, or a folder of results")
-    parser.add_argument("--output", required=True, type=Path, help="folder of results")
-    parser.add_argument("--model_args", type=pairs, default={}, metavar="KEY=VALUE,...", help="of all arms")
-    parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="TASK,...", help="tasks or groups")
+    parser.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="YAML file of a plan, or a results folder")
+    parser.add_argument("--output", required=True, type=Path, help="results folder")
+    parser.add_argument(
+        "--model_args", type=pairs, default={}, metavar="KEY=VALUE,...", help="model arguments of all arms"
+    )
+    parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="TASK,...", help="tasks or task groups")
     parser.add_argument(
         "--arm",
         action="append",
         dest="arms",
         metavar="NAME[:KEY=VALUE,...]",
-        help=f"an arm with its model arguments, or one of the plan's, or of {', '.join(ARMS)}; may be repeated",
+        help="an arm with its model arguments, or the name of an arm of the plan, or one of "
+        f"{', '.join(ARMS)}; may be repeated",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
-    parser.add_argument("--batch_size", type=yaml.safe_load, metavar="ROWS", help="a number, or auto")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents of each task")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds (default: those of the plan, or 0)")
+    parser.add_argument(
+        "--batch_size", type=yaml.safe_load, metavar="ROWS", help="rows of a forward: a number, or auto"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="number of documents of each task (default: all)")
     parser.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from lmms_mtv.experiments import compare
 
-    asked = planned(given, given.output.resolve().name)
+    requested = planned(arguments, arguments.output.resolve().name)
 
     def load(plan: Plan, library: Path) -> compare.CellRunner:
         from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 
         return PlanRunner(plan, library)
 
-    ran = compare.run(asked, given.output, load)
-    if not ran:
-        sys.stdout.write(f"nothing to do: all cells are in {given.output}\n")
+    cell_keys = compare.run(requested, arguments.output, load)
+    if not cell_keys:
+        sys.stdout.write(f"nothing to do: all cells are in {arguments.output}\n")
     else:
-        sys.stdout.write(f"{len(ran)} cells run: {given.output}. See them with lmms-mtv report {given.output}\n")
+        sys.stdout.write(
+            f"{len(cell_keys)} cells run: {arguments.output}. "
+            f"Print the tables with lmms-mtv report {arguments.output}\n"
+        )
 
 
-def planned(given: argparse.Namespace, name: str) -> Plan:
-    """Return the plan of a command line: that of its file, changed by its flags.
+def planned(arguments: argparse.Namespace, name: str) -> Plan:
+    """Return the plan of a command line: the plan of the file, changed by the other arguments.
 
-    Raises :class:`ArgumentError` if tasks are missing, or an arm is neither described nor known.
+    Args:
+        arguments: the parsed command line.
+        name: name of the plan if there is no file.
+
+    Raises:
+        ArgumentError: there are no tasks, or an arm is neither described nor known.
     """
     changes: dict[str, Any] = {
-        key: getattr(given, key)
+        key: getattr(arguments, key)
         for key in ("tasks", "seeds", "batch_size", "limit")
-        if getattr(given, key, None) is not None
+        if getattr(arguments, key, None) is not None
     }
-    if given.plan is not None:
-        found = read(given.plan)
-        changes["model"] = {**found.model, **given.model_args}
-        if given.arms:
-            changes["arms"] = _arms(given.arms, {**ARMS, **found.arms})
-            if found.baseline not in changes["arms"]:
+    if arguments.plan is not None:
+        stored_plan = read(arguments.plan)
+        changes["model"] = {**stored_plan.model, **arguments.model_args}
+        if arguments.arms:
+            changes["arms"] = _arms(arguments.arms, {**ARMS, **stored_plan.arms})
+            if stored_plan.baseline not in changes["arms"]:
                 changes["baseline"] = None
-        arms, seeds = changes.get("arms", found.arms), changes.get("seeds", found.seeds)
-        changes["seeds_of"] = {a: [s for s in own if s in seeds] for a, own in found.seeds_of.items() if a in arms}
-        return dataclasses.replace(found, **changes)
-    if not given.tasks:
-        raise ArgumentError("there is nothing to run: give a plan, or --tasks")
-    arms = _arms(given.arms, ARMS) if given.arms else ARMS
-    return Plan(**{"name": name, "model": given.model_args, "arms": arms, **changes})
+        arms, seeds = changes.get("arms", stored_plan.arms), changes.get("seeds", stored_plan.seeds)
+        changes["seeds_of"] = {
+            a: [s for s in own if s in seeds] for a, own in stored_plan.seeds_of.items() if a in arms
+        }
+        return dataclasses.replace(stored_plan, **changes)
+    if not arguments.tasks:
+        raise ArgumentError("there is nothing to run: pass a plan, or --tasks")
+    arms = _arms(arguments.arms, ARMS) if arguments.arms else ARMS
+    return Plan(**{"name": name, "model": arguments.model_args, "arms": arms, **changes})
 
 
 def pairs(text: str) -> dict[str, Any]:
-    """Model arguments ``key=value,key=value``. Raises :class:`argparse.ArgumentTypeError` on anything else."""
-    found = {}
+    """Return the model arguments in ``key=value,key=value``, with values read as YAML.
+
+    Raises:
+        argparse.ArgumentTypeError: a part is not KEY=VALUE.
+    """
+    values = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise argparse.ArgumentTypeError(f"{part!r} is no KEY=VALUE")
-        found[key.strip()] = yaml.safe_load(value)
-    return found
+            raise argparse.ArgumentTypeError(f"{part!r} is not KEY=VALUE")
+        values[key.strip()] = yaml.safe_load(value)
+    return values
 
 
-def _arms(given: list[str], known: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _arms(descriptions: list[str], known: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the model arguments of each arm: those in its description, else those of the known arm."""
     arms = {}
-    for text in given:
-        name, colon, arguments = text.partition(":")
+    for text in descriptions:
+        name, colon, settings = text.partition(":")
         if not colon and name not in known:
-            raise ArgumentError(f"there is no arm {name!r}, only {', '.join(known)}: describe it, {name}:method=...")
-        arms[name] = pairs(arguments) if colon else known[name]
+            raise ArgumentError(
+                f"arm {name!r} is unknown, expected one of {', '.join(known)}: describe it as --arm '{name}:method=...'"
+            )
+        arms[name] = pairs(settings) if colon else known[name]
     return arms

@@ -1,4 +1,4 @@
-"""``lmms-mtv doctor``: what this installation is made of, and whether it can work."""
+"""``lmms-mtv doctor``: versions, device, folders and bases of this installation."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="show versions, device, folders and bases of this installation",
-        description="Show the versions of the libraries against those that are supported and tested, the device and "
-        "its memory, the folders of data and of the library, and which bases import. The exit status is 1 if a "
-        "library cannot work.",
+        description="Show the versions of the libraries beside the supported and tested versions, the device and its "
+        "memory, the folders of the data and of the vector library, and the bases that import. The exit status is 1 if "
+        "the version of a library is not supported.",
     )
-    parser.add_argument("--no-bases", action="store_true", help="leave out the bases, whose import takes a minute")
+    parser.add_argument(
+        "--no-bases", action="store_true", help="leave out the bases, because their import takes a minute"
+    )
     parser.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     libraries = environment.libraries()
     wrong, newer = environment.problem(libraries), environment.newer(libraries)
     _show(f"lmms-mtv {version(environment.PACKAGE)}", _system())
     _show("libraries", (_library(library) for library in libraries))
     _show("device", _device())
     _show("folders", _folders())
-    if not given.no_bases:
-        _show("bases", ["not looked at: lmms-eval itself may not import"] if wrong else _bases())
+    if not arguments.no_bases:
+        _show("bases", ["not checked, because lmms-eval may not import"] if wrong else _bases())
     if newer is not None:
         _show("warning", [newer])
     if wrong is not None:
@@ -45,6 +47,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _show(title: str, lines: Iterator[str] | list[str]) -> None:
+    """Write a title and the lines below it, indented."""
     sys.stdout.write(f"{title}\n")
     for line in lines:
         sys.stdout.write(f"  {line}\n")
@@ -56,10 +59,10 @@ def _system() -> list[str]:
 
 
 def _library(library: environment.RequiredLibrary) -> str:
-    found = "missing" if library.installed is None else str(library.installed)
+    installed = "missing" if library.installed is None else str(library.installed)
     state = "not supported" if not library.is_supported else "newer than tested" if library.is_newer else "ok"
     tested = str(library.tested).removeprefix("==") or "-"
-    return f"{library.name:<18}{found:<14}{state:<19}supported {library.supported}; tested {tested}"
+    return f"{library.name:<18}{installed:<14}{state:<19}supported {library.supported}; tested {tested}"
 
 
 def _device() -> Iterator[str]:
@@ -72,8 +75,8 @@ def _device() -> Iterator[str]:
         free, total = torch.cuda.mem_get_info(index)
         yield f"cuda:{index} {torch.cuda.get_device_name(index)}, {_gib(free)} of {_gib(total)} GiB free"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    told = "" if memory is None else f", {_gib(memory)} GiB of memory"
-    yield f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads{told}"
+    memory_text = "" if memory is None else f", {_gib(memory)} GiB of memory"
+    yield f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads{memory_text}"
 
 
 def _gib(size: int) -> str:
@@ -86,8 +89,8 @@ def _folders() -> Iterator[str]:
     from lmms_mtv.vectors.library.place import VARIABLE
 
     if data := os.environ.get(FOLDER):
-        there = Path(data).expanduser()
-        tasks = sorted(path.name for path in there.iterdir() if path.is_dir()) if there.is_dir() else None
+        folder = Path(data).expanduser()
+        tasks = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else None
         yield f"data     {data} ({FOLDER}): {'no such folder' if tasks is None else ', '.join(tasks) or 'empty'}"
     else:
         yield f"data     from the hub ({FOLDER} is not set)"
@@ -97,7 +100,7 @@ def _folders() -> Iterator[str]:
         state = f"{len(library.entries())} vectors"
     except MtvError as error:
         state = str(error)
-    yield f"library  {library.root} ({VARIABLE} names another place): {state}"
+    yield f"library  {library.root} ({VARIABLE} sets another folder): {state}"
 
 
 def _bases() -> Iterator[str]:
@@ -105,18 +108,18 @@ def _bases() -> Iterator[str]:
 
     logging.disable(logging.ERROR)
     try:
-        found = bases.survey()
+        import_errors = bases.survey()
     finally:
         logging.disable(logging.NOTSET)
-    usable = [name for name, reason in found.items() if reason is None]
-    yield from _wrapped(f"{len(usable)} import: {', '.join(usable)}")
-    lacking: dict[str, list[str]] = {}
-    for name, reason in found.items():
+    usable = [name for name, reason in import_errors.items() if reason is None]
+    yield from _wrap(f"{len(usable)} import: {', '.join(usable)}")
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in import_errors.items():
         if reason is not None:
-            lacking.setdefault(reason, []).append(name)
-    for reason, names in sorted(lacking.items(), key=lambda item: (-len(item[1]), item[0])):
-        yield from _wrapped(f"{', '.join(names)}: {reason}")
+            names_by_reason.setdefault(reason, []).append(name)
+    for reason, names in sorted(names_by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
+        yield from _wrap(f"{', '.join(names)}: {reason}")
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrap(text: str) -> list[str]:
     return textwrap.wrap(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

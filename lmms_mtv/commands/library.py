@@ -1,4 +1,4 @@
-"""``lmms-mtv library``: what is in the vector library, and what is done with it."""
+"""``lmms-mtv library``: the commands on the vector library."""
 
 from __future__ import annotations
 
@@ -14,53 +14,62 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmms_mtv.vectors.library import Entry, Library
 
-REFERENCE = "a path, four or more digits of an id, task/method, or hub:owner/name"
+REFERENCE = "a path, the first four or more digits of an id, task/method, or hub:owner/name"
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "library",
-        help="list, check, share and combine vectors",
-        description="The vector library: the folder in LMMS_MTV_LIBRARY, or lmms-mtv/library in the user's cache.",
+        help="list, check, share and combine task vectors",
+        description="Commands on the vector library. The library is the folder in LMMS_MTV_LIBRARY, or "
+        "lmms-mtv/library in the cache folder of the user.",
     )
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def verb(name: str, run: Any, about: str) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = verbs.add_parser(
+        verb_parser: argparse.ArgumentParser = verbs.add_parser(
             name, help=about, description=about[0].upper() + about[1:] + "."
         )
-        made.add_argument("--library", metavar="ROOT", type=Path, help="folder of the library")
-        made.set_defaults(run=run)
-        return made
+        verb_parser.add_argument("--library", metavar="ROOT", type=Path, help="folder of the library")
+        verb_parser.set_defaults(run=run)
+        return verb_parser
 
-    chosen = verb("ls", list_, "list the vectors")
+    command = verb("ls", list_, "list the vectors")
     for name in ("model", "task", "method"):
-        chosen.add_argument(f"--{name}", help=f"only vectors of this {name}")
-    _json(chosen)
-    chosen = verb("show", show, "print what is known of a vector")
-    _reference(chosen)
-    _json(chosen)
-    chosen = verb("rm", remove, "remove a vector")
-    _reference(chosen)
-    chosen.add_argument("--yes", action="store_true", help="do not ask")
-    chosen = verb("verify", verify, "read every file and compare it with its checksum, its card and its place")
-    _json(chosen)
-    chosen = verb("push", push, "upload a vector to the Hugging Face hub")
-    _reference(chosen)
-    chosen.add_argument("repository", metavar="OWNER/NAME", help="repository, made if there is none")
-    chosen.add_argument("--private", action="store_true", help="make a private repository")
-    chosen = verb("pull", pull, "download a vector from the Hugging Face hub")
-    chosen.add_argument("repository", metavar="OWNER/NAME[@REVISION]", help="repository that a vector was pushed to")
-    chosen = verb("combine", combine, "make a vector of several of one model: their mean, or their weighted sum")
-    chosen.add_argument("references", metavar="REF", nargs="+", help=REFERENCE)
-    chosen.add_argument("--weights", metavar="W", nargs="+", type=float, help="one for each; together 1")
-    chosen.add_argument("--any-sum", action="store_true", help="the weights need not sum to 1")
-    chosen.add_argument("--task", metavar="NAME", required=True, help="task that the new vector is listed under")
-    _narrowing(chosen)
+        command.add_argument(f"--{name}", help=f"only vectors of this {name}")
+    _json(command)
+    command = verb("show", show, "print the card and the facts of a vector")
+    _reference(command)
+    _json(command)
+    command = verb("rm", remove, "remove a vector")
+    _reference(command)
+    command.add_argument("--yes", action="store_true", help="remove without a question")
+    command = verb("verify", verify, "read every file, and check its checksum, its card and its path")
+    _json(command)
+    command = verb("push", push, "upload a vector to the Hugging Face hub")
+    _reference(command)
+    command.add_argument(
+        "repository", metavar="OWNER/NAME", help="name of the repository, created if it does not exist"
+    )
+    command.add_argument("--private", action="store_true", help="create a private repository")
+    command = verb("pull", pull, "download a vector from the Hugging Face hub")
+    command.add_argument("repository", metavar="OWNER/NAME[@REVISION]", help="name of a repository with a vector")
+    command = verb("combine", combine, "combine vectors of one model: their mean, or their weighted sum")
+    command.add_argument("references", metavar="REF", nargs="+", help=REFERENCE)
+    command.add_argument(
+        "--weights",
+        metavar="W",
+        nargs="+",
+        type=float,
+        help="weight of each vector; the weights sum to 1 (default: the mean)",
+    )
+    command.add_argument("--any-sum", action="store_true", help="accept weights with another sum than 1")
+    command.add_argument("--task", metavar="NAME", required=True, help="name of the task on the new card")
+    _narrowing(command)
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _reference(parser: argparse.ArgumentParser) -> None:
@@ -69,47 +78,51 @@ def _reference(parser: argparse.ArgumentParser) -> None:
 
 
 def _narrowing(parser: argparse.ArgumentParser) -> None:
-    """What tells several vectors apart that a reference names."""
-    parser.add_argument("--model", help="if REF names several: the one of this model")
-    parser.add_argument("--seed", type=int, help="if REF names several: the one of this seed")
-    parser.add_argument("--shots", type=int, help="if REF names several: the one for prompts of so many shots")
+    """Add the arguments that select one of several vectors with the same reference."""
+    parser.add_argument("--model", help="if REF names several vectors: the vector of this model")
+    parser.add_argument("--seed", type=int, help="if REF names several vectors: the vector of this seed")
+    parser.add_argument(
+        "--shots", type=int, help="if REF names several vectors: the vector for prompts with this number of shots"
+    )
 
 
 # Commands
 
 
-def list_(given: argparse.Namespace) -> None:
-    wanted = {name: getattr(given, name) for name in ("model", "task", "method") if getattr(given, name) is not None}
-    library = _library(given)
-    found = [
+def list_(arguments: argparse.Namespace) -> None:
+    wanted = {
+        name: getattr(arguments, name) for name in ("model", "task", "method") if getattr(arguments, name) is not None
+    }
+    library = _library(arguments)
+    entries = [
         entry
         for entry in library.entries()
         if all(getattr(entry.card, name) == value for name, value in wanted.items())
     ]
-    if given.json:
-        _write(_json_of([_described(entry) for entry in found]))
+    if arguments.json:
+        _write(_json_of([_entry_fields(entry) for entry in entries]))
         return
-    if not found:
+    if not entries:
         _write(f"no such vector in {library.root}" if wanted else f"no vector in {library.root}")
         return
     heading = ("id", "task", "method", "shots", "seed", "loss", "size", "model")
     rows = [
         (card.id, card.task, card.method, str(card.shots), str(card.seed), _loss(entry), _size(entry.bytes), card.model)
-        for entry in found
+        for entry in entries
         for card in (entry.card,)
     ]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     _write(table([heading, *rows], width))
 
 
-def show(given: argparse.Namespace) -> None:
+def show(arguments: argparse.Namespace) -> None:
     from lmms_mtv.vectors import TaskVector
     from lmms_mtv.vectors.library import page
 
-    entry = _resolved(given, given.reference)
+    entry = _resolve(arguments, arguments.reference)
     vector = TaskVector.load(entry.path)
-    if given.json:
-        _write(_json_of(_described(entry) | {"heads": [list(head) for head in vector.heads]}))
+    if arguments.json:
+        _write(_json_of(_entry_fields(entry) | {"heads": [list(head) for head in vector.heads]}))
         return
     rows = [("file", str(entry.path)), ("size", _size(entry.bytes)), *page.facts(vector)]
     rows += [(f"setting {name}", json.dumps(value)) for name, value in sorted(entry.card.config.items())]
@@ -117,18 +130,18 @@ def show(given: argparse.Namespace) -> None:
     _write("\n".join(f"{_plain(name):<{width}}  {_plain(value)}" for name, value in rows))
 
 
-def remove(given: argparse.Namespace) -> None:
+def remove(arguments: argparse.Namespace) -> None:
     from lmms_mtv.errors import ArgumentError
 
-    library = _library(given)
-    entry = _resolved(given, given.reference)
+    library = _library(arguments)
+    entry = _resolve(arguments, arguments.reference)
     named = f"{entry.id} ({_plain(f'{entry.card.method} for {entry.card.task} of {entry.card.model}')}) in {entry.path}"
-    if not given.yes:
+    if not arguments.yes:
         sys.stdout.write(f"remove {named}? [y/N] ")
         sys.stdout.flush()
         answer = sys.stdin.readline()
         if not answer:
-            raise ArgumentError("nobody answers, nothing is removed: pass --yes")
+            raise ArgumentError("there is no answer, so nothing is removed: pass --yes")
         if answer.strip().lower() not in ("y", "yes"):
             _write("nothing is removed")
             return
@@ -136,10 +149,10 @@ def remove(given: argparse.Namespace) -> None:
     _write(f"removed {named}")
 
 
-def verify(given: argparse.Namespace) -> None:
-    library = _library(given)
+def verify(arguments: argparse.Namespace) -> None:
+    library = _library(arguments)
     problems = library.verify()
-    if given.json:
+    if arguments.json:
         _write(_json_of([{"path": str(problem.path), "problem": problem.what} for problem in problems]))
     else:
         for problem in problems:
@@ -151,43 +164,43 @@ def verify(given: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def push(given: argparse.Namespace) -> None:
+def push(arguments: argparse.Namespace) -> None:
     from lmms_mtv.vectors.library import hub
 
-    entry = _resolved(given, given.reference)
-    address = hub.pushed(entry.path, given.repository, private=given.private)
-    _write(f"pushed {entry.id} to {address}. Use it with vector={hub.PREFIX}{given.repository}")
+    entry = _resolve(arguments, arguments.reference)
+    address = hub.pushed(entry.path, arguments.repository, private=arguments.private)
+    _write(f"pushed {entry.id} to {address}. Use it with vector={hub.PREFIX}{arguments.repository}")
 
 
-def pull(given: argparse.Namespace) -> None:
-    entry = _library(given).pull(given.repository)
+def pull(arguments: argparse.Namespace) -> None:
+    entry = _library(arguments).pull(arguments.repository)
     _write(f"pulled {entry.id} into {entry.path}")
 
 
-def combine(given: argparse.Namespace) -> None:
+def combine(arguments: argparse.Namespace) -> None:
     from lmms_mtv.vectors import TaskVector
     from lmms_mtv.vectors.combine import combined
 
-    vectors = [TaskVector.load(_resolved(given, reference).path) for reference in given.references]
-    made = combined(vectors, given.weights, task=given.task, any_sum=given.any_sum)
-    path = _library(given).add(made)
-    _write(f"combined {', '.join(vector.id for vector in vectors)} into {made.id}: {path}")
+    vectors = [TaskVector.load(_resolve(arguments, reference).path) for reference in arguments.references]
+    vector = combined(vectors, arguments.weights, task=arguments.task, any_sum=arguments.any_sum)
+    path = _library(arguments).add(vector)
+    _write(f"combined {', '.join(part.id for part in vectors)} into {vector.id}: {path}")
 
 
-# What they share
+# Helpers
 
 
-def _library(given: argparse.Namespace) -> Library:
+def _library(arguments: argparse.Namespace) -> Library:
     from lmms_mtv.vectors.library import Library
 
-    return Library(given.library)
+    return Library(arguments.library)
 
 
-def _resolved(given: argparse.Namespace, reference: str) -> Entry:
-    return _library(given).resolve(reference, model=given.model, seed=given.seed, shots=given.shots)
+def _resolve(arguments: argparse.Namespace, reference: str) -> Entry:
+    return _library(arguments).resolve(reference, model=arguments.model, seed=arguments.seed, shots=arguments.shots)
 
 
-def _described(entry: Entry) -> dict[str, Any]:
+def _entry_fields(entry: Entry) -> dict[str, Any]:
     return {"id": entry.id, "path": str(entry.path), "bytes": entry.bytes, "card": dataclasses.asdict(entry.card)}
 
 
@@ -196,7 +209,7 @@ def _json_of(content: Any) -> str:
 
 
 def _loss(entry: Entry) -> str:
-    """On training queries, without the edit and with it."""
+    """Return the loss on training queries without the edit and with the edit."""
     losses = entry.card.losses
     if not (losses.get("unedited") and losses.get("chosen")):
         return "-"
@@ -208,7 +221,10 @@ def _size(count: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], width: int | None) -> str:
-    """Aligned columns, the first row as heading. Given a ``width``, the widest but the first are cut to fit."""
+    """Return the rows as text with aligned columns; the first row is the heading.
+
+    With a ``width``, the widest columns but the first are cut until the lines fit.
+    """
     cells = [[_plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths[1:]) > 4:
@@ -225,7 +241,7 @@ def _cut(text: str, size: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text of a card as a terminal may have it: without what would move its cursor or change its colours."""
+    """Return the text without characters that move the cursor of a terminal or change its colours."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 

@@ -1,4 +1,4 @@
-"""``lmms-mtv report``: results as tables, plots and a page."""
+"""``lmms-mtv report``: tables, plots and an HTML page of results."""
 
 from __future__ import annotations
 
@@ -12,54 +12,58 @@ from typing import Any
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
-        help="make tables, plots and a page of results",
-        description="Make tables, plots and a page of what lmms-mtv compare wrote. Without an option, the tables as "
-        "Markdown on standard output.",
+        help="write tables, plots and an HTML page of results",
+        description="Write tables, plots and an HTML page of the results of lmms-mtv compare. Without options, write "
+        "the tables as Markdown to standard output.",
     )
-    parser.add_argument("results", metavar="RESULTS", nargs="+", type=Path, help="a folder of lmms-mtv compare")
-    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write one page that needs nothing but itself")
-    parser.add_argument("--plots", metavar="FOLDER", type=Path, help="write each plot as PNG and as SVG")
+    parser.add_argument(
+        "results", metavar="RESULTS", nargs="+", type=Path, help="results folder that lmms-mtv compare wrote"
+    )
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown to FILE")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained HTML page to FILE")
+    parser.add_argument("--plots", metavar="FOLDER", type=Path, help="write each plot as PNG and SVG into FOLDER")
     parser.add_argument(
         "--insert",
         metavar="FILE",
         nargs="+",
         type=Path,
         default=[],
-        help="write tables between the marks <!-- lmms-mtv report PATH --> and <!-- /lmms-mtv report --> of a file",
+        help="write the tables between the marks <!-- lmms-mtv report PATH --> and <!-- /lmms-mtv report --> of FILE",
     )
     parser.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from lmms_mtv.errors import ArgumentError
     from lmms_mtv.experiments.report import marks, results, tables
 
-    if (given.html or given.plots) and importlib.util.find_spec("matplotlib") is None:
+    if (arguments.html or arguments.plots) and importlib.util.find_spec("matplotlib") is None:
         raise ArgumentError("--html and --plots need matplotlib: python -m pip install 'lmms-mtv[report]'")
-    found = [results.read(folder) for folder in given.results]
-    for path in given.insert:
+    sections = [results.read(folder) for folder in arguments.results]
+    for path in arguments.insert:
         text = path.read_text(encoding="utf-8")
-        if not marks.count(text, path.parent, found):
-            names = ", ".join(map(str, given.results))
-            raise ArgumentError(f"{path} has no mark <!-- lmms-mtv report PATH --> with PATH one of {names}")
-        _write(path, marks.inserted(text, path.parent, found))
-    if given.markdown:
-        _write(given.markdown, tables.markdown(found))
-    if given.html:
+        if not marks.count(text, path.parent, sections):
+            names = ", ".join(map(str, arguments.results))
+            raise ArgumentError(
+                f"{path} has no mark <!-- lmms-mtv report PATH --> with PATH one of {names}: add the mark"
+            )
+        _write(path, marks.inserted(text, path.parent, sections))
+    if arguments.markdown:
+        _write(arguments.markdown, tables.markdown(sections))
+    if arguments.html:
         from lmms_mtv.experiments.report.page import page
 
-        _write(given.html, page(found))
-    if given.plots:
+        _write(arguments.html, page(sections))
+    if arguments.plots:
         from lmms_mtv.experiments.report.plots import plots
 
-        for one in found:
-            folder = given.plots if len(found) == 1 else given.plots / one.plan.name
-            for plot in plots(one):
+        for section in sections:
+            folder = arguments.plots if len(sections) == 1 else arguments.plots / section.plan.name
+            for plot in plots(section):
                 for path in plot.save(folder):
                     sys.stdout.write(f"{path}\n")
-    if not (given.markdown or given.html or given.plots or given.insert):
-        sys.stdout.write(tables.markdown(found))
+    if not (arguments.markdown or arguments.html or arguments.plots or arguments.insert):
+        sys.stdout.write(tables.markdown(sections))
 
 
 def _write(path: Path, text: str) -> None:

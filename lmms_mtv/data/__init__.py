@@ -1,6 +1,6 @@
-"""The evaluation data of the paper's tasks: from the hub, or from a folder that ``lmms-mtv prepare`` made.
+"""The data of the paper's tasks, from the hub or from a folder that ``lmms-mtv prepare`` wrote.
 
-Rows hold text and references to images. An image is opened when a prompt needs it.
+Rows have text and references to images. An image is opened when a prompt needs the image.
 """
 
 from __future__ import annotations
@@ -24,61 +24,68 @@ SOURCES: dict[str, Source] = {source.task: source for source in (*vqa.SOURCES, *
 
 
 GROUPS: dict[str, list[Source]] = {"words": list(words.SOURCES)}
-"""Tasks that are prepared together."""
+"""Sources of the task groups that ``lmms-mtv prepare`` converts together."""
 
 
 def sources(name: str) -> list[Source]:
-    """Return where the data of a task come from, or of all tasks of a group.
+    """Return the data source of a task, or the sources of all tasks of a group.
 
-    Raises :class:`ArgumentError` if there is no such task or group.
+    Raises:
+        ArgumentError: no task or group has this name.
     """
     return GROUPS[name] if name in GROUPS else [source(name)]
 
 
 def source(task: str) -> Source:
-    """Return where the data of a task come from. Raises :class:`ArgumentError` if there is no such task."""
+    """Return the data source of a task.
+
+    Raises:
+        ArgumentError: no task has this name.
+    """
     if task not in SOURCES:
         raise unknown("task with data of its own", task, SOURCES)
     return SOURCES[task]
 
 
 def documents(task: str, split: str) -> Dataset:
-    """Return the rows of a split: of the folder in ``LMMS_MTV_DATA``, or of the hub if that is not set.
+    """Return the rows of a split, from the folder in ``LMMS_MTV_DATA``, or from the hub if the variable is not set.
 
-    Raises :class:`DataError` if they cannot be had, or are not as many as they should be.
+    Raises:
+        DataError: the data cannot be loaded, or the number of rows is not the official number.
     """
-    known = source(task)
+    task_source = source(task)
     if root := os.environ.get(FOLDER):
-        rows = prepared.rows(known, Path(root).expanduser(), split)
+        rows = prepared.rows(task_source, Path(root).expanduser(), split)
     else:
         try:
-            rows = known.fetch(split)
+            rows = task_source.fetch(split)
         except MtvError:
             raise
         except prepared.FORM_ERRORS as error:
             raise DataError(
-                f"the copy of {task} on the hub is not what it was ({error!r}): {mended_by(task)}"
+                f"the copy of {task} on the hub has changed its form ({error!r}): {mended_by(task)}"
             ) from error
-        prepared.check_count(known, split, len(rows), "the copy on the hub")
+        prepared.check_count(task_source, split, len(rows), "the copy on the hub")
     return Dataset.from_list(rows)
 
 
 def image(task: str, reference: str) -> Image.Image:
     """Return the image that a row of ``task`` refers to, in RGB.
 
-    Raises :class:`DocumentError` if it is missing or damaged.
+    Raises:
+        DocumentError: the image is missing or damaged.
     """
-    stored = reference.startswith(hub.PREFIX)
+    on_hub = reference.startswith(hub.PREFIX)
     path = Path(os.environ.get(FOLDER, ""), task, reference).expanduser()
     try:
-        return pictures.opened(io.BytesIO(_stored(task, reference)) if stored else path)
+        return pictures.opened(io.BytesIO(_hub_image(task, reference)) if on_hub else path)
     except pictures.UNREADABLE as error:
-        name = reference if stored else path
+        name = reference if on_hub else path
         raise DocumentError(f"image {name} of task {task} does not open ({error}): {mended_by(task)}") from error
 
 
-def _stored(task: str, reference: str) -> bytes:
-    """Return the encoded image that a reference into a copy on the hub names."""
+def _hub_image(task: str, reference: str) -> bytes:
+    """Return the encoded image that a reference to a copy on the hub names."""
     path, split, row = reference.removeprefix(hub.PREFIX).rsplit(":", 2)
-    copies = [*vqa.COPIES.values(), *(copy for known in episodes.SETS for copy in known.copies)]
+    copies = [*vqa.COPIES.values(), *(copy for episode_set in episodes.SETS for copy in episode_set.copies)]
     return hub.image(next(c for c in copies if (c.task, c.path, c.split) == (task, path, split)), int(row))

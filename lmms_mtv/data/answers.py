@@ -1,8 +1,8 @@
-"""What of a generated text is the answer."""
+"""The answer in a generated text."""
 
 from __future__ import annotations
 
 
 def cut(text: str) -> str:
-    """``text`` up to its first full stop or line break, as the MTV authors' evaluation cuts it."""
+    """Return ``text`` up to the first full stop or line break, as in the evaluation of the MTV authors."""
     return text.split(".")[0].split("\n")[0].strip()

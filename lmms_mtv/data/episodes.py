@@ -1,6 +1,6 @@
-"""Flowers-102, CUB-200-2011 and DTD as 2-way 1-shot episodes: the paper's own files, or drawn from official splits.
+"""Flowers-102, CUB-200-2011 and DTD as 2-way 1-shot episodes, from the files of the paper or drawn from the splits.
 
-An episode has one image of each of two classes and a query of the first, the positive one.
+An episode has an image of a positive class, an image of a negative class, and a query image of the positive class.
 """
 
 from __future__ import annotations
@@ -30,9 +30,16 @@ Classes = Mapping[str, Sequence[str]]
 class EpisodeSet:
     """One of the three data sets.
 
-    ``files`` are the paper's episodes, ``counts`` their number of episodes, of positive and of negative classes.
-    ``classes`` reads the official train and test splits out of an archive. ``fitted`` classes, the first of the
-    official order, make training episodes and the others test episodes, each image as a query ``repeats`` times.
+    Attributes:
+        task: name of the task.
+        files: files of the paper with the episodes of each split.
+        counts: numbers of episodes, positive classes and negative classes of each split.
+        archive: archive of the official images.
+        copies: copies of the images on the hub.
+        classes: function that reads the official train and test splits from the archive.
+        fitted: number of classes, the first in the official order, that make the drawn training episodes; the other
+            classes make the test episodes.
+        repeats: number of drawn episodes for each query image of a split.
     """
 
     task: str
@@ -46,48 +53,58 @@ class EpisodeSet:
 
 
 def row(episode: Mapping[str, str], references: Mapping[str, str]) -> Row:
-    """Return an episode as the task shows it: images in the order shown, option texts, and the letter of the query's
-    class.
+    """Return the row of an episode: images and options in their order, and the letter of the query's class.
 
-    The authors' code draws the order of the options; here the names of the images fix it.
+    The code of the authors draws the order of the options; here the names of the images determine the order.
     """
     names = {key: PurePosixPath(episode[key]).name for key in ("pos", "neg", "query")}
-    drawn = hashlib.sha256("/".join(names.values()).encode()).digest()[0] % 2
-    first, second = ("neg", "pos") if drawn else ("pos", "neg")
+    swapped = hashlib.sha256("/".join(names.values()).encode()).digest()[0] % 2
+    first, second = ("neg", "pos") if swapped else ("pos", "neg")
     return {
         "images": [references[names[key]] for key in (first, second, "query")],
         "a": episode[f"{first}_label"],
         "b": episode[f"{second}_label"],
-        "answer": "B" if drawn else "A",
+        "answer": "B" if swapped else "A",
     }
 
 
 def validated(content: Any, data: EpisodeSet, split: str, where: str, counted: bool = True) -> list[dict[str, str]]:
-    """Return the paper's episodes of a split.
+    """Return the episodes of the paper in ``content``.
 
-    Raises :class:`DataError` if their form, or a count where ``counted``, is another than expected.
+    Args:
+        content: the parsed file.
+        data: the data set.
+        split: name of the split.
+        where: the file, for error messages.
+        counted: compare the numbers of episodes and classes with the official numbers.
+
+    Raises:
+        DataError: the form or a number is not as expected.
     """
     if not isinstance(content, list) or any(
         not isinstance(e, dict) or any(not isinstance(e.get(k), str) for k in _KEYS) for e in content
     ):
-        raise DataError(f"{where} is no list of episodes with {', '.join(_KEYS)}: {mended_by(data.task)}")
-    found = (len(content), *(len({e[key] for e in content}) for key in ("pos_label", "neg_label")))
-    if counted and found != data.counts[split]:
+        raise DataError(f"{where} is not a list of episodes with {', '.join(_KEYS)}: {mended_by(data.task)}")
+    counts = (len(content), *(len({e[key] for e in content}) for key in ("pos_label", "neg_label")))
+    if counted and counts != data.counts[split]:
         named = "episodes, positive and negative classes"
         raise DataError(
-            f"{where} has {found} {named}, expected {data.counts[split]}: {mended_by(data.task)} (with --partial to "
+            f"{where} has {counts} {named}, expected {data.counts[split]}: {mended_by(data.task)} (with --partial to "
             "work on a part of the data)"
         )
     return content
 
 
 def regenerated(classes: Classes, repeats: int, seed: int) -> list[dict[str, str]]:
-    """Episodes drawn from the images of ``classes``: each image is ``repeats`` times the query.
+    """Return episodes drawn from the images of ``classes``, with each image as the query of ``repeats`` episodes.
 
-    Its own class gives another image as the positive one, a class drawn at random the negative one.
+    The positive image is another image of the query's class; the negative image is from a random other class.
+
+    Raises:
+        DataError: a class has fewer than two images, or there is no second class.
     """
-    drawn = random.Random(seed)
-    made = []
+    rng = random.Random(seed)
+    episodes = []
     for label, images in classes.items():
         others = [name for name in classes if name != label]
         if len(images) < 2 or not others:
@@ -95,20 +112,21 @@ def regenerated(classes: Classes, repeats: int, seed: int) -> list[dict[str, str
                 f"episodes need two images of class {label!r} and a second class, found {len(images)} images"
             )
         for query in [image for image in images for _ in range(repeats)]:
-            negative = drawn.choice(others)
-            made.append(
+            negative = rng.choice(others)
+            episodes.append(
                 {
-                    "pos": drawn.choice([image for image in images if image != query]),
-                    "neg": drawn.choice(classes[negative]),
+                    "pos": rng.choice([image for image in images if image != query]),
+                    "neg": rng.choice(classes[negative]),
                     "query": query,
                     "pos_label": label,
                     "neg_label": negative,
                 }
             )
-    return made
+    return episodes
 
 
 def _fetch(data: EpisodeSet, split: str) -> list[Row]:
+    """Return the rows of a split with the images of the hub copies."""
     path = hub.downloaded(data.files[split], data.task)
     episodes = validated(parsed(path.read_bytes(), path), data, split, data.files[split].url)
     references = _references(data.copies)
@@ -122,7 +140,7 @@ def _fetch(data: EpisodeSet, split: str) -> list[Row]:
 
 
 def _references(copies: Sequence[hub.Copy]) -> dict[str, str]:
-    """References to the images of hub copies, by the names of the official files."""
+    """Return the references to the images of hub copies, by the names of the official files."""
     return {
         Path(name).name: hub.reference(copy, index)
         for copy in copies
@@ -132,24 +150,32 @@ def _references(copies: Sequence[hub.Copy]) -> dict[str, str]:
 
 
 def _prepare(data: EpisodeSet, official: Official) -> Mapping[str, list[Row]]:
+    """Return the rows of all splits with the images of the official archive."""
     if official.regenerate:
         official.remarks.append(f"episodes drawn from the official splits with seed {official.seed}, not the paper's")
         splits = data.classes(official, data.archive)
-        every = list(splits["train"])
-        chosen = {"train": every[: data.fitted], "test": every[data.fitted :]}
+        names = list(splits["train"])
+        classes = {"train": names[: data.fitted], "test": names[data.fitted :]}
         episodes = {
-            split: regenerated({c: splits[split][c] for c in names}, data.repeats[split], official.seed)
-            for split, names in chosen.items()
+            split: regenerated(
+                {name: splits[split][name] for name in split_classes}, data.repeats[split], official.seed
+            )
+            for split, split_classes in classes.items()
         }
     else:
-        episodes = {split: _given(data, split, official) for split in data.files}
-    names = {PurePosixPath(e[k]).name for found in episodes.values() for e in found for k in ("pos", "neg", "query")}
-    paths = official.images(data.archive, names)
-    return {split: [row(episode, paths) for episode in found] for split, found in episodes.items()}
+        episodes = {split: _published(data, split, official) for split in data.files}
+    images = {
+        PurePosixPath(episode[key]).name
+        for split_episodes in episodes.values()
+        for episode in split_episodes
+        for key in ("pos", "neg", "query")
+    }
+    paths = official.images(data.archive, images)
+    return {split: [row(episode, paths) for episode in split_episodes] for split, split_episodes in episodes.items()}
 
 
-def _given(data: EpisodeSet, split: str, official: Official) -> list[dict[str, str]]:
-    """Return the paper's episodes: from the source folder, else from the web."""
+def _published(data: EpisodeSet, split: str, official: Official) -> list[dict[str, str]]:
+    """Return the episodes of the paper, from the source folder or else from the web."""
     file = data.files[split]
     if official.has(file):
         path = official.find(file)
@@ -185,27 +211,27 @@ def _flowers_classes(official: Official, _: File) -> dict[str, dict[str, list[st
 
 def _cub_classes(official: Official, archive: File) -> dict[str, dict[str, list[str]]]:
     lists = ("images.txt", "train_test_split.txt")
-    found = official.texts(archive, lists)
-    images, training = (dict(line.split() for line in found[name].splitlines()) for name in lists)
-    made: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
+    texts = official.texts(archive, lists)
+    images, training = (dict(line.split() for line in texts[name].splitlines()) for name in lists)
+    classes: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
     for number, path in images.items():
         label = path.split("/")[0].partition(".")[2].replace("_", " ")
         for split, flag in (("train", "1"), ("test", "0")):
-            here = made[split].setdefault(label, [])
+            names = classes[split].setdefault(label, [])
             if training[number] == flag:
-                here.append(PurePosixPath(path).name)
-    return made
+                names.append(PurePosixPath(path).name)
+    return classes
 
 
 def _dtd_classes(official: Official, archive: File) -> dict[str, dict[str, list[str]]]:
     lists = {"train": "train1.txt", "test": "test1.txt"}
-    found = official.texts(archive, lists.values())
-    made: dict[str, dict[str, list[str]]] = {}
+    texts = official.texts(archive, lists.values())
+    classes: dict[str, dict[str, list[str]]] = {}
     for split, name in lists.items():
-        made[split] = {}
-        for line in sorted(found[name].split()):
-            made[split].setdefault(line.split("/")[0], []).append(PurePosixPath(line).name)
-    return made
+        classes[split] = {}
+        for line in sorted(texts[name].split()):
+            classes[split].setdefault(line.split("/")[0], []).append(PurePosixPath(line).name)
+    return classes
 
 
 _FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"

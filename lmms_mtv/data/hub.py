@@ -1,4 +1,7 @@
-"""Copies of data sets on the hub, and single files from the web: only the needed columns, images unread."""
+"""Copies of data sets on the hub, and single files from the web.
+
+Only the needed columns are loaded, and images stay encoded.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,14 @@ PREFIX: Final = "hub:"
 
 @dataclass(frozen=True)
 class Copy:
-    """A split of a data set on the hub, and the columns that ``task`` needs of it, ``image`` among them.
+    """A split of a data set on the hub.
 
-    No ``revision``: the newest.
+    Attributes:
+        task: name of the task that uses the split.
+        path: name of the repository on the hub.
+        split: name of the split.
+        columns: columns that the task needs, among them ``image``.
+        revision: commit of the repository; empty for the newest commit.
     """
 
     task: str
@@ -42,42 +50,46 @@ class Copy:
 
 @functools.cache
 def table(copy: Copy) -> Dataset:
-    """Return the split, with its images left undecoded. Raises :class:`DataError` if it cannot be had."""
+    """Return the split with encoded images.
+
+    Raises:
+        DataError: the split cannot be loaded.
+    """
     copy = dataclasses.replace(copy, revision=copy.revision or _newest(copy.path))
     where = f"{copy.path} on the hub (split {copy.split}, revision {copy.revision or 'newest'})"
     try:
-        found = datasets.load_dataset(
+        split = datasets.load_dataset(
             copy.path, split=copy.split, revision=copy.revision or None, columns=list(copy.columns)
         )
-        if lacking := [name for name in copy.columns if name not in found.column_names]:
-            raise ValueError(f"it has no column {', '.join(lacking)}")
+        if missing := [name for name in copy.columns if name not in split.column_names]:
+            raise ValueError(f"it has no column {', '.join(missing)}")
     except (OSError, ValueError, ConnectionError, DatasetsError) as error:
         raise DataError(f"{where} cannot be loaded: {_reason(error)}; {mended_by(copy.task)}") from error
-    for name, kind in found.features.items():
+    for name, kind in split.features.items():
         if isinstance(kind, datasets.Image):
-            found = found.cast_column(name, datasets.Image(decode=False))
-    return found
+            split = split.cast_column(name, datasets.Image(decode=False))
+    return split
 
 
 def texts(copy: Copy) -> Dataset:
-    """Return the split without its images."""
+    """Return the split without the images."""
     return table(copy).remove_columns("image")
 
 
 def _newest(path: str) -> str:
-    """Return the commit that is newest now, so that what a run used can be told; empty where the hub cannot say."""
+    """Return the newest commit, so that a run records its data; empty if the hub does not tell the commit."""
     try:
-        found = str(HfApi().dataset_info(path).sha)
+        commit = str(HfApi().dataset_info(path).sha)
     except (OSError, ValueError, HfHubHTTPError):
         return ""
-    logger.warning("%s is not pinned to a revision: its newest commit is %s", path, found)
-    return found
+    logger.warning("%s is not pinned to a revision: its newest commit is %s", path, commit)
+    return commit
 
 
 def _reason(error: BaseException) -> str:
-    """Return what an error says, or its cause where it says no more than a name."""
-    said = error if error.__cause__ is None or " " in str(error).strip() else error.__cause__
-    return f"{type(said).__name__}: " + " ".join(str(said).split())[:300]
+    """Return the message of an error, or of its cause if the message is only a name."""
+    cause = error if error.__cause__ is None or " " in str(error).strip() else error.__cause__
+    return f"{type(cause).__name__}: " + " ".join(str(cause).split())[:300]
 
 
 def reference(copy: Copy, row: int) -> str:
@@ -88,24 +100,28 @@ def reference(copy: Copy, row: int) -> str:
 def image(copy: Copy, row: int) -> bytes:
     """Return the encoded image of a row."""
     content = table(copy)[row]["image"]
-    found: bytes = content["bytes"] if content["bytes"] is not None else Path(content["path"]).read_bytes()
-    return found
+    encoded: bytes = content["bytes"] if content["bytes"] is not None else Path(content["path"]).read_bytes()
+    return encoded
 
 
 def names(copy: Copy) -> list[str | None]:
-    """Return the names that the images of a split were uploaded with."""
-    found: list[str | None] = pc.struct_field(table(copy).data.column("image"), "path").to_pylist()
-    return found
+    """Return the file names of the images of a split, None for an image without a name."""
+    names: list[str | None] = pc.struct_field(table(copy).data.column("image"), "path").to_pylist()
+    return names
 
 
 def downloaded(file: File, task: str) -> Path:
-    """Return a single file from the web, kept in the cache of the library datasets, and checked."""
+    """Return the path of a file from the web in the cache of the datasets library, after a check of its SHA-256.
+
+    Raises:
+        DataError: the file cannot be downloaded, or has another SHA-256.
+    """
     try:
-        # No ETag is asked for: what is in the cache is used without network.
+        # Without the request for an ETag, a cached file needs no network.
         options = datasets.DownloadConfig(use_etag=False)
         path = Path(datasets.DownloadManager(download_config=options).download(file.url))
     except (OSError, ValueError, ConnectionError, DatasetsError) as error:
         raise DataError(f"{file.url} cannot be downloaded: {_reason(error)}; {mended_by(task)}") from error
-    if file.sha256 and (found := checksum(path, "sha256")) != file.sha256:
-        raise DataError(f"{file.url} has sha256 {found}, expected {file.sha256}; {mended_by(task)}")
+    if file.sha256 and (digest := checksum(path, "sha256")) != file.sha256:
+        raise DataError(f"{file.url} has sha256 {digest}, expected {file.sha256}; {mended_by(task)}")
     return path

@@ -1,4 +1,4 @@
-"""The official files of a data set: found in a folder, as archives or unpacked, checked and taken out."""
+"""The official files of a data set: search, checks and extraction, from archives or unpacked folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ from lmms_mtv.errors import DataError
 
 @dataclass(frozen=True)
 class File:
-    """An official file: its name, the folder it unpacks to, its checksum where it is known, and where it comes from."""
+    """An official file.
+
+    Attributes:
+        name: file name.
+        url: address of the download.
+        unpacked: name of the folder or file that the archive unpacks to; empty for other files.
+        md5: MD5 in hexadecimal digits; empty if unknown.
+        sha256: SHA-256 in hexadecimal digits; empty if unknown.
+    """
 
     name: str
     url: str
@@ -33,7 +41,7 @@ class File:
 
 
 class Member(NamedTuple):
-    """A file inside an archive or a folder, and what opens it. Names are unique without their folders."""
+    """A file inside an archive or a folder: name without folders, size in bytes, and a function that opens the file."""
 
     name: str
     size: int
@@ -42,11 +50,18 @@ class Member(NamedTuple):
 
 @dataclass
 class Official:
-    """One preparation: official files in ``source``, the task's data in ``output``.
+    """The conversion of official files to the data of a task.
 
-    ``partial``: the files hold only a part of the official data, so that counts and checksums are not compared.
-    ``seed`` and ``regenerate``: of what is drawn here instead of taken from published files. ``used`` collects what
-    was read, with checksums or sizes; ``remarks`` what users of the data should know.
+    Attributes:
+        task: name of the task.
+        source: folder of the official files.
+        output: folder of the data of the task.
+        partial: True if the files are a part of the official data; counts and checksums are then not checked.
+        seed: seed of drawn episodes and splits.
+        regenerate: True to draw episodes instead of reading the files of the paper.
+        progress: True to show progress bars.
+        used: the files that were read, with their checksums or sizes.
+        remarks: remarks for the users of the data.
     """
 
     task: str
@@ -61,59 +76,59 @@ class Official:
     _planned: dict[File, dict[str, None]] = field(default_factory=dict)
 
     def find(self, file: File) -> Path:
-        """Return the file, or the folder it unpacks to: in the source folder, or in one folder inside it.
+        """Return the path of a file, or of its unpacked folder, in the source folder or one folder below.
 
-        Raises :class:`DataError` if there is none, or more than one, or it is another file than expected.
+        Raises:
+            DataError: the file is missing, there are several, or its checksum differs.
         """
         for name in filter(None, (file.name, file.unpacked)):
-            here = self.source / name
-            found = [here] if here.exists() else sorted(self.source.glob(f"*/{name}"))
-            if len(found) > 1:
+            path = self.source / name
+            candidates = [path] if path.exists() else sorted(self.source.glob(f"*/{name}"))
+            if len(candidates) > 1:
                 raise DataError(
-                    f"{self.source} has more than one {name} ({', '.join(map(str, found))}): pass --source with the "
-                    "folder of the one that is meant"
+                    f"{self.source} has more than one {name} ({', '.join(map(str, candidates))}): pass --source with "
+                    "the folder of the right file"
                 )
-            if found:
-                self._check(file, found[0])
-                return found[0]
+            if candidates:
+                self._check(file, candidates[0])
+                return candidates[0]
         unpacked = f", nor {file.unpacked}" if file.unpacked else ""
         raise DataError(
             f"{self.source} has no {file.name}{unpacked}: download {file.url} into it and run the same command again"
         )
 
     def has(self, file: File) -> bool:
-        """Return whether there is one for :meth:`find` to find."""
+        """Return True if the source folder has the file."""
         names = filter(None, (file.name, file.unpacked))
         return any((self.source / name).exists() or any(self.source.glob(f"*/{name}")) for name in names)
 
     def json(self, file: File, member: str = "") -> Any:
-        """Return the content of a JSON file: of ``member`` in an archive or folder, or of ``file`` itself."""
+        """Return the content of ``member`` in an archive or a folder, or of ``file``, parsed as JSON."""
         return json_in(self.find(file), member or file.name, file.url)
 
     def texts(self, file: File, names: Collection[str]) -> dict[str, str]:
-        """Return the contents of members, by name."""
-        path, found = self.find(file), {}
+        """Return the text of members of an archive or a folder, by name."""
+        path, texts = self.find(file), {}
         with _members(path) as members:
             for member in members:
                 if member.name in names:
                     with member.open() as stream:
-                        found[member.name] = stream.read().decode()
-        self._complete(file, path, set(names) - found.keys(), len(names))
-        return found
+                        texts[member.name] = stream.read().decode()
+        self._check_complete(file, path, set(names) - texts.keys(), len(names))
+        return texts
 
     def images(self, file: File, names: Iterable[str]) -> dict[str, str]:
-        """Return the paths, relative to ``output``, at which :meth:`extract` will put members of an archive or a
-        folder.
-        """
+        """Plan the extraction of images, and return their future paths relative to ``output``, by name."""
         self.find(file)
-        wanted = dict.fromkeys(names)
-        self._planned.setdefault(file, {}).update(wanted)
-        return {name: f"images/{name}" for name in wanted}
+        requested = dict.fromkeys(names)
+        self._planned.setdefault(file, {}).update(requested)
+        return {name: f"images/{name}" for name in requested}
 
     def extract(self) -> None:
-        """Take out everything that was asked for by :meth:`images`; files already there are left.
+        """Extract the images that :meth:`images` planned; equal files in the output folder stay.
 
-        Raises :class:`DataError` if one is missing.
+        Raises:
+            DataError: an image is missing.
         """
         for file, names in self._planned.items():
             path, missing = self.find(file), set(names)
@@ -122,22 +137,24 @@ class Official:
             with bar, _members(path) as members:
                 for member in members:
                     if member.name in missing:
-                        _place(member, self.output / "images" / member.name)
+                        _extract_member(member, self.output / "images" / member.name)
                         missing.remove(member.name)
                         bar.update()
                         if not missing:
                             break
-            self._complete(file, path, missing, len(names))
+            self._check_complete(file, path, missing, len(names))
 
-    def _complete(self, file: File, path: Path, missing: set[str], wanted: int) -> None:
+    def _check_complete(self, file: File, path: Path, missing: set[str], expected: int) -> None:
+        """Raise :class:`DataError` if members are missing."""
         if missing:
             few = ", ".join(sorted(missing)[:3])
             raise DataError(
-                f"{path} lacks {len(missing)} of the {wanted} files that task {self.task} needs, such as {few}: "
+                f"{path} lacks {len(missing)} of the {expected} files that task {self.task} needs, such as {few}: "
                 f"download {file.url} again and run the same command"
             )
 
     def _check(self, file: File, path: Path) -> None:
+        """Record a file in ``used``, and raise :class:`DataError` if its checksum differs."""
         if str(path) in self.used:
             return
         if path.is_dir():
@@ -147,17 +164,17 @@ class Official:
         if not expected or self.partial:
             self.used[str(path)] = f"{path.stat().st_size} bytes"
             return
-        found = checksum(path, kind, self.progress)
-        if found != expected:
+        digest = checksum(path, kind, self.progress)
+        if digest != expected:
             raise DataError(
-                f"{path} has {kind} {found}, expected {expected}: download {file.url} again (or pass --partial if it "
-                "holds a part of the data on purpose)"
+                f"{path} has {kind} {digest}, expected {expected}: download {file.url} again (or pass --partial if "
+                "the file is a part of the data on purpose)"
             )
-        self.used[str(path)] = f"{kind}:{found}"
+        self.used[str(path)] = f"{kind}:{digest}"
 
 
 def checksum(path: Path, kind: str, progress: bool = False) -> str:
-    """Hexadecimal digest of a file."""
+    """Return the checksum of a file in hexadecimal digits; ``kind`` is an algorithm of hashlib."""
     digest, size = hashlib.new(kind), path.stat().st_size
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"Checking {path.name}", disable=not progress, leave=False)
     with path.open("rb") as stream, bar:
@@ -168,7 +185,11 @@ def checksum(path: Path, kind: str, progress: bool = False) -> str:
 
 
 def json_in(path: Path, name: str, url: str) -> Any:
-    """Return the content of the JSON file ``name``: ``path`` itself, or a member of an archive or a folder."""
+    """Return the content of the JSON file ``name``: of ``path``, or of a member of an archive or a folder.
+
+    Raises:
+        DataError: there is no such member, or the content is not JSON.
+    """
     if path.name == name:
         return parsed(path.read_bytes(), path)
     with _members(path) as members:
@@ -180,7 +201,11 @@ def json_in(path: Path, name: str, url: str) -> Any:
 
 
 def parsed(content: bytes, path: Path) -> Any:
-    """``content`` as JSON. Raises :class:`DataError`, with the path, if it is not."""
+    """Return ``content`` parsed as JSON.
+
+    Raises:
+        DataError: the content is not JSON; the message names ``path``.
+    """
     try:
         return json.loads(content)
     except ValueError as error:
@@ -189,10 +214,10 @@ def parsed(content: bytes, path: Path) -> Any:
 
 @contextmanager
 def _members(path: Path) -> Iterator[Iterator[Member]]:
-    """The files of a folder, a zip or a tar, in its own order."""
+    """Yield the members of a folder, a zip or a tar archive, in the order of the archive."""
     try:
         if path.is_dir():
-            # Folders may be links, as they often are where data sets are shared.
+            # Follow links, because shared data sets often consist of links.
             files = (Path(at, name) for at, _, names in os.walk(path, followlinks=True) for name in sorted(names))
             yield (Member(p.name, p.stat().st_size, functools.partial(p.open, "rb")) for p in files)
         elif zipfile.is_zipfile(path):
@@ -202,28 +227,29 @@ def _members(path: Path) -> Iterator[Iterator[Member]]:
         else:
             with tarfile.open(path) as tar:
                 regular = (info for info in tar if info.isfile())
-                yield (Member(Path(i.name).name, i.size, functools.partial(_taken, tar, i)) for i in regular)
+                yield (Member(Path(i.name).name, i.size, functools.partial(_open_tar_member, tar, i)) for i in regular)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is no intact archive ({error}): download it again") from error
+        raise DataError(f"{path} is not an intact archive ({error}): download it again") from error
 
 
-def _taken(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+def _open_tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     stream = tar.extractfile(info)
     if stream is None:
-        raise tarfile.ReadError(f"{info.name} is no regular file")
+        raise tarfile.ReadError(f"{info.name} is not a regular file")
     return stream
 
 
-def _same(member: Member, path: Path) -> bool:
+def _is_equal(member: Member, path: Path) -> bool:
+    """Return True if the file has the content of the member."""
     if not path.is_file() or path.stat().st_size != member.size:
         return False
     with member.open() as stream, path.open("rb") as file:
         return all(stream.read(1 << 20) == block for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def _place(member: Member, path: Path) -> None:
-    """Make ``path`` a copy of a member, whole or not at all; one that is there already is left."""
-    if _same(member, path):
+def _extract_member(member: Member, path: Path) -> None:
+    """Write a member to ``path`` atomically; an equal file stays."""
+    if _is_equal(member, path):
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""Pictures as a model is shown them: 8-bit RGB, the right way up."""
+"""Conversion of pictures for models: 8-bit RGB, with the orientation of the EXIF data applied."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises of a picture that is missing, damaged or too large."""
+"""The exceptions of Pillow for a picture that is missing, damaged or too large."""
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Return ``picture`` in RGB of 8 bits a channel.
+    """Return ``picture`` in RGB with 8 bits for each channel.
 
-    Of 16-bit grey, as of depth maps and X-rays, the upper 8 bits are kept. Pillow itself would make everything above
-    255 white.
+    A 16-bit grey picture, such as a depth map or an X-ray, keeps its upper 8 bits. Pillow would turn all values above
+    255 into white.
     """
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
@@ -23,9 +23,9 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def opened(path: object) -> Image.Image:
-    """Return the picture in a file, in RGB, turned as its EXIF data say.
+    """Return the picture in a file in RGB, rotated as its EXIF data say.
 
-    Raises one of :data:`UNREADABLE`.
+    Raises one of the exceptions in :data:`UNREADABLE`.
     """
     picture = Image.open(path)  # type: ignore[arg-type]
     return rgb(ImageOps.exif_transpose(picture) or picture)

@@ -1,4 +1,4 @@
-"""A prepared folder: rows of each split as JSON lines, images, and a manifest that is written last."""
+"""Prepared folders: the rows of each split as JSON lines, the images, and a manifest that is written last."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORM_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)
-"""What reading a file raises that is not in the form it was published in."""
+"""The exceptions of reading a file whose form has changed since its publication."""
 
 _SCHEMA = 1
 
 
 def prepare(source: Source, official: Official) -> dict[str, int]:
-    """Turn official files into what the task loads, in ``official.output``; returns the number of rows of each split.
+    """Convert official files to the data of a task in ``official.output``, and return the number of rows by split.
 
-    A run that was interrupted goes on where it stopped. Raises :class:`DataError` if a file is missing or another
-    than expected, or if a count differs from the official one.
+    The same call continues an interrupted conversion.
+
+    Raises:
+        ArgumentError: ``regenerate`` is set for a task without drawn episodes.
+        DataError: a file is missing or has other content than expected, or a number of rows is not the official number.
     """
     if official.regenerate and not source.regenerates:
-        raise ArgumentError(f"--regenerate draws episodes, and task {source.task} has none: leave it out")
+        raise ArgumentError(
+            f"--regenerate draws episodes, and task {source.task} has no drawn episodes: leave the argument out"
+        )
     output = official.output
     try:
         splits = source.prepare(official)
@@ -60,7 +65,7 @@ def prepare(source: Source, official: Official) -> dict[str, int]:
         "compared": compared,
         "remarks": official.remarks,
         "splits": recorded,
-        "made_of": {Path(path).name: found for path, found in official.used.items()},
+        "made_of": {Path(path).name: digest for path, digest in official.used.items()},
         "made_by": f"lmms-mtv {version('lmms-mtv')}",
     }
     _write(output / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -70,7 +75,8 @@ def prepare(source: Source, official: Official) -> dict[str, int]:
 def rows(source: Source, root: Path, split: str) -> list[Row]:
     """Return the rows of a split in a prepared folder.
 
-    Raises :class:`DataError` if the folder is not there, not whole, or not what was written.
+    Raises:
+        DataError: the folder is missing or incomplete, or a file was altered.
     """
     folder = root / source.task
     manifest = _manifest(source, folder)
@@ -80,35 +86,36 @@ def rows(source: Source, root: Path, split: str) -> list[Row]:
         raise DataError(f"{path} is missing: {mended_by(source.task)}")
     if checksum(path, "sha256") != expected["sha256"]:
         raise DataError(f"{path} is not what `lmms-mtv prepare` wrote (its checksum differs): {mended_by(source.task)}")
-    # Not splitlines, which also breaks at characters that JSON leaves inside a text.
-    found: list[Row] = [parsed(line, path) for line in path.read_bytes().split(b"\n") if line]
+    # Unlike splitlines, split breaks only at line feeds; JSON texts may have other line separators.
+    split_rows: list[Row] = [parsed(line, path) for line in path.read_bytes().split(b"\n") if line]
     if manifest["compared"]:
-        check_count(source, split, len(found), str(path))
+        check_count(source, split, len(split_rows), str(path))
     for remark in manifest["remarks"]:
         logger.warning("%s: %s", folder, remark)
-    return found
+    return split_rows
 
 
 def _manifest(source: Source, folder: Path) -> Mapping[str, Any]:
+    """Return the manifest of a prepared folder, or raise :class:`DataError`."""
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(
             f"{FOLDER}={folder.parent} has no data of task {source.task} ({path} is missing): {mended_by(source.task)}"
         )
-    found: Mapping[str, Any] = parsed(path.read_bytes(), path)
-    if found.get("schema") != _SCHEMA or found.get("task") != source.task:
+    manifest: Mapping[str, Any] = parsed(path.read_bytes(), path)
+    if manifest.get("schema") != _SCHEMA or manifest.get("task") != source.task:
         raise DataError(
-            f"{path} is of schema {found.get('schema')} and task {found.get('task')}, expected {_SCHEMA} and "
+            f"{path} is of schema {manifest.get('schema')} and task {manifest.get('task')}, expected {_SCHEMA} and "
             f"{source.task}: {mended_by(source.task)}"
         )
-    return found
+    return manifest
 
 
-def check_count(source: Source, split: str, found: int, where: str) -> None:
-    """Raise :class:`DataError` unless ``found`` is the official number of rows."""
-    if found != source.rows[split]:
+def check_count(source: Source, split: str, count: int, where: str) -> None:
+    """Raise :class:`DataError` unless ``count`` is the official number of rows."""
+    if count != source.rows[split]:
         raise DataError(
-            f"split {split} of task {source.task} has {found:,} rows in {where}, expected {source.rows[split]:,}: "
+            f"split {split} of task {source.task} has {count:,} rows in {where}, expected {source.rows[split]:,}: "
             f"{mended_by(source.task)} (with --partial to work on a part of the data)"
         )
 

@@ -1,4 +1,4 @@
-"""What a data set is to the tasks: rows for each split, from the hub or made of the official files."""
+"""The data source of a task: rows of each split, from the hub or from the official files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lmms_mtv.data.official import Official
 
 FOLDER = "LMMS_MTV_DATA"
-"""Environment variable with the folder that ``lmms-mtv prepare`` wrote. Unset: data come from the hub."""
+"""Environment variable with the folder that ``lmms-mtv prepare`` wrote; if unset, data come from the hub."""
 
 Row = dict[str, Any]
 """A row of a split: text, and references to images."""
@@ -18,12 +18,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """The data of one task.
+    """The data source of a task.
 
-    ``rows`` is the official number of rows of each split. ``fetch`` gives the rows of a split from the hub,
-    ``prepare`` those of all splits from official files; images are named by references that
-    :func:`lmms_mtv.data.image` opens. ``regenerates``: rows can be drawn from official splits instead of taken from
-    the paper's files.
+    Attributes:
+        task: name of the task.
+        rows: official number of rows of each split.
+        fetch: function that returns the rows of a split from the hub. :func:`lmms_mtv.data.image` opens the images.
+        prepare: function that returns the rows of all splits from the official files.
+        regenerates: True if rows can be drawn from the official splits instead of read from the files of the paper.
     """
 
     task: str
@@ -34,7 +36,7 @@ class Source:
 
 
 def mended_by(task: str) -> str:
-    """Return the end of an error about data: the command that mends it."""
+    """Return the end of an error message about data: the commands that solve the problem."""
     return (
         f"put the official files into a folder, run `lmms-mtv prepare {task} --source FOLDER --output DATA` and set "
         f"{FOLDER}=DATA"

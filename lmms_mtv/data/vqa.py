@@ -18,7 +18,7 @@ VIZWIZ_ANNOTATIONS = File("Annotations.zip", f"{_VIZWIZ}vqa_data/Annotations.zip
 
 
 def modal(answers: Sequence[str]) -> str:
-    """Return the most frequent answer, the first of them where several are."""
+    """Return the most frequent answer; among equally frequent answers, the first."""
     return Counter(answers).most_common(1)[0][0]
 
 
@@ -47,7 +47,7 @@ COPIES: dict[str, hub.Copy] = {
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:
-    """Rows in an order that does not depend on where they come from: a seed draws the same of both."""
+    """Return the rows in the order of their ids, so that a seed draws the same rows from the hub and from the files."""
     return sorted(rows, key=lambda row: str(row["question_id"]))
 
 
@@ -77,7 +77,7 @@ def _vizwiz_prepare(official: Official) -> Mapping[str, list[Row]]:
         paths = official.images(images, (item["image"] for item in items))
         splits[split] = _sorted(
             _vizwiz_row(
-                item["image"], paths[item["image"]], item["question"], [given["answer"] for given in item["answers"]]
+                item["image"], paths[item["image"]], item["question"], [entry["answer"] for entry in item["answers"]]
             )
             for item in items
         )
@@ -90,13 +90,13 @@ def _okvqa_annotations(split: str) -> File:
 
 
 def _okvqa_row(question_id: int, image: str, question: str, answers: Sequence[Mapping[str, Any]]) -> Row:
-    # The paper's scorer compares with the stemmed answers, so they are what a demonstration shows.
-    stemmed = [given["answer"] for given in answers]
+    # The scorer of the paper compares with the stemmed answers, so demonstrations show stemmed answers.
+    stemmed = [entry["answer"] for entry in answers]
     return {
         "question_id": str(question_id),
         "image": image,
         "question": question,
-        "answers": [given["raw_answer"] for given in answers],
+        "answers": [entry["raw_answer"] for entry in answers],
         "answers_stemmed": stemmed,
         "answer": modal(stemmed),
     }
@@ -108,11 +108,11 @@ def _okvqa_fetch(split: str) -> list[Row]:
     if split == "train":
         answers = {row["question_id"]: row["answers_original"] for row in table}
     else:
-        # That copy has the raw answers alone: the stemmed ones come with the official annotations.
+        # This copy has only raw answers; the official annotations have the stemmed answers.
         file = _okvqa_annotations(split)
         items = json_in(hub.downloaded(file, "okvqa"), file.unpacked, file.url)["annotations"]
-        given = {str(item["question_id"]): item["answers"] for item in items}
-        answers = {row["question_id"]: given[str(row["question_id"])] for row in table}
+        annotated = {str(item["question_id"]): item["answers"] for item in items}
+        answers = {row["question_id"]: annotated[str(row["question_id"])] for row in table}
     return _sorted(
         _okvqa_row(row["question_id"], hub.reference(copy, index), row["question"], answers[row["question_id"]])
         for index, row in enumerate(table)
@@ -124,14 +124,14 @@ def _okvqa_prepare(official: Official) -> Mapping[str, list[Row]]:
     for split in ("train2014", "val2014"):
         name = f"OpenEnded_mscoco_{split}_questions.json"
         questions = official.json(File(f"{name}.zip", f"{_OKVQA}{name}.zip", unpacked=name), name)["questions"]
-        asked = {item["question_id"]: item["question"] for item in questions}
+        question_of = {item["question_id"]: item["question"] for item in questions}
         annotations = _okvqa_annotations(split)
         items = official.json(annotations, annotations.unpacked)["annotations"]
         images = {item["question_id"]: f"COCO_{split}_{item['image_id']:012d}.jpg" for item in items}
         archive = File(f"{split}.zip", f"{_COCO}{split}.zip", unpacked=split)
         paths = official.images(archive, images.values())
         splits["train" if split == "train2014" else split] = _sorted(
-            _okvqa_row(key, paths[images[key]], asked[key], item["answers"])
+            _okvqa_row(key, paths[images[key]], question_of[key], item["answers"])
             for item in items
             for key in (item["question_id"],)
         )

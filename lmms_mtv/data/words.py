@@ -14,27 +14,28 @@ from lmms_mtv.data.source import Row, Source
 _COMMIT = "fb9eac7b6dc707ea1475a717379916007fe448d5"
 _URL = f"https://raw.githubusercontent.com/ericwtodd/function_vectors/{_COMMIT}/dataset_files/abstractive/"
 SEED = 0
-"""Seed of the split that the tasks use."""
+"""Seed of the split of the tasks."""
 
 
 def split(pairs: Sequence[Row], seed: int) -> dict[str, list[Row]]:
-    """Train, validation and test, in the proportions of the authors' code: 70 %, and 30 % and 70 % of the rest.
+    """Return the train, validation and test splits: 70 % of the pairs, and 30 % and 70 % of the rest.
 
-    A pair and its reverse stay on one side, so that no pair of the test split is seen backwards in training.
+    The proportions are those of the authors' code. A pair and its reverse stay in one split, so that the training split
+    has no reversed pair of the test split.
     """
     groups: dict[frozenset[str], list[Row]] = {}
     for pair in pairs:
         groups.setdefault(frozenset(pair[side].strip().lower() for side in ("input", "output")), []).append(pair)
-    drawn = list(groups.values())
-    random.Random(seed).shuffle(drawn)
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
     train = len(pairs) * 7 // 10
     limits = {"train": train, "validation": (len(pairs) - train) * 3 // 10, "test": len(pairs)}
-    made: dict[str, list[Row]] = {}
+    splits: dict[str, list[Row]] = {}
     for name, limit in limits.items():
-        made[name] = []
-        while drawn and len(made[name]) < limit:
-            made[name] += drawn.pop()
-    return made
+        splits[name] = []
+        while shuffled and len(splits[name]) < limit:
+            splits[name] += shuffled.pop()
+    return splits
 
 
 def _fetch(task: str, file: File, name: str) -> list[Row]:
@@ -44,12 +45,12 @@ def _fetch(task: str, file: File, name: str) -> list[Row]:
 
 def _prepare(file: File, official: Official) -> Mapping[str, list[Row]]:
     if official.seed != SEED:
-        official.remarks.append(f"split with seed {official.seed}, the task's own is {SEED}")
+        official.remarks.append(f"split with seed {official.seed}, the seed of the task is {SEED}")
     return split(official.json(file), official.seed)
 
 
 class _Pairs(NamedTuple):
-    """A file of word pairs: the task's name, the file's name, rows of train, validation and test, and SHA-256."""
+    """A file of word pairs: task, file name, numbers of rows of train, validation and test, and SHA-256."""
 
     task: str
     file: str

@@ -1,7 +1,7 @@
-"""The embedded benchmark: drawn scenes, a tiny vision-language model, and the script that trains it."""
+"""The embedded benchmark: drawn scenes, a tiny vision-language model, and the script that trains the model."""
 
 from pathlib import Path
 from typing import Final
 
 CHECKPOINT: Final = Path(__file__).parent / "checkpoint"
-"""Folder of the bundled checkpoint, what ``pretrained=tiny`` loads."""
+"""Folder of the bundled checkpoint, which ``pretrained=tiny`` loads."""

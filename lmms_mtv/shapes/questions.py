@@ -1,6 +1,6 @@
-"""The tasks of the shapes benchmark: what is asked of a scene, and what is answered.
+"""The tasks of the shapes benchmark: the question about a scene, and the answers.
 
-The question names nothing, so that only demonstrations or a task vector tell which attribute and language is wanted.
+The question does not name the attribute or the language, so only demonstrations or a task vector tell the task.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ Answer = Callable[[Scene], str]
 
 
 def named_question(attribute: str, language: str) -> str:
-    """Return a question that says what it wants. Only the tiny model's training asks it, to learn to see."""
+    """Return a question that names the attribute and the language; only the training of the tiny model uses it."""
     return f"What is the {attribute} in {words.LANGUAGES[language]}? Answer:"
 
 
 def _attribute(attribute: str, language: str) -> Answer:
+    """Return the function that names the value of ``attribute`` in ``language``."""
     return lambda scene: words.name(attribute, getattr(scene, attribute), language)
 
 
@@ -36,11 +37,12 @@ TASKS: Final[Mapping[str, Answer]] = MappingProxyType(
 
 
 def labels(attribute: str, permutation: tuple[int, ...] | None = None) -> Answer:
-    """Return answers of the hard task of ``attribute``: the made-up word that ``permutation`` binds to the scene's
-    value.
+    """Return the answers of the hard task of ``attribute``: a made-up word for each value of the attribute.
 
-    ``permutation[i]`` is the index, in :data:`words.LABELS`, of the word for the ``i``-th value. The default is the
-    benchmark's own binding, drawn once with a fixed seed.
+    Args:
+        attribute: the attribute of the scene.
+        permutation: ``permutation[i]`` is the index, in :data:`words.LABELS`, of the word for the ``i``-th value. The
+            default is the binding of the benchmark, drawn once with a fixed seed.
     """
     vocabulary, values = words.LABELS[attribute], words.values(attribute)
     if permutation is None:

@@ -1,4 +1,4 @@
-"""Scenes: one object on a background, described by a few words and drawn on demand.
+"""Scenes with one object on a background, described by a few words and drawn on demand.
 
 ``python -m lmms_mtv.shapes.scenes FOLDER`` writes the splits of the benchmark, ``train.jsonl`` and ``test.jsonl``.
 """
@@ -65,34 +65,34 @@ class Scene:
 
 
 def sample(rng: random.Random) -> Scene:
-    """Return a scene with every field drawn independently and uniformly."""
+    """Return a random scene; every field is drawn independently and uniformly."""
     attributes = {attribute: rng.choice(words.values(attribute)) for attribute in words.ATTRIBUTES}
     return Scene(**attributes, dx=rng.choice(_JITTER), dy=rng.choice(_JITTER), radius=rng.choice(_RADII))
 
 
 def distinct(rng: random.Random, exclude: Iterable[Scene] = ()) -> Iterator[Scene]:
-    """Return an endless stream of scenes that differ from each other and from those in ``exclude``."""
-    seen = set(exclude)
+    """Yield endless different scenes that are not in ``exclude``."""
+    previous = set(exclude)
     while True:
         scene = sample(rng)
-        if scene not in seen:
-            seen.add(scene)
+        if scene not in previous:
+            previous.add(scene)
             yield scene
 
 
 def splits() -> dict[str, list[Scene]]:
-    """Return the scenes of the benchmark's splits, always the same and disjoint."""
+    """Return the scenes of the splits of the benchmark, always the same scenes; the splits are disjoint."""
     stream = distinct(random.Random(SPLIT_SEED))
     return {split: [next(stream) for _ in range(count)] for split, count in SPLITS.items()}
 
 
 def from_mapping(fields: Mapping[str, Any]) -> Scene:
-    """Return the scene that a line of a split, or a row of a dataset made of it, describes. Other keys are ignored."""
+    """Return the scene in a line of a split or in a row of a data set; other keys are ignored."""
     return Scene(**{field.name: fields[field.name] for field in dataclasses.fields(Scene)})
 
 
 def draw(scene: Scene) -> Image.Image:
-    """``scene`` as an RGB image, :data:`SIDE` pixels wide and high."""
+    """Return ``scene`` as an RGB image, :data:`SIDE` pixels wide and high."""
     image = Image.new("RGB", (SIDE, SIDE), _RGB[scene.background])
     pen = ImageDraw.Draw(image)
     ink, r = _RGB[scene.color], scene.radius
@@ -118,7 +118,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def write_splits(folder: Path) -> None:
-    """Write ``train.jsonl`` and ``test.jsonl`` into ``folder``, one scene a line, each with an ``id``."""
+    """Write ``train.jsonl`` and ``test.jsonl`` into ``folder``: one line for each scene, with an ``id``."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, scenes in splits().items():
         lines = (json.dumps({"id": f"{split}-{i:03d}", **dataclasses.asdict(scene)}) for i, scene in enumerate(scenes))
@@ -127,5 +127,5 @@ def write_splits(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the splits of the shapes benchmark.")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="output folder")
     write_splits(parser.parse_args().folder)

@@ -1,6 +1,6 @@
-"""The tiny model: a genuine Idefics3 (SmolVLM) architecture of 1.3 million parameters, built from nothing.
+"""The tiny model: the Idefics3 (SmolVLM) architecture with 1.3 million parameters.
 
-It has a real processor, tokenizer and chat template, so that the Auto classes load its checkpoint like any other.
+The model has a processor, a tokenizer and a chat template, so the Auto classes load its checkpoint as any other.
 """
 
 from __future__ import annotations
@@ -42,16 +42,18 @@ CHAT_TEMPLATE: Final = (
 
 
 def _vocabulary() -> list[str]:
+    """Return all tokens: the special tokens, then the words of the questions and answers."""
     texts = [questions.QUESTION, "User Assistant System \n . , ; ! \" '"]
     texts += [questions.named_question(a, lang) for a in words.ATTRIBUTES for lang in words.LANGUAGES]
     texts += [words.name(a, v, lang) for a in words.ATTRIBUTES for v in words.values(a) for lang in words.LANGUAGES]
     texts += [label for labels in words.LABELS.values() for label in labels]
     splitter = _splitter()
-    found = dict.fromkeys(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
-    return [*_SPECIAL, _TURN, *found]
+    tokens = dict.fromkeys(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    return [*_SPECIAL, _TURN, *tokens]
 
 
 def _splitter() -> split.PreTokenizer:
+    """Return the pre-tokenizer that splits a text into words, punctuation marks and line breaks."""
     return split.Sequence(
         [
             split.Split(Regex(r"\n"), "isolated"),
@@ -62,7 +64,7 @@ def _splitter() -> split.PreTokenizer:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a word-level tokenizer: a word, a punctuation mark or a line break is one token."""
+    """Return a word-level tokenizer: each word, punctuation mark or line break is one token."""
     model = tokenizer_models.WordLevel({word: i for i, word in enumerate(_vocabulary())}, unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = _splitter()
@@ -87,7 +89,10 @@ def processor() -> Idefics3Processor:
 
 
 def config(vocabulary: PreTrainedTokenizerFast) -> Idefics3Config:
-    """Geometry of the tiny model: 4 decoder layers of 8 heads (4 for keys and values) of 16 dimensions."""
+    """Return the configuration of the tiny model.
+
+    The decoder has 4 layers of 8 heads of 16 dimensions, and 4 heads for keys and values.
+    """
     ids = {"pad_token_id": vocabulary.pad_token_id, "eos_token_id": vocabulary.eos_token_id, "bos_token_id": None}
     return Idefics3Config(
         image_token_id=vocabulary.convert_tokens_to_ids("<image>"),
@@ -118,8 +123,8 @@ def config(vocabulary: PreTrainedTokenizerFast) -> Idefics3Config:
 def untrained(vocabulary: PreTrainedTokenizerFast, seed: int) -> Idefics3ForConditionalGeneration:
     """Return the model before training, in float32.
 
-    Every matrix starts from a normal distribution with variance ``1 / fan_in``; the library's default (0.02 for
-    all) barely learns to see at this size.
+    Every matrix starts from a normal distribution with variance ``1 / fan_in``; with the default of
+    transformers (0.02 for all matrices), a model of this size barely learns to see.
     """
     generator = torch.Generator().manual_seed(seed)
     model = Idefics3ForConditionalGeneration(config(vocabulary)).float()

@@ -1,11 +1,12 @@
 """Train the tiny model from scratch: ``python -m lmms_mtv.shapes.train --output FOLDER``.
 
-Two phases on freshly sampled scenes, none of which is in the benchmark's splits. First the model learns to see: one
-image, and a question that names the attribute and the language. Then it learns to learn from demonstrations: in most
-batches the question names nothing, and every answer of a sequence has to be inferred from the examples before it.
+The training has two phases on sampled scenes outside the splits of the benchmark. In the first phase, the model learns
+to see: a sequence has one image and a question that names the attribute and the language. In the second phase, the
+model learns from demonstrations: in most batches the question names neither, and the model must infer every answer
+from the examples before.
 
-Everything is seeded: batch ``i`` depends on the seed and on ``i`` alone, so an interrupted run that is started again
-with the same arguments continues where it was and ends with the same model.
+Batch ``i`` depends only on the seed and on ``i``. So an interrupted run continues with the same arguments and ends with
+the same model.
 """
 
 from __future__ import annotations
@@ -37,9 +38,23 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """Settings of a training run.
 
-    ``seeing_steps`` are spent on single images before ``steps`` of both kinds; of the latter, ``seeing_share`` stay
-    like the former. ``labels_share`` of the sequences with demonstrations have made-up words for answers, bound to
-    the values by a new permutation for each sequence. ``scenes`` is the number of distinct scenes drawn for training.
+    Attributes:
+        seed: seed of the weights, the scenes and the batches.
+        seeing_steps: steps of the first phase, with single images.
+        seeing_batch: sequences in a batch of single images.
+        steps: steps of the second phase.
+        batch: sequences in a batch with demonstrations.
+        seeing_share: share of the batches of the second phase that have single images.
+        labels_share: share of the sequences with demonstrations whose answers are made-up words, bound to the values by
+            a new permutation for each sequence.
+        most_demonstrations: largest number of demonstrations.
+        scenes: number of different scenes for training.
+        learning_rate: highest learning rate of AdamW.
+        betas: betas of AdamW.
+        weight_decay: weight decay of AdamW.
+        decay_share: share of all steps in which the learning rate falls.
+        log_every: steps between two log lines.
+        evaluate_every: steps between two evaluations, each of which saves the state.
     """
 
     seed: int = 0
@@ -60,10 +75,11 @@ class TrainConfig:
 
     @property
     def total(self) -> int:
+        """Number of steps of both phases."""
         return self.seeing_steps + self.steps
 
     def rate(self, step: int) -> float:
-        """Learning rate of ``step``: 100 steps of warm-up, then constant, then a cosine over the last share."""
+        """Return the learning rate of a step: 100 steps of warm-up, then constant, then a cosine to 0."""
         decay = max(1, round(self.total * self.decay_share))
         left = min(1.0, (self.total - step) / decay)
         return self.learning_rate * min(1.0, (step + 1) / 100) * (1 - math.cos(math.pi * left)) / 2
@@ -71,23 +87,24 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Bank:
-    """Scenes with their pixels, as the processor prepares them. ``pixels`` is float32 [scenes, 3, 32, 32]."""
+    """Scenes with their pixels from the processor; ``pixels`` is float32 [scenes, 3, 32, 32]."""
 
     scenes: Sequence[Scene]
     pixels: Tensor
 
     @classmethod
-    def drawn(cls, processor: Idefics3Processor, drawn: Sequence[Scene]) -> Bank:
+    def drawn(cls, processor: Idefics3Processor, sample: Sequence[Scene]) -> Bank:
+        """Return the bank of ``sample`` with every scene drawn and processed."""
         chunks = [
-            processor.image_processor([[scenes.draw(s)] for s in drawn[i : i + 500]], return_tensors="pt")
-            for i in tqdm(range(0, len(drawn), 500), desc="Drawing scenes", unit="x500")
+            processor.image_processor([[scenes.draw(s)] for s in sample[i : i + 500]], return_tensors="pt")
+            for i in tqdm(range(0, len(sample), 500), desc="Drawing scenes", unit="x500")
         ]
-        return cls(drawn, torch.cat([chunk["pixel_values"][:, 0] for chunk in chunks]))
+        return cls(sample, torch.cat([chunk["pixel_values"][:, 0] for chunk in chunks]))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs, and the answers: ``labels`` is -100 outside the answers and their terminators."""
+    """Model inputs and labels; ``labels`` is -100 outside the answers and their terminators."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -100,11 +117,10 @@ Item = tuple[int, str, str]
 
 
 def render(items: Sequence[tuple[str, str]], chat: bool) -> tuple[str, list[tuple[int, int]]]:
-    """Return text of a sequence of (question, answer) pairs about one image each, and the spans [start, end) of the
-    answers.
+    """Return the text of a sequence of (question, answer) pairs with one image each, and the spans of the answers.
 
-    The text is what the harness builds for the shapes tasks, with raw prompts or with the chat template. A span
-    takes in what ends the answer: a line break, or the end of the turn.
+    The text is the prompt of the harness for the shapes tasks, as a raw prompt or with the chat template. A span
+    [start, end) has the terminator of the answer: a line break, or the end of the turn.
     """
     text, spans = "", []
     for question, answer in items:
@@ -123,32 +139,34 @@ def render(items: Sequence[tuple[str, str]], chat: bool) -> tuple[str, list[tupl
 def encode(
     processor: Idefics3Processor, bank: Bank, sequences: Sequence[Sequence[Item]], chat: Sequence[bool]
 ) -> Batch:
-    """Return the sequences, all with the same number of items, as one right-padded batch."""
+    """Return the sequences as one right-padded batch; all sequences have the same number of items."""
     image = "<fake_token_around_image><global-img>" + "<image>" * tiny.IMAGE_TOKENS + "<fake_token_around_image>"
     rendered = [render([item[1:] for item in items], style) for items, style in zip(sequences, chat, strict=True)]
     grown = len(image) - len("<image>")
     texts = [text.replace("<image>", image) for text, _ in rendered]
-    spans = [[(a + grown * (i + 1), b + grown * (i + 1)) for i, (a, b) in enumerate(found)] for _, found in rendered]
+    spans = [
+        [(a + grown * (i + 1), b + grown * (i + 1)) for i, (a, b) in enumerate(answers)] for _, answers in rendered
+    ]
     encoded = processor.tokenizer(
         texts, padding=True, padding_side="right", return_tensors="pt", return_offsets_mapping=True
     )
     starts = encoded["offset_mapping"][..., 0]
     answer = torch.zeros_like(starts, dtype=torch.bool)
-    for row, found in enumerate(spans):
-        for a, b in found:
+    for row, answer_spans in enumerate(spans):
+        for a, b in answer_spans:
             answer[row] |= (starts[row] >= a) & (starts[row] < b)
     answer &= encoded["attention_mask"].bool()
-    chosen = torch.tensor([[item[0] for item in items] for items in sequences])
+    scene_indices = torch.tensor([[item[0] for item in items] for items in sequences])
     return Batch(
         encoded["input_ids"],
         encoded["attention_mask"],
-        bank.pixels[chosen],
+        bank.pixels[scene_indices],
         encoded["input_ids"].masked_fill(~answer, -100),
     )
 
 
 def seeing(bank: Bank, size: int, rng: random.Random) -> list[list[Item]]:
-    """``size`` sequences of one image and a question that says what it wants."""
+    """Return ``size`` sequences of one image with a question that names the attribute and the language."""
     sequences = []
     for _ in range(size):
         attribute, language = rng.choice(words.ATTRIBUTES), rng.choice(tuple(words.LANGUAGES))
@@ -159,7 +177,7 @@ def seeing(bank: Bank, size: int, rng: random.Random) -> list[list[Item]]:
 
 
 def in_context(bank: Bank, size: int, items: int, labels_share: float, rng: random.Random) -> list[list[Item]]:
-    """``size`` sequences of ``items`` images each, of one task a sequence that nothing but its answers tells."""
+    """Return ``size`` sequences of ``items`` images; the answers of a sequence are the only sign of its task."""
 
     def task() -> Answer:
         if rng.random() < labels_share:
@@ -168,14 +186,14 @@ def in_context(bank: Bank, size: int, items: int, labels_share: float, rng: rand
         return questions.TASKS[rng.choice(tuple(questions.TASKS))]
 
     def sequence(answer: Answer) -> list[Item]:
-        chosen = [rng.randrange(len(bank.scenes)) for _ in range(items)]
-        return [(index, questions.QUESTION, answer(bank.scenes[index])) for index in chosen]
+        indices = [rng.randrange(len(bank.scenes)) for _ in range(items)]
+        return [(index, questions.QUESTION, answer(bank.scenes[index])) for index in indices]
 
     return [sequence(task()) for _ in range(size)]
 
 
 def training_batch(config: TrainConfig, processor: Idefics3Processor, bank: Bank, step: int) -> Batch:
-    """Batch number ``step``, which depends on ``config.seed`` and ``step`` alone."""
+    """Return batch number ``step``, which depends only on ``config.seed`` and ``step``."""
     rng = random.Random(f"{config.seed}-{step}")
     if step < config.seeing_steps or rng.random() < config.seeing_share:
         sequences = seeing(bank, config.seeing_batch, rng)
@@ -186,7 +204,7 @@ def training_batch(config: TrainConfig, processor: Idefics3Processor, bank: Bank
 
 
 def loss(model: Idefics3ForConditionalGeneration, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the answer tokens."""
+    """Return the mean cross-entropy of the answer tokens."""
     logits = _logits(model, batch)[:, :-1]
     return functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
 
@@ -210,20 +228,20 @@ def accuracy(
     shots: int,
     size: int = 100,
 ) -> float:
-    """Return the share of queries whose whole answer is the most likely one after ``shots`` demonstrations.
+    """Return the share of queries whose whole answer is the most likely answer after ``shots`` demonstrations.
 
-    ``answer`` is the task; without one, a single question that names what it wants.
+    ``answer`` is the task; with None, the query is a single image with a question that names the attribute.
     """
     rng = random.Random(f"accuracy-{shots}")
     if answer is None:
         sequences = seeing(bank, size, rng)
     else:
-        chosen = [[rng.randrange(len(bank.scenes)) for _ in range(shots + 1)] for _ in range(size)]
-        sequences = [[(i, questions.QUESTION, answer(bank.scenes[i])) for i in row] for row in chosen]
+        rows = [[rng.randrange(len(bank.scenes)) for _ in range(shots + 1)] for _ in range(size)]
+        sequences = [[(i, questions.QUESTION, answer(bank.scenes[i])) for i in row] for row in rows]
     batch = encode(processor, bank, sequences, [False] * size)
     predicted = _logits(model, batch)[:, :-1].argmax(-1)
     labels = batch.labels[:, 1:]
-    # The query's own answer is the last run of labels of a row.
+    # The answer of the query is the last run of labels in a row.
     last = labels.flip(1).ne(-100).long()
     gaps = last.diff(dim=1).eq(-1).cumsum(1)
     query = torch.cat([torch.ones_like(last[:, :1]), (gaps == 0).long()], 1).mul(last).flip(1).bool()
@@ -231,7 +249,7 @@ def accuracy(
 
 
 def evaluate(model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, bank: Bank) -> dict[str, float]:
-    """Accuracies on held-out scenes: of seeing, of the nine tasks by shots, and of the hard tasks at eight shots."""
+    """Return the accuracies on held-out scenes: of seeing, of the tasks by shots, and of the hard tasks at 8 shots."""
     model.eval()
 
     def mean(tasks: Sequence[Answer], shots: int) -> float:
@@ -246,9 +264,9 @@ def evaluate(model: Idefics3ForConditionalGeneration, processor: Idefics3Process
 
 
 def train(config: TrainConfig, output: Path, until: int | None = None) -> Idefics3ForConditionalGeneration:
-    """Train with ``config``, or continue the run whose state is in ``output``, and save the checkpoint there.
+    """Train the tiny model and save the checkpoint in ``output``; a saved state in ``output`` continues.
 
-    ``until`` stops after that many steps, with the state saved, as an interruption would.
+    ``until`` stops the run after this number of steps and saves the state, as an interruption would.
     """
     output.mkdir(parents=True, exist_ok=True)
     processor = tiny.processor()
@@ -297,28 +315,34 @@ def train(config: TrainConfig, output: Path, until: int | None = None) -> Idefic
 
 
 def _save(path: Path, state: dict[str, object]) -> None:
+    """Save the state of the training atomically."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the training from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint and of the run's state")
-    parser.add_argument("--seed", type=int, default=TrainConfig.seed)
-    parser.add_argument("--seeing-steps", type=int, default=TrainConfig.seeing_steps)
-    parser.add_argument("--steps", type=int, default=TrainConfig.steps)
-    parser.add_argument("--until", type=int, default=None, help="stop after this many steps, to be continued later")
-    given = parser.parse_args(arguments)
-    given.output.mkdir(parents=True, exist_ok=True)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the checkpoint and of the state of the run"
+    )
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="seed of weights, scenes and batches")
+    parser.add_argument("--seeing-steps", type=int, default=TrainConfig.seeing_steps, help="steps of the first phase")
+    parser.add_argument("--steps", type=int, default=TrainConfig.steps, help="steps of the second phase")
+    parser.add_argument(
+        "--until", type=int, default=None, help="stop after this number of steps; the same command continues later"
+    )
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         level=logging.INFO,
         format="%(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(given.output / "train.log")],
+        handlers=[logging.StreamHandler(), logging.FileHandler(arguments.output / "train.log")],
     )
-    config = TrainConfig(seed=given.seed, seeing_steps=given.seeing_steps, steps=given.steps)
+    config = TrainConfig(seed=arguments.seed, seeing_steps=arguments.seeing_steps, steps=arguments.steps)
     logger.info("%s, torch %s, %d threads", config, torch.__version__, torch.get_num_threads())
-    train(config, given.output, given.until)
+    train(config, arguments.output, arguments.until)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The vocabulary of the shapes benchmark: what a scene can show, and its names in two languages."""
+"""The vocabulary of the shapes benchmark: the attributes of a scene, and their values in two languages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Final
 
 Attribute = str
-"""One of ``color``, ``shape``, ``background``, ``position``: the fields of a scene that can be asked for."""
+"""One of ``color``, ``shape``, ``background``, ``position``: the fields of a scene that a task can ask for."""
 
 LANGUAGES: Final = MappingProxyType({"en": "English", "es": "Spanish"})
 
@@ -72,5 +72,5 @@ def values(attribute: Attribute) -> tuple[str, ...]:
 
 
 def name(attribute: Attribute, value: str, language: str) -> str:
-    """``value`` of ``attribute`` in ``language`` (``en`` or ``es``)."""
+    """Return the name of ``value`` of ``attribute`` in ``language`` (``en`` or ``es``)."""
     return value if language == "en" else SPANISH[attribute][value]

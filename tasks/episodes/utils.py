@@ -1,4 +1,4 @@
-"""How a 2-way 1-shot episode is shown, and how its answer is scored."""
+"""The prompts and the score of 2-way 1-shot episodes."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ Doc = dict[str, Any]
 
 @fail_with_status
 def visual(doc: Doc) -> list[Image.Image]:
-    """The image of option A, that of option B, and the query."""
+    """Return the image of option A, the image of option B, and the query image."""
     return [data.image(doc["data"], reference) for reference in doc["images"]]
 
 
 def _parts(doc: Doc, noun: str) -> list[str]:
-    """The text after each of the three images."""
-    asked = (
+    """Return the text after each of the three images."""
+    question = (
         f"What is the type of {noun} in the image? A.{doc['a']} B.{doc['b']}\n"
         "Answer with the option's letter from the given choice directly. Answer:"
     )
-    return [f"{asked} A\n", f"{asked} B\n", asked]
+    return [f"{question} A\n", f"{question} B\n", question]
 
 
 def _text(doc: Doc, noun: str) -> str:
-    """The prompt in one piece, for models whose wrappers put images where ``<image>`` stands."""
+    """Return the prompt as one text, for wrappers that put images at the places of ``<image>``."""
     return "".join(f"<image>{part}" for part in _parts(doc, noun))
 
 
 def _messages(doc: Doc, noun: str) -> list[dict[str, Any]]:
+    """Return the prompt as a chat message."""
     content: list[dict[str, Any]] = []
     for image, part in zip(visual(doc), _parts(doc, noun), strict=True):
         content += [{"type": "image", "url": image}, {"type": "text", "text": part}]
@@ -52,5 +53,5 @@ flower_messages, bird_messages, texture_messages = (
 
 
 def score(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """Whether the answer up to its first full stop or line break is the letter, in either case."""
+    """Return 1 if the answer up to its first full stop or line break is the letter, in upper or lower case, else 0."""
     return {"exact_match": float(cut(results[0]).lower() == doc["answer"].lower())}

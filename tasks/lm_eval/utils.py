@@ -1,4 +1,4 @@
-"""Word pairs for lm-evaluation-harness, which takes a data set from a function."""
+"""Word pairs for lm-evaluation-harness, which loads a data set from a function."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from lmms_mtv.harness.lmms.failure import fail_with_status
 
 @fail_with_status
 def pairs(data: str, **metadata: Any) -> DatasetDict:
-    """All splits of ``data``. The harness passes the task's metadata along."""
+    """Return all splits of ``data``. The harness also passes the metadata of the task."""
     return DatasetDict({split: documents(data, split) for split in SOURCES[data].rows})

@@ -1,4 +1,4 @@
-"""How the shapes tasks draw a scene, ask about it, and what they expect."""
+"""The images, the question and the answers of the shapes tasks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ Doc = dict[str, Any]
 
 
 def draw(doc: Doc) -> list[Image.Image]:
+    """Return the image of a scene."""
     return [scenes.draw(scenes.from_mapping(doc))]
 
 
 def question(doc: Doc) -> str:
+    """Return the question, which is the same for every scene."""
     return questions.QUESTION
 
 
 def _of_document(answer: Answer) -> Callable[[Doc], str]:
+    """Return the function of a document that answers for the scene of the document."""
     return lambda doc: answer(scenes.from_mapping(doc))
 
 

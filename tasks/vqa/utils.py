@@ -1,4 +1,4 @@
-"""How VizWiz and OK-VQA show a question, and how their answers are scored."""
+"""The prompts and the scores of VizWiz and OK-VQA."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ VIZWIZ = (
     "Then use the given image and answer the question in the same way as the examples. \n"
     "If the question can not be answered, respond unanswerable. "
 )
-"""The authors' instruction, before the first image of a prompt. The task file has it too, as its description."""
+"""The instruction of the authors before the first image of a prompt; the task file has the same description."""
 
 
 @fail_with_status
 def visual(doc: Doc) -> list[Image.Image]:
+    """Return the image of the question."""
     return [data.image(doc["data"], doc["image"])]
 
 
 def question(doc: Doc) -> str:
+    """Return the text of the prompt."""
     return f"{doc['question']} Answer:"
 
 
 def vizwiz_messages(doc: Doc) -> list[dict[str, Any]]:
+    """Return the prompt of VizWiz as a chat message."""
     (image,) = visual(doc)
     content = [
         {"type": "text", "text": VIZWIZ},
@@ -45,22 +48,24 @@ def vizwiz_messages(doc: Doc) -> list[dict[str, Any]]:
 
 
 def vqa_accuracy(answer: str, annotators: Sequence[str]) -> float:
-    """VQA accuracy (arXiv 1505.00468), in [0, 1].
+    """Return the VQA accuracy (arXiv 1505.00468) of an answer, in [0, 1].
 
-    Mean over each choice of all annotators but one of min(1, number of them who gave ``answer`` / 3), after the
-    normalisation of the EvalAI server: lower case, no punctuation or articles, digits for number words.
+    The accuracy is min(1, n / 3), where n annotators gave ``answer``, averaged over all choices of all annotators but
+    one. The EvalAI server normalises the answers: lower case, no punctuation or articles, digits for number words.
     """
-    normalised = EvalAIAnswerProcessor()
-    given = normalised(answer)
-    agree = [normalised(other) == given for other in annotators]
-    return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(agree)
+    normalise = EvalAIAnswerProcessor()
+    normalised = normalise(answer)
+    agreements = [normalise(annotation) == normalised for annotation in annotators]
+    return sum(min(1.0, (sum(agreements) - left_out) / 3) for left_out in agreements) / len(agreements)
 
 
 def score(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """Return the VQA accuracy of the answer up to its first full stop or line break."""
     return {"vqa_accuracy": vqa_accuracy(cut(results[0]), doc["answers"])}
 
 
 def scores(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """Return the VQA accuracy of the answer against the raw and against the stemmed answers."""
     answer = cut(results[0])
     return {
         "vqa_accuracy_raw": vqa_accuracy(answer, doc["answers"]),

@@ -1,4 +1,4 @@
-"""Word pairs, and how an answer is scored. Both harnesses use this file."""
+"""The documents and the scores of word pairs, for both harnesses."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Doc = dict[str, Any]
 
 
 def score(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """Whether the first line of the answer is the other word, in either case."""
+    """Return 1 if the first line of the answer is the other word, in upper or lower case, else 0."""
     return {"exact_match": float(results[0].strip().split("\n")[0].strip().lower() == doc["output"].strip().lower())}
 
 
 def score_cased(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """Return whether the first line of the answer is the other word, in the same case."""
+    """Return 1 if the first line of the answer is the other word in the same case, else 0."""
     return {"exact_match": float(results[0].strip().split("\n")[0].strip() == doc["output"].strip())}
 
 
 def score_colon(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """The same for an answer that a comma ends."""
+    """Return the score of the answer up to its first comma, in upper or lower case."""
     return score(doc, [results[0].split(",")[0]])

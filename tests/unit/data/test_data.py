@@ -174,7 +174,7 @@ class TestEpisodes:
         with pytest.raises(DataError, match=r"\(1, 1, 1\) episodes, positive and negative classes, expected"):
             one = dict.fromkeys(("pos", "neg", "query", "pos_label", "neg_label"), "x")
             episodes.validated([one], EPISODES[task], "train", "a file")
-        with pytest.raises(DataError, match="no list of episodes with pos, neg"):
+        with pytest.raises(DataError, match="not a list of episodes with pos, neg"):
             episodes.validated([{"pos": "x"}], EPISODES[task], "train", "a file", counted=False)
 
 
@@ -296,7 +296,7 @@ class TestBadData:
     def test_no_archive_at_all(self, files, used):
         folder = files("vizwiz")
         (folder / "val.zip").write_bytes(b"<html>404</html>")
-        with pytest.raises(DataError, match=r"val\.zip is no intact archive"):
+        with pytest.raises(DataError, match=r"val\.zip is not an intact archive"):
             prepared("vizwiz", folder, used)
 
     def test_json_that_is_none_or_of_another_form(self, files, used):
@@ -472,7 +472,7 @@ class TestHub:
         copy = dataclasses.replace(vqa.COPIES["vizwiz/val"], path=folder)
         monkeypatch.setitem(vqa.COPIES, "vizwiz/val", copy)
         monkeypatch.delenv(data.FOLDER, raising=False)
-        with pytest.raises(DataError, match=r"is not what it was .*lmms-mtv prepare vizwiz"):
+        with pytest.raises(DataError, match=r"has changed its form .*lmms-mtv prepare vizwiz"):
             data.documents("vizwiz", "val")
         monkeypatch.setitem(vqa.COPIES, "vizwiz/val", dataclasses.replace(copy, columns=("image", "text")))
         with pytest.raises(DataError, match=r"cannot be loaded.*lmms-mtv prepare vizwiz"):
