@@ -21,7 +21,7 @@ from lmms_mtv.experiments.report.tables import Table
 
 
 @dataclass(frozen=True)
-class Selection:
+class HeadSelection:
     """The heads that the fits of one task selected.
 
     Attributes:
@@ -35,7 +35,7 @@ class Selection:
     seeds: int
 
     @classmethod
-    def of(cls, cells: Sequence[Cell]) -> Selection:
+    def of(cls, cells: Sequence[Cell]) -> HeadSelection:
         """Return the selection that the vectors of the cells of one task store."""
         vectors = [cell.vector for cell in cells if cell.vector]
         layers, heads = vectors[0]["shape"][:2]
@@ -81,7 +81,7 @@ def heads(results: Results) -> list[Plot]:
 
 def _plot(name: str, arms: str, cells: Sequence[Cell]) -> Plot:
     tasks = sorted({cell.task for cell in cells})
-    selections = {task: Selection.of([cell for cell in cells if cell.task == task]) for task in tasks}
+    selections = {task: HeadSelection.of([cell for cell in cells if cell.task == task]) for task in tasks}
     figure, panels = layout.panels(f"Chosen heads, {arms}", len(tasks), height=1.45)
     for axes, (task, selection) in zip(panels, selections.items(), strict=True):
         image = _draw(axes, task, selection)
@@ -108,7 +108,7 @@ def _plot(name: str, arms: str, cells: Sequence[Cell]) -> Plot:
     )
 
 
-def _draw(axes: Axes, task: str, selection: Selection) -> Any:
+def _draw(axes: Axes, task: str, selection: HeadSelection) -> Any:
     """Draw the map of one task, and return the image that the colour bar describes."""
     layers, count = selection.probability.shape
     image = axes.imshow(selection.probability, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="none")
