@@ -155,6 +155,7 @@ class TestReuse:
             assert len(chosen - degraded) == round(0.5 * len(chosen))
             assert len(degraded - chosen) == round(0.25 * len(chosen))
 
+    @pytest.mark.slow
     def test_a_vector_of_the_same_recipe_is_reused_and_the_same_run_without_it_fits(self, tmp_path):
         runner = PlanRunner(PLAN, tmp_path)
         first = runner.fit(CellKey(ENGLISH, "MTV", 0))

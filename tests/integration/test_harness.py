@@ -36,6 +36,7 @@ from support.evaluations import task_manager
 from support.shape_tasks import SHORT, Arguments, command, evaluate, records, task_file
 
 
+@pytest.mark.slow
 def test_the_command_fits_evaluates_and_records(tmp_path):
     """Through the installed entry points alone: no flag, no include path, nothing imported from here."""
     done = command(
