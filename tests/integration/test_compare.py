@@ -206,7 +206,7 @@ class TestReuse:
             pytest.param({"heads": "0123", "vector": "0123"}, "does not go with vector=0123", marks=pytest.mark.slow),
             ({"batch_size": 3}, "batch_size= stands under arm"),
             pytest.param({"dtype": "float16"}, "dtype: one model is loaded for all arms", marks=pytest.mark.slow),
-            ({"wrong": 1.5}, "wrong=1.5"),
+            pytest.param({"wrong": 1.5}, "wrong=1.5", marks=pytest.mark.slow),
             pytest.param({"stepps": 3}, "'stepps'. Did you mean 'steps'", marks=pytest.mark.slow),
         ],
     )

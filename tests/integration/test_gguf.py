@@ -70,6 +70,7 @@ def test_both_harnesses_know_and_read_it_alike(file):
     assert ours._ids(ours.rendered(prompt)) == theirs._lm.tok_encode(ours.rendered(prompt))
 
 
+@pytest.mark.slow
 def test_without_a_method_the_answers_are_those_of_lm_evals_own_model(file, tmp_path):
     for kind in ("answers", "arc"):
         folder = task_file(tmp_path / "tasks", kind)
@@ -149,6 +150,7 @@ class TestPackages:
             LmEvalMtv(pretrained=str(file), method="none")
 
 
+@pytest.mark.slow
 def test_a_table_of_word_pairs_is_checked_again(file, tmp_path, monkeypatch, capsys):
     """The way of results/words, whose model and data a checkout does not have."""
     monkeypatch.setenv(data.FOLDER, str(tmp_path / "data"))

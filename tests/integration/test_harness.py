@@ -31,10 +31,12 @@ from lmms_mtv.harness.checkpoint import revision_of
 from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.shapes import CHECKPOINT
 from lmms_mtv.vectors.library import Library
+from support import matrix
 from support.evaluations import task_manager
 from support.shape_tasks import SHORT, Arguments, command, evaluate, records, task_file
 
 
+@pytest.mark.slow
 def test_the_command_fits_evaluates_and_records(tmp_path):
     """Through the installed entry points alone: no flag, no include path, nothing imported from here."""
     done = command(
@@ -131,6 +133,7 @@ def test_the_tasks_are_known_and_do_not_hide_the_harness_own():
     assert "shapes" not in TaskManager("ERROR", include_defaults=False).task_index
 
 
+@pytest.mark.slow
 def test_the_shapes_tasks_work_with_a_simple_model_of_the_harness(monkeypatch):
     """Any lmms-eval model can run them: context, pictures and target, without the plugin's model."""
     manager = task_manager("dummy")
@@ -164,6 +167,7 @@ def recorded(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_same_seed_same_vector_whatever_the_batch_size(recorded):
     runs = [
         recorded(f"pretrained=tiny,seed=1,{SHORT},batch_size={size}", ["shapes_shape_es"])["shapes_shape_es"]
@@ -193,7 +197,7 @@ def test_answers_do_not_depend_on_batches_or_on_the_other_tasks(recorded):
     assert answers(together["results"]) == alone
 
 
-@pytest.mark.parametrize("style", ["raw", "chat"])
+@pytest.mark.parametrize("style", matrix.members(["raw", "chat"], "raw"))
 def test_few_shot_prompts_tell_the_task_and_num_fewshot_is_shots(recorded, style):
     base = f"pretrained=tiny,method=none,prompt_style={style},batch_size=8"
     plain = recorded(base, ["shapes_background_es"], limit=24)
@@ -227,6 +231,7 @@ def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):
     assert answers(loaded["results"]) == answers(fitted["results"])
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_end_are_told_with_what_mends_it(recorded, tmp_path):
     """A vector that was selected on the first token alone does not learn where an answer ends."""
     recorded(f"pretrained=tiny,{SHORT}", ["shapes_color_en"], limit=6)
@@ -302,7 +307,7 @@ def test_a_checkpoints_own_penalties_do_not_shape_answers(recorded, tmp_path):
     assert answers(runs[0]["results"]) == answers(runs[1]["results"])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", matrix.members(["bfloat16", "float16"], "bfloat16"))
 def test_half_precision_runs(recorded, dtype):
     run = recorded(f"pretrained=tiny,dtype={dtype},{SHORT},batch_size=8", ["shapes_color_en"], limit=8)
     assert run["shapes_color_en"]["heads"]

@@ -293,6 +293,7 @@ def test_every_task_with_images_runs_with_a_simple_model_of_lmms_eval(tmp_path):
     assert first["input"].endswith(f"respond unanswerable. {question} Answer:")
 
 
+@pytest.mark.slow
 def test_the_base_answers_as_lmms_evals_own_idefics2_does(tmp_path):
     """Same checkpoint, same prompts, same answers, one by one."""
     folder = checkpoints.idefics2(tmp_path / "model")
@@ -335,6 +336,7 @@ def test_missing_data_ends_the_command_with_the_line_that_mends_it(tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_keeps_the_fitted_vector(prepared_data, tmp_path, monkeypatch):
     """An image vanishes between the preparation and the run: the error names it, the fit is not lost."""
     from lmms_eval.api.task import Task

@@ -344,6 +344,7 @@ class TestBadData:
         with pytest.raises(DataError, match=rf"cannot be .*lmms-mtv prepare {task} "):
             data.documents(task, "train")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("status", "code", "said"), [(403, "GatedRepo", "gated"), (404, "RepoNotFound", "exist")])
     def test_a_gated_or_vanished_copy(self, status, code, said):
         """Against a hub of our own that refuses, in a process that may use the network."""

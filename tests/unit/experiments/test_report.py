@@ -269,6 +269,7 @@ def test_tokens_that_cannot_be_told_apart_and_costs(tmp_path):
     assert not {"tokens", "memory"} & {plot.name for plot in plots(found)}
 
 
+@pytest.mark.slow
 def test_plots_are_files_and_leave_matplotlib_alone(found, drawn, tmp_path):
     assert [plot.name for plot in drawn] == ["score", "runtime", "memory", "tokens", "heads", "loss"]
     before = dict(matplotlib.rcParams)

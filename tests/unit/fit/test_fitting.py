@@ -116,7 +116,7 @@ def test_a_session_replays_padded_prompts(tiny):
     assert padded.replays is True
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", matrix.members([1, 3], 3))
 @pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
 def test_images_that_see_each_other_both_ways_are_replayed(tokens, generating):
     """Gemma 3's tokens of an image attend to those after them, which only the prefill is told."""

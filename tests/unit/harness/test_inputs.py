@@ -277,7 +277,7 @@ CHANGES = {
 
 
 class TestOneTable:
-    @pytest.fixture(params=matrix.members(CHANGES, "revision"))
+    @pytest.fixture(params=CHANGES)
     def mixed(self, request, tmp_path) -> Path:
         import dataclasses
 
@@ -288,6 +288,7 @@ class TestOneTable:
         planned = grids.plan(tasks=["shapes_color_en"], seeds=[0, 1], arms={n: ARMS[n] for n in ("zero-shot", "MTV")})
         return grids.write(tmp_path / "grid", planned, change)
 
+    @pytest.mark.slow
     def test_report_and_check_refuse_cells_that_do_not_belong_together(self, mixed):
         with pytest.raises(ResultsError, match=r"do not belong in one table: .*MTV"):
             results.read(mixed)

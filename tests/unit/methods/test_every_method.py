@@ -118,6 +118,11 @@ def tiny(request: pytest.FixtureRequest) -> zoo.Tiny:
     return built
 
 
+by_a_representative = pytest.mark.parametrize(
+    "name", matrix.members(methods.names(), "mtv"), indirect=True, scope="module"
+)
+
+
 @pytest.fixture(scope="module", params=methods.names())
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -187,6 +192,7 @@ def test_a_vector_changes_the_logits_at_every_token(fitted, name, tiny):
     assert zoo.hooks(tiny.model) == hooks
 
 
+@by_a_representative
 def test_the_seed_and_nothing_else_decides(fitted, name, tiny):
     with torch.random.fork_rng():
         torch.manual_seed(123)
@@ -230,11 +236,6 @@ def test_the_module_says_what_it_stores_injects_trains_costs_and_where_it_is_fro
     assert [word for word in ("Stored", "Injected", "Trained", "Cost") if word not in told] == []
     assert SOURCE.search(told)
     assert methods.get(name).fit.__doc__
-
-
-through_a_harness = pytest.mark.parametrize(
-    "name", matrix.members(methods.names(), "mtv", "m2iv"), indirect=True, scope="module"
-)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +282,7 @@ def counted(monkeypatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("task", matrix.members(["seen", "read"], "seen"))
-@through_a_harness
+@by_a_representative
 def test_lmms_eval_evaluates_with_it(name, task, tasks, loaded, counted, monkeypatch):
     # It frees the model by a full collection of garbage, which takes longer than all of this; and others need it.
     monkeypatch.setattr(of_lmms_eval.LmmsEvalMtv, "clean", lambda model: None)
@@ -297,7 +298,7 @@ def test_lmms_eval_evaluates_with_it(name, task, tasks, loaded, counted, monkeyp
     assert (counted["run"] > 0) == (name != "none")
 
 
-@through_a_harness
+@by_a_representative
 def test_lm_eval_evaluates_with_it(name, text_model, tasks, counted, monkeypatch):
     # The library lists all installed packages in its results.
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)

@@ -537,6 +537,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_a_full_and_a_read_only_library_say_so_and_lose_nothing(tmp_path):
     root = tmp_path / "library"
     root.mkdir()
