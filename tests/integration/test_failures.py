@@ -6,7 +6,7 @@ import random
 import resource
 import signal
 import time
-from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -32,8 +32,9 @@ def fit_and_save(path: Path, seed: int = 0) -> TaskVector:
     return vector
 
 
-def again_and_again(path: Path) -> None:
+def again_and_again(path: Path, started: Event) -> None:
     """A process that fits and saves until it is killed."""
+    started.set()
     while True:
         fit_and_save(path)
 
@@ -53,8 +54,10 @@ def test_a_killed_fit_leaves_a_whole_vector_or_none_and_no_lock(tmp_path):
     fit_seconds = time.monotonic() - started
     seen = 0
     for _ in range(20):
-        process = processes.forked(again_and_again, path)
+        begun = processes.context().Event()
+        process = processes.worker(again_and_again, path, begun)
         process.start()
+        assert begun.wait(60)
         time.sleep(drawn.uniform(0.05, 2.5) * fit_seconds)
         process.kill()
         process.join(60)
@@ -69,7 +72,7 @@ def test_a_killed_fit_leaves_a_whole_vector_or_none_and_no_lock(tmp_path):
 
 def test_two_fits_of_one_vector_at_once_end_with_one_good_vector(tmp_path):
     expected, path = fit_and_save(tmp_path / "expected.safetensors"), tmp_path / "library" / "vector.safetensors"
-    fits = [processes.forked(fit_and_save, path) for _ in range(4)]
+    fits = [processes.worker(fit_and_save, path) for _ in range(4)]
     for process in fits:
         process.start()
     for process in fits:
@@ -92,8 +95,8 @@ def full_disk(path: Path, queue) -> None:
 
 def test_a_full_disk_is_one_error_and_the_old_vector_stays(tmp_path):
     path = tmp_path / "vector.safetensors"
-    expected, queue = fit_and_save(path), get_context("fork").SimpleQueue()
-    process = processes.forked(full_disk, path, queue)
+    expected, queue = fit_and_save(path), processes.context().SimpleQueue()
+    process = processes.worker(full_disk, path, queue)
     process.start()
     process.join(60)
     assert process.exitcode == 0

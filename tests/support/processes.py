@@ -1,4 +1,4 @@
-"""Processes that the tests start: commands that end with all their children, and forked workers that do not hang."""
+"""Processes that the tests start: commands that end with all their children, and workers that do not hang."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import faulthandler
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
-from multiprocessing.context import ForkProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -52,32 +53,46 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, output, error)
 
 
-def forked(work: Callable[..., None], *arguments: Any, limit: float = 120) -> ForkProcess:
-    """Return a worker, not yet started, that is forked from the tests and so finds everything imported.
+def context() -> ForkServerContext:
+    """Return the context whose workers come from a server without threads.
+
+    A worker that is forked from the tests themselves can wait for ever for a lock that another thread of the tests held
+    at that moment. The server has imported the architectures that the tests have imported, as these imports take most of
+    the time of a start.
+    """
+    served = get_context("forkserver")
+    architectures = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
+    served.set_forkserver_preload(["torch", "lmms_mtv.methods", "lmms_mtv.fit.session", *sorted(architectures)])
+    return served
+
+
+def worker(work: Callable[..., None], *arguments: Any, limit: float = 120) -> ForkServerProcess:
+    """Return a process, not yet started, that calls ``work``.
 
     Args:
-        work: The function that the worker calls.
-        arguments: What ``work`` is handed.
-        limit: The limit in seconds. A worker that takes longer writes the stacks of its threads and ends.
+        work: The function that the process calls, at the top level of a module.
+        arguments: The arguments of ``work``; they are pickled.
+        limit: The limit in seconds. A process that takes longer writes the stacks of its threads and ends.
     """
-    return get_context("fork").Process(target=_work, args=(work, limit, *arguments), daemon=True)
+    return context().Process(target=_work, args=(work, limit, *arguments), daemon=True)
 
 
 def in_ranks(work: Callable[..., None], count: int, *arguments: Any, limit: float = 240) -> None:
-    """Run ``work(rank, *arguments)`` in ``count`` forked workers, and wait for all of them.
+    """Run ``work(rank, *arguments)`` in ``count`` processes, and wait for all of them.
 
     Args:
         work: The function that each worker calls.
         count: The number of workers.
-        arguments: What ``work`` is handed after the rank.
+        arguments: The arguments of ``work`` after the rank; they are pickled.
         limit: The limit in seconds. A worker that takes longer writes the stacks of its threads and ends.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: ``work`` raised in a worker.
         torch.multiprocessing.ProcessExitedException: A worker ended otherwise, for example at the limit.
     """
+    context()
     start_processes(  # type: ignore[no-untyped-call]
-        _rank, (work, limit, *arguments), nprocs=count, daemon=True, start_method="fork"
+        _rank, (work, limit, *arguments), nprocs=count, daemon=True, start_method="forkserver"
     )
 
 
@@ -87,7 +102,7 @@ def _rank(rank: int, work: Callable[..., None], limit: float, *arguments: Any) -
 
 def _work(work: Callable[..., None], limit: float, *arguments: Any) -> None:
     faulthandler.dump_traceback_later(limit, exit=True)
-    # All forks share one lock of tqdm with the tests. A worker that was killed while it held this lock stopped the next
-    # progress bar of the tests for ever.
+    # All workers of one server share one lock of tqdm. A worker that is killed while it holds this lock would stop the
+    # progress bars of the others for ever.
     tqdm.set_lock(threading.RLock())
     work(*arguments)

@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -574,8 +575,9 @@ def test_a_root_that_is_a_file_or_cannot_be_made_is_named(tmp_path):
     assert (tmp_path / "file").read_text() == "no folder"
 
 
-def again_and_again(root: Path, values: int) -> None:
+def again_and_again(root: Path, values: int, started: Event) -> None:
     """A process that adds, in turn, two outcomes of one recipe until it is killed."""
+    started.set()
     library = Library(root)
     for turn in range(10**6):
         library.add(vector(values=values + turn % 2))
@@ -585,9 +587,11 @@ def test_a_killed_process_leaves_whole_vectors(library):
     drawn = random.Random(0)
     library.add(vector())
     for _ in range(10):
-        adding = [processes.forked(again_and_again, library.root, 2 * n) for n in range(2)]
+        started = [processes.context().Event() for _ in range(2)]
+        adding = [processes.worker(again_and_again, library.root, 2 * n, started[n]) for n in range(2)]
         for process in adding:
             process.start()
+        assert all(event.wait(60) for event in started)
         time.sleep(drawn.uniform(0.02, 0.2))
         for process in adding:
             process.kill()
