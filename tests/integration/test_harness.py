@@ -313,6 +313,7 @@ def test_half_precision_runs(recorded, dtype):
     assert run["shapes_color_en"]["heads"]
 
 
+@pytest.mark.slow
 def test_a_text_model_on_a_text_task(recorded, text_model, tmp_path):
     folder = task_file(tmp_path / "task", doc_to_visual=None)
     for arguments in (SHORT, "method=none,shots=3"):
@@ -324,6 +325,7 @@ def test_a_text_model_on_a_text_task(recorded, text_model, tmp_path):
         evaluate(f"pretrained={text_model},method=none", ["shapes_color_en"])
 
 
+@pytest.mark.slow
 def test_the_record_says_which_blocks_are_left_alone(recorded, hybrid_text_model, text_model, tmp_path):
     folder = task_file(tmp_path / "task", doc_to_visual=None)
     for model, arguments, skipped in ((hybrid_text_model, SHORT, [0]), (text_model, "method=none", [])):

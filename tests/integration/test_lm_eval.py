@@ -29,7 +29,7 @@ from lmms_mtv.harness.lm.model import Mtv, _Runner
 from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.vectors import HEADS
-from support import processes, zoo
+from support import matrix, processes, zoo
 from support.text_tasks import TASKS, run, task_file
 
 SHORT = {
@@ -259,7 +259,7 @@ class TestEdited:
 
 
 class TestFits:
-    @pytest.mark.parametrize("kind", ["answers", "arc", "winogrande"])
+    @pytest.mark.parametrize("kind", matrix.members(["answers", "arc", "winogrande"], "arc"))
     def test_same_seed_same_heads_whatever_the_batch_size(self, text_model, folder, kind):
         settings = SHORT | {"samples": 32}
         used = [
@@ -585,6 +585,7 @@ def command(*arguments: str, cwd: Path) -> CompletedProcess[str]:
 
 
 class TestCommandLine:
+    @pytest.mark.slow
     def test_a_run_with_shots_and_the_users_own_tasks(self, text_model, folder, tmp_path):
         settings = ",".join(f"{key}={value}" for key, value in SHORT.items())
         done = command(
