@@ -296,6 +296,7 @@ def test_an_answer_ends_at_until_or_where_a_demonstration_would_begin(recorded, 
     assert all(long.startswith(short.strip()) for long, short in zip(texts["neither"], texts["until"], strict=True))
 
 
+@pytest.mark.slow
 def test_a_checkpoints_own_penalties_do_not_shape_answers(recorded, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(CHECKPOINT, copy)
@@ -410,6 +411,7 @@ class TestBadInput:
     def test_wrong_values(self, wrong, named):
         self.refused(MtvError, named, f"pretrained=tiny,{wrong}")
 
+    @pytest.mark.slow
     def test_heads_of_a_vector_that_edits_none(self, tmp_path):
         run = tmp_path / "run"
         from lmms_eval.api.task import Task
@@ -450,6 +452,7 @@ class TestBadInput:
         with pytest.raises(GeometryError, match=r"4 layers of 8 heads.*2 layers of 8 heads"), applied(shallow, vector):
             pass
 
+    @pytest.mark.slow
     def test_a_damaged_or_foreign_vector_file(self, saved, tmp_path):
         saved.write_bytes(saved.read_bytes()[:-7])
         self.refused(VectorFileError, "damaged", f"pretrained=tiny,vector={saved}")

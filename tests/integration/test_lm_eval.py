@@ -181,7 +181,7 @@ class TestWithoutEdits:
 
 
 class TestEdited:
-    @pytest.mark.parametrize(("size", "limit"), [(1, 256), (4, 256), (4, 9)])
+    @pytest.mark.parametrize(("size", "limit"), matrix.members([(1, 256), (4, 256), (4, 9)], (4, 9)))
     def test_loglikelihoods_are_those_computed_by_hand(self, text_model, folder, vector, size, limit):
         """Continuations of one and several tokens, split in several ways, in batches, and the beginning cut off."""
         reference = Reference(text_model, vector, limit)
@@ -204,14 +204,14 @@ class TestEdited:
         assert changed > 20
         assert zoo.hooks(lm.model) == 0
 
-    @pytest.mark.parametrize(("size", "limit"), [(1, 256), (4, 256), (4, 16)])
+    @pytest.mark.parametrize(("size", "limit"), matrix.members([(1, 256), (4, 256), (4, 16)], (4, 16)))
     def test_rolling_loglikelihoods_are_those_computed_by_hand(self, text_model, folder, vector, size, limit):
         reference = Reference(text_model, vector, limit)
         _, own = run(text_model, folder, ["texts"], vector=str(vector), batch_size=size, max_length=limit)
         for ((text,),), ((answer,),) in own["own_texts"]:
             assert answer == pytest.approx(reference.rolling(text), abs=2e-3)
 
-    @pytest.mark.parametrize("size", [1, 4])
+    @pytest.mark.parametrize("size", matrix.members([1, 4], 4))
     def test_answers_are_those_computed_by_hand(self, text_model, folder, vector, size):
         reference = Reference(text_model, vector)
         lm, own = run(text_model, folder, ["answers"], vector=str(vector), batch_size=size)
@@ -373,11 +373,14 @@ class TestFits:
     @pytest.mark.parametrize(
         "settings",
         [
-            {"method": "function_vector", "corrupted": "bare", "effect_examples": 2, "top": 2},
-            {"method": "task_vector"},
-            {"method": "icv"},
+            pytest.param(
+                {"method": "function_vector", "corrupted": "bare", "effect_examples": 2, "top": 2},
+                id="function_vector",
+                marks=pytest.mark.slow,
+            ),
+            pytest.param({"method": "task_vector"}, id="task_vector"),
+            pytest.param({"method": "icv"}, id="icv", marks=pytest.mark.slow),
         ],
-        ids=lambda settings: settings["method"],
     )
     def test_methods_of_other_streams_change_answers_and_likelihoods(self, text_model, folder, settings):
         fitting = {name: SHORT[name] for name in ("iterations", "fit_shots", "reuse")} | settings
@@ -430,6 +433,7 @@ class TestFits:
         assert lm._record["own_arc"]["settings"]["steps"] == 4
         assert lm._record["own_arc"]["declared"] == {"iterations": 3, "steps": 4}
 
+    @pytest.mark.slow
     def test_settings_of_one_method_are_no_defaults_of_another(self, text_model, tmp_path):
         declared = {"version": 1, "mtv": {"mtv": {"iterations": 3, "steps": 4}, "icv": {"strength": 0.2}}}
         folder = task_file(tmp_path, "arc", metadata=declared)
