@@ -181,7 +181,14 @@ class TestWithoutEdits:
 
 
 class TestEdited:
-    @pytest.mark.parametrize(("size", "limit"), matrix.members([(1, 256), (4, 256), (4, 9)], (4, 9)))
+    @pytest.mark.parametrize(
+        ("size", "limit"),
+        [
+            pytest.param(1, 256, marks=pytest.mark.slow),
+            pytest.param(4, 256, marks=pytest.mark.slow),
+            (4, 9),
+        ],
+    )
     def test_loglikelihoods_are_those_computed_by_hand(self, text_model, folder, vector, size, limit):
         """Continuations of one and several tokens, split in several ways, in batches, and the beginning cut off."""
         reference = Reference(text_model, vector, limit)
@@ -204,7 +211,14 @@ class TestEdited:
         assert changed > 20
         assert zoo.hooks(lm.model) == 0
 
-    @pytest.mark.parametrize(("size", "limit"), matrix.members([(1, 256), (4, 256), (4, 16)], (4, 16)))
+    @pytest.mark.parametrize(
+        ("size", "limit"),
+        [
+            pytest.param(1, 256, marks=pytest.mark.slow),
+            pytest.param(4, 256, marks=pytest.mark.slow),
+            (4, 16),
+        ],
+    )
     def test_rolling_loglikelihoods_are_those_computed_by_hand(self, text_model, folder, vector, size, limit):
         reference = Reference(text_model, vector, limit)
         _, own = run(text_model, folder, ["texts"], vector=str(vector), batch_size=size, max_length=limit)
