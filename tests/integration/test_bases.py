@@ -143,7 +143,6 @@ def ways() -> list:
     by_command = [(base, evaluations.evaluate) for base in (IDEFICS2, QWEN2_5_VL)]
     return matrix.members(
         [*within, *by_command],
-        (IDEFICS2, here),
         label=lambda way: f"{way[0].label}-{'here' if way[1] is here else 'command'}",
     )
 

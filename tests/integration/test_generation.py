@@ -88,6 +88,7 @@ def test_several_tokens_after_a_cache_go_with_an_edit_of_as_many(llama):
     assert fired.count == 1, "a prompt may go on from a cache that was made before"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "which", matrix.members(["the model", "its decoder", "a block", "a wrapper"], "the model", "a wrapper")
 )

@@ -296,6 +296,7 @@ def test_an_answer_ends_at_until_or_where_a_demonstration_would_begin(recorded, 
     assert all(long.startswith(short.strip()) for long, short in zip(texts["neither"], texts["until"], strict=True))
 
 
+@pytest.mark.slow
 def test_a_checkpoints_own_penalties_do_not_shape_answers(recorded, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(CHECKPOINT, copy)
@@ -313,6 +314,7 @@ def test_half_precision_runs(recorded, dtype):
     assert run["shapes_color_en"]["heads"]
 
 
+@pytest.mark.slow
 def test_a_text_model_on_a_text_task(recorded, text_model, tmp_path):
     folder = task_file(tmp_path / "task", doc_to_visual=None)
     for arguments in (SHORT, "method=none,shots=3"):
@@ -324,6 +326,7 @@ def test_a_text_model_on_a_text_task(recorded, text_model, tmp_path):
         evaluate(f"pretrained={text_model},method=none", ["shapes_color_en"])
 
 
+@pytest.mark.slow
 def test_the_record_says_which_blocks_are_left_alone(recorded, hybrid_text_model, text_model, tmp_path):
     folder = task_file(tmp_path / "task", doc_to_visual=None)
     for model, arguments, skipped in ((hybrid_text_model, SHORT, [0]), (text_model, "method=none", [])):
@@ -408,6 +411,7 @@ class TestBadInput:
     def test_wrong_values(self, wrong, named):
         self.refused(MtvError, named, f"pretrained=tiny,{wrong}")
 
+    @pytest.mark.slow
     def test_heads_of_a_vector_that_edits_none(self, tmp_path):
         run = tmp_path / "run"
         from lmms_eval.api.task import Task
@@ -448,6 +452,7 @@ class TestBadInput:
         with pytest.raises(GeometryError, match=r"4 layers of 8 heads.*2 layers of 8 heads"), applied(shallow, vector):
             pass
 
+    @pytest.mark.slow
     def test_a_damaged_or_foreign_vector_file(self, saved, tmp_path):
         saved.write_bytes(saved.read_bytes()[:-7])
         self.refused(VectorFileError, "damaged", f"pretrained=tiny,vector={saved}")

@@ -30,7 +30,7 @@ from lmms_mtv.harness.lm.runner import LmRunner
 from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.vectors import HEADS
-from support import processes, zoo
+from support import matrix, processes, zoo
 from support.text_tasks import TASKS, run, task_file
 
 SHORT = {
@@ -182,7 +182,14 @@ class TestWithoutEdits:
 
 
 class TestEdited:
-    @pytest.mark.parametrize(("size", "limit"), [(1, 256), (4, 256), (4, 9)])
+    @pytest.mark.parametrize(
+        ("size", "limit"),
+        [
+            pytest.param(1, 256, marks=pytest.mark.slow),
+            pytest.param(4, 256, marks=pytest.mark.slow),
+            (4, 9),
+        ],
+    )
     def test_loglikelihoods_are_those_computed_by_hand(self, text_model, folder, vector, size, limit):
         """Continuations of one and several tokens, split in several ways, in batches, and the beginning cut off."""
         reference = Reference(text_model, vector, limit)
@@ -205,14 +212,21 @@ class TestEdited:
         assert changed > 20
         assert zoo.hooks(lm.model) == 0
 
-    @pytest.mark.parametrize(("size", "limit"), [(1, 256), (4, 256), (4, 16)])
+    @pytest.mark.parametrize(
+        ("size", "limit"),
+        [
+            pytest.param(1, 256, marks=pytest.mark.slow),
+            pytest.param(4, 256, marks=pytest.mark.slow),
+            (4, 16),
+        ],
+    )
     def test_rolling_loglikelihoods_are_those_computed_by_hand(self, text_model, folder, vector, size, limit):
         reference = Reference(text_model, vector, limit)
         _, own = run(text_model, folder, ["texts"], vector=str(vector), batch_size=size, max_length=limit)
         for ((text,),), ((answer,),) in own["own_texts"]:
             assert answer == pytest.approx(reference.rolling(text), abs=2e-3)
 
-    @pytest.mark.parametrize("size", [1, 4])
+    @pytest.mark.parametrize("size", matrix.members([1, 4], 4))
     def test_answers_are_those_computed_by_hand(self, text_model, folder, vector, size):
         reference = Reference(text_model, vector)
         lm, own = run(text_model, folder, ["answers"], vector=str(vector), batch_size=size)
@@ -260,7 +274,7 @@ class TestEdited:
 
 
 class TestFits:
-    @pytest.mark.parametrize("kind", ["answers", "arc", "winogrande"])
+    @pytest.mark.parametrize("kind", matrix.members(["answers", "arc", "winogrande"], "arc"))
     def test_same_seed_same_heads_whatever_the_batch_size(self, text_model, folder, kind):
         settings = SHORT | {"samples": 32}
         used = [
@@ -374,11 +388,14 @@ class TestFits:
     @pytest.mark.parametrize(
         "settings",
         [
-            {"method": "function_vector", "corrupted": "bare", "effect_examples": 2, "top": 2},
-            {"method": "task_vector"},
-            {"method": "icv"},
+            pytest.param(
+                {"method": "function_vector", "corrupted": "bare", "effect_examples": 2, "top": 2},
+                id="function_vector",
+                marks=pytest.mark.slow,
+            ),
+            pytest.param({"method": "task_vector"}, id="task_vector"),
+            pytest.param({"method": "icv"}, id="icv", marks=pytest.mark.slow),
         ],
-        ids=lambda settings: settings["method"],
     )
     def test_methods_of_other_streams_change_answers_and_likelihoods(self, text_model, folder, settings):
         fitting = {name: SHORT[name] for name in ("iterations", "fit_shots", "reuse")} | settings
@@ -431,6 +448,7 @@ class TestFits:
         assert lm.records["own_arc"].settings["steps"] == 4
         assert lm.records["own_arc"].declared == {"iterations": 3, "steps": 4}
 
+    @pytest.mark.slow
     def test_settings_of_one_method_are_no_defaults_of_another(self, text_model, tmp_path):
         declared = {"version": 1, "mtv": {"mtv": {"iterations": 3, "steps": 4}, "icv": {"strength": 0.2}}}
         folder = task_file(tmp_path, "arc", metadata=declared)
@@ -586,6 +604,7 @@ def command(*arguments: str, cwd: Path) -> CompletedProcess[str]:
 
 
 class TestCommandLine:
+    @pytest.mark.slow
     def test_a_run_with_shots_and_the_users_own_tasks(self, text_model, folder, tmp_path):
         settings = ",".join(f"{key}={value}" for key, value in SHORT.items())
         done = command(

@@ -117,7 +117,9 @@ def test_a_session_replays_padded_prompts(tiny):
 
 
 @pytest.mark.parametrize("tokens", matrix.members([1, 3], 3))
-@pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
+@pytest.mark.parametrize(
+    "generating", matrix.members([False, True], True, label={False: "forward", True: "generate"}.get)
+)
 def test_images_that_see_each_other_both_ways_are_replayed(tokens, generating):
     """Gemma 3's tokens of an image attend to those after them, which only the prefill is told."""
     tiny = zoo.build(zoo.gemma3)
@@ -162,8 +164,10 @@ def test_the_first_token_that_counts_is_the_first_that_is_not_blank():
         assert torch.equal(mine, others)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
+@pytest.mark.parametrize("tokens", matrix.members([1, 3], 3))
+@pytest.mark.parametrize(
+    "generating", matrix.members([False, True], True, label={False: "forward", True: "generate"}.get)
+)
 def test_blocks_that_attend_to_an_image_keep_its_keys_and_its_mask(tokens, generating):
     """Mllama's cache holds keys of the image beside those of the tokens; a mask of each token tells its tiles."""
     tiny = zoo.build(zoo.mllama)

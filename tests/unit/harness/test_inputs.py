@@ -30,7 +30,7 @@ from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
 from lmms_mtv.harness.trial import doubts
 from lmms_mtv.shapes import CHECKPOINT
-from support import checkpoints, matrix, processes
+from support import checkpoints, processes
 from support.evaluations import own_tasks
 from support.shape_tasks import SHORT, Arguments, records, task_file
 
@@ -124,7 +124,8 @@ class TestDocuments:
         assert stored["unreadable"] == len(lost) > 0
         assert any(f"document {min(lost)} of task custom" in line and "absent.png" in line for line in said)
 
-    @pytest.mark.parametrize("size", matrix.members([1, 8], 8))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("size", [1, 8])
     def test_a_vector_is_applied_whichever_documents_open(self, size, tmp_path):
         """The first may be one that does not."""
         folder = task_file(tmp_path, doc_to_visual="some")
