@@ -56,9 +56,9 @@ def run(
 def context() -> ForkServerContext:
     """Return the context whose workers come from a server without threads.
 
-    A worker that is forked from the tests themselves can wait for ever for a lock that another thread of the tests held
-    at that moment. The server has imported the architectures that the tests have imported, as these imports take most of
-    the time of a start.
+    A worker that is forked from the tests themselves can wait for ever for a lock that another thread of the tests
+    held at that moment. The server has imported the architectures that the tests have imported, as these imports take
+    most of the time of a start.
     """
     served = get_context("forkserver")
     architectures = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
