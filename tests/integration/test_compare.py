@@ -31,7 +31,7 @@ from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.vectors import HEADS, Edit, TaskVector
 from lmms_mtv.vectors.library import Library
-from support import evaluations
+from support import evaluations, processes
 from support.evaluations import task_manager
 
 SHORT = {"iterations": 4, "fit_shots": 2, "steps": 12, "samples": 5, "examples": 6, "candidate_examples": 4}
@@ -471,9 +471,9 @@ class TestCheck:
         assert check.sampled_keys(PLAN, None, seed=0) == check.sampled_keys(PLAN, 999, seed=0) == PLAN.cell_keys()
 
 
-def command(*arguments: str, processes: int = 1) -> str:
+def command(*arguments: str, ranks: int = 1) -> str:
     done = processes.run(
-        [*evaluations.launcher(processes), "lmms_mtv", *arguments],
+        [*evaluations.launcher(ranks), "lmms_mtv", *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
@@ -497,7 +497,7 @@ def test_the_command_with_two_processes(tmp_path):
     ]
     one, two = tmp_path / "one", tmp_path / "two"
     assert "2 cells run" in command("compare", *flags, "--limit", "5", "--output", str(one))
-    command("compare", *flags, "--limit", "5", "--output", str(two), processes=2)
+    command("compare", *flags, "--limit", "5", "--output", str(two), ranks=2)
     assert figures(two).keys() == figures(one).keys()
     for arm in ("2-shot", "MTV"):
         alone, shared = cell(one, arm), cell(two, arm)

@@ -164,9 +164,9 @@ def test_steps_go_through_all_queries_in_a_new_order_and_teachers_take_turns():
     asked = used.episodes(5, 0, "learning")
     steps = learning._steps(used, settings, asked)
     assert [len(step) for step in steps] == [2, 2, 1] * 3
-    epochs = [[step for step in steps for step in step if step.epoch == epoch] for epoch in range(3)]
-    assert all(sorted(step.asked for step in epoch) == sorted(asked) for epoch in epochs)
-    assert len({tuple(step.asked for step in epoch) for epoch in epochs}) == 3
+    epochs = [[query for step in steps for query in step if query.epoch == epoch] for epoch in range(3)]
+    assert all(sorted(query.episode for query in epoch) == sorted(asked) for epoch in epochs)
+    assert len({tuple(query.episode for query in epoch) for epoch in epochs}) == 3
 
     seen: list[Episode] = []
     answered = used.answer
