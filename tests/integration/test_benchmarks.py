@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import extraction, fit, generation, images, measure, models, prompts, scaling, selection
+from benchmarks import exactness, extraction, fit, generation, gpu, images, measure, models, prompts, scaling, selection
 from lmms_mtv import Edit, Episode, find_sites
 from support import zoo
 
@@ -208,3 +208,49 @@ def test_rounds_alternate_and_the_first_does_not_count():
     assert "".join(order) == "ababab"
     rounds(found, {"a", "b"})
     assert measure.ratio({"a": [2.0, 9.0, 3.0], "b": [1.0, 1.0, 3.0]}, "a", "b") == 2.0
+
+
+def test_exactness(tmp_path, capsys):
+    found = written(exactness, tmp_path, "--steps", "10", "--tokens", "6")
+    assert found["results"].keys() == {"again", "batches of 4"}
+    assert found["results"]["again"] | {"common": 0, "heads": 0} == dict.fromkeys(found["results"]["again"], 0)
+    for result in found["results"].values():
+        assert 0 < result["common"] == result["heads"]
+        assert max(result["values"], result["first_loss"]) <= found["tolerance"] == 1e-4
+    assert (found["halved"], found["failed"]) == (None, [])
+    assert "heads are the same" in capsys.readouterr().out
+
+
+def test_exactness_fails_where_a_second_fit_differs(tmp_path, monkeypatch, capsys):
+    plain = exactness.difference
+    monkeypatch.setattr(exactness, "difference", lambda *fits: plain(*fits) | {"values": 1e-6})
+    path = tmp_path / "figures.json"
+    assert exactness.main([*QUICK, "--steps", "4", "--tokens", "6", "--json", str(path)]) == 1
+    assert json.loads(path.read_text())["failed"] == ["again"]
+    assert "not the same: again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_all_benchmarks_of_a_gpu_run_in_one_command(tmp_path, capsys):
+    path = tmp_path / "found" / "figures.json"
+    assert gpu.main(["--quick", "--device", "cpu", "--json", str(path)]) == 0
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["runs"].keys() == gpu.QUICK.keys()
+    assert all(run["status"] == 0 and run["figures"]["machine"] for run in found["runs"].values())
+    assert "exactness, " in capsys.readouterr().out
+
+
+def test_a_benchmark_that_fails_is_in_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "QUICK", {"selection": ("selection", "--steps", "7"), "none": ("selection", "--help")})
+    path = tmp_path / "figures.json"
+    assert gpu.main(["--quick", "--device", "cpu", "--json", str(path)]) == 1
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert [run["status"] for run in runs.values()] == [2, 0]
+    assert "expected a multiple of 6" in runs["selection"]["output"]
+    assert "selection" in capsys.readouterr().out
+
+
+def test_the_runs_of_a_gpu_need_one(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--json", str(tmp_path / "figures.json")])
+    assert "--quick" in capsys.readouterr().err

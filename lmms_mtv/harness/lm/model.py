@@ -28,6 +28,7 @@ from lmms_mtv.harness.provider import TaskVectorProvider
 from lmms_mtv.harness.record import TaskRecord, UneditedRecord
 from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import applied, find_sites
+from lmms_mtv.runtime.attention import check_attention
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.vectors import TaskVector
 
@@ -71,6 +72,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
             super().__init__(**for_base)
         except (OSError, ValueError, KeyError) as error:
             raise ArgumentError(f"pretrained={for_base['pretrained']} cannot be loaded: {one_line(error)}") from error
+        check_attention(unwrapped(self.model))
         self._edit: TaskVector | None = None
         self._expected: deque[Row] = deque()
         self._fitted: dict[tuple[str, int], tuple[LmPrompts, TaskVector]] = {}

@@ -18,6 +18,7 @@ from lmms_mtv.harness.checkpoint import Identity, name_of, revision_of, text_fil
 from lmms_mtv.harness.lmms.bases.wrapper_class import module_of, parameters, wrapper_class
 from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import Sites, Watch, find_sites, watched
+from lmms_mtv.runtime.attention import check_attention
 
 # The harness writes these attributes onto its model, and the wrappers read them from themselves.
 _SHARED: Final = ("task_dict", "_rank", "_world_size", "accelerator")
@@ -68,6 +69,7 @@ class HarnessModel:
                 f"{one_line(error)}"
             ) from error
         self.model = module_of(self.wrapper, config.name)
+        check_attention(self.model)
         self.sites: Sites = find_sites(self.model, decoder)
         self.identity = self._identity(parameters(kind))
         self.batch_size = _batch_size(self.wrapper)

@@ -21,6 +21,7 @@ from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
 from lmms_mtv.harness.prompts import Message, Prompt, Reply
 from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import Sites, find_sites
+from lmms_mtv.runtime.attention import check_attention
 from lmms_mtv.runtime.batches import AUTO, BatchSize
 
 # What a task asks for counts, whatever the checkpoint's generation configuration says.
@@ -66,6 +67,7 @@ class HfBase:
         self.batch_size = BatchSize(AUTO if automatic else int(config.batch_size), automatic)
         checkpoint = load(config)
         self.model: nn.Module = checkpoint.model
+        check_attention(self.model)
         self.device = checkpoint.device
         self.context = checkpoint.context
         self.name, self.revision, self._text_files = checkpoint.identity
