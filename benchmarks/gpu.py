@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +48,10 @@ QUICK: Final[dict[str, tuple[str, ...]]] = {
 """The same with the tiny model."""
 
 
+_LONGEST_OUTPUT: Final = 3000
+"""Characters of the output of a run that are kept."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="small models and settings, to test the command")
@@ -73,32 +78,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_alone(given: Sequence[str], device: torch.device, limit: float) -> dict[str, Any]:
-    """Run one benchmark in a process of its own and return its figures; status "limit" if it was stopped."""
+    """Run one benchmark in a process of its own.
+
+    Args:
+        given: the benchmark and its arguments.
+        device: the device.
+        limit: seconds after which the process is stopped.
+
+    Returns:
+        The command, the seconds, the exit status ("limit" if the process was stopped), the end of the output, and the
+        figures of the benchmark (None if it wrote none).
+    """
     name, *options = given
+    status: int | str
     command = ["-m", f"benchmarks.{name}", *options, "--device", str(device), "--quiet"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
-        outcome: dict[str, Any] = {}
-
-        def call() -> None:
-            try:
-                done = subprocess.run(
-                    [sys.executable, *command, "--json", str(path)],
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    timeout=limit,
-                    check=False,
-                )
-                output = done.stdout.replace(f"{path}\n", "")
-                outcome.update(status=done.returncode, output=output if done.returncode == 0 else output[-3000:])
-            except subprocess.TimeoutExpired as error:
-                said = error.stdout or b""
-                outcome.update(status="limit", output=(said if isinstance(said, str) else said.decode())[-3000:])
-
-        seconds = measure.seconds(call, torch.device("cpu"))
+        began = time.perf_counter()
+        try:
+            done = subprocess.run(
+                [sys.executable, *command, "--json", str(path)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                check=False,
+            )
+            status, said = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as error:
+            status, said = "limit", error.stdout or b""
+        seconds = time.perf_counter() - began
         figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return {"command": "python " + " ".join(command), "seconds": seconds, **outcome, "figures": figures}
+        output = said.decode(errors="replace").replace(f"{path}\n", "")[-_LONGEST_OUTPUT:]
+    return {
+        "command": "python " + " ".join(command),
+        "seconds": seconds,
+        "status": status,
+        "output": output,
+        "figures": figures,
+    }
 
 
 if __name__ == "__main__":
