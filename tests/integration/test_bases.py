@@ -277,6 +277,7 @@ def prompts(simple: bool, task: str = TASK) -> TaskPrompts:
     return TaskPrompts(made, None, as_sent=True)
 
 
+@pytest.mark.slow
 def test_the_model_gets_the_images_of_the_demonstrations(base, folders):
     wrapping, made = built(base, folders), prompts(base.simple)
     seen: list[int] = []

@@ -143,6 +143,7 @@ def test_extraction(tmp_path):
 SMALL = ("--tokens", "5", "8", "--masks", "2", "3", "--layers", "1", "2", "--examples", "1", "2", "--shots", "1")
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     found = written(scaling, tmp_path, *SMALL, "--processes", "0")
     assert found["ratio"] is found["processes"] is None
@@ -240,6 +241,7 @@ def test_all_benchmarks_of_a_gpu_run_in_one_command(tmp_path, capsys):
     assert "exactness, " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_fails_is_in_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "QUICK", {"selection": ("selection", "--steps", "7"), "none": ("selection", "--help")})
     path = tmp_path / "figures.json"

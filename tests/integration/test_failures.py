@@ -70,6 +70,7 @@ def test_a_killed_fit_leaves_a_whole_vector_or_none_and_no_lock(tmp_path):
     good(path, expected)
 
 
+@pytest.mark.slow
 def test_two_fits_of_one_vector_at_once_end_with_one_good_vector(tmp_path):
     expected, path = fit_and_save(tmp_path / "expected.safetensors"), tmp_path / "library" / "vector.safetensors"
     fits = [processes.worker(fit_and_save, path) for _ in range(4)]

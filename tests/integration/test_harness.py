@@ -222,6 +222,7 @@ def test_model_arguments_win_over_the_flags_defaults():
     assert get_model("mtv").create_from_arg_string("pretrained=tiny", {"batch_size": 3}).base.batch_size.rows == 3
 
 
+@pytest.mark.slow
 def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):
     fitted = recorded(f"pretrained=tiny,{SHORT}", ["shapes_color_en"], limit=6)
     (path,) = tmp_path.rglob("vector.safetensors")
@@ -273,6 +274,7 @@ def test_a_vector_of_the_same_recipe_is_reused_from_the_library(recorded, tmp_pa
         recorded(f"pretrained=tiny,library={root},vector={task}/mtv", [task], limit=6)
 
 
+@pytest.mark.slow
 def test_an_answer_ends_at_until_or_where_a_demonstration_would_begin(recorded, tmp_path):
     """Without a stop the tiny model goes on; at either of the two the answer is cut."""
     ends = {"until": {"fewshot_delimiter": ""}, "delimiter": {"fewshot_delimiter": "\n"}, "neither": {}}
@@ -309,6 +311,7 @@ def test_a_checkpoints_own_penalties_do_not_shape_answers(recorded, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", matrix.members(["bfloat16", "float16"], "bfloat16"))
+@pytest.mark.slow
 def test_half_precision_runs(recorded, dtype):
     run = recorded(f"pretrained=tiny,dtype={dtype},{SHORT},batch_size=8", ["shapes_color_en"], limit=8)
     assert run["shapes_color_en"]["heads"]

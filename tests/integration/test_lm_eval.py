@@ -244,6 +244,7 @@ class TestEdited:
         assert used["own_arc"]["settings"]["steps"] == 10
         assert used["own_arc"]["fit_seconds"] > 0
 
+    @pytest.mark.slow
     def test_the_results_say_which_blocks_are_left_alone(self, text_model, hybrid_text_model, folder):
         for model, skipped in ((text_model, []), (hybrid_text_model, [0])):
             lm, _ = run(model, folder, ["arc"], **SHORT)
@@ -393,7 +394,7 @@ class TestFits:
                 id="function_vector",
                 marks=pytest.mark.slow,
             ),
-            pytest.param({"method": "task_vector"}, id="task_vector"),
+            pytest.param({"method": "task_vector"}, id="task_vector", marks=pytest.mark.slow),
             pytest.param({"method": "icv"}, id="icv", marks=pytest.mark.slow),
         ],
     )
@@ -430,6 +431,7 @@ class TestFits:
         with pytest.raises(DataError, match="as mtv knows it, asks"):
             simple_evaluate(lm, tasks=["own_arc"], task_manager=other, limit=2)
 
+    @pytest.mark.slow
     def test_chat_templates(self, text_model, folder):
         form = {"apply_chat_template": True, "system_instruction": "blue ring.", "num_fewshot": 2}
         lm, _ = run(text_model, folder, ["arc"], form | {"fewshot_as_multiturn": True}, **SHORT)

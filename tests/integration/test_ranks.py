@@ -137,6 +137,7 @@ def prefetched(ranks: Ranks) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_prompts_are_prefilled_in_shares_and_passed_on(tmp_path):
     expected = prefetched(Ranks())
     assert (expected["ahead"], expected["after"]) == (0, 4 + 5)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmms_mtv.errors import ArgumentError, DataError
@@ -133,7 +133,6 @@ class TestCells:
         with pytest.raises(DataError, match="newer version"):
             cells.read_all(tmp_path)
 
-    @settings(max_examples=300, deadline=None)
     @given(data=st.data())
     def test_whatever_is_altered_is_told(self, tmp_path_factory, data):
         """Any byte that changes what the file says makes it refused."""

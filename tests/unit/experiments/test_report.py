@@ -21,7 +21,7 @@ from lmms_mtv.experiments import cell as cells
 from lmms_mtv.experiments.report import bootstrap, marks, results, summary, tables
 from lmms_mtv.experiments.report.page import page
 from lmms_mtv.experiments.report.plots import plots
-from support import grids, processes
+from support import grids, matrix, processes
 
 SMALL = {"tasks": ["a_en", "b_en"], "arms": {name: grids.ARMS[name] for name in ("zero-shot", "2-shot", "MTV")}}
 
@@ -315,7 +315,7 @@ def test_a_plan_says_what_a_curve_is_against(tmp_path):
     assert [row[2] for row in plot.table.rows] == ["1", "10", "100", "-"]
 
 
-@pytest.mark.parametrize("count", [2, 24])
+@pytest.mark.parametrize("count", matrix.members([2, 24], 24))
 def test_axes_keep_their_height_above_a_legend_of_any_length(count):
     """The legend stands below the axes, inside the figure."""
     arms = {f"MTV, {number} examples": {"method": "mtv"} for number in range(count)}

@@ -120,6 +120,7 @@ def test_a_session_replays_padded_prompts(tiny):
 @pytest.mark.parametrize(
     "generating", matrix.members([False, True], True, label={False: "forward", True: "generate"}.get)
 )
+@pytest.mark.slow
 def test_images_that_see_each_other_both_ways_are_replayed(tokens, generating):
     """Gemma 3's tokens of an image attend to those after them, which only the prefill is told."""
     tiny = zoo.build(zoo.gemma3)

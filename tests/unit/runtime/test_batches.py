@@ -83,6 +83,7 @@ class Failing(torch.nn.Module):
 
 
 @pytest.mark.parametrize("seed", matrix.members(range(4), 0))
+@pytest.mark.slow
 def test_a_fit_that_runs_out_of_memory_at_random_gives_the_same(seed):
     tiny = zoo.build(zoo.llama)
     method = methods.get("mtv")

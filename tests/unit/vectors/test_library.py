@@ -232,7 +232,7 @@ def test_an_unknown_reference_names_what_is_near(filled):
         filled.resolve("abc")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(reference=NAMES.filter(lambda name: not name.startswith("hub:")))
 @example("~nobody-of-this-name/x")
 @example("./\0")
@@ -258,7 +258,6 @@ def test_a_reference_does_not_lead_out_of_the_root(filled, tmp_path, monkeypatch
 # Names
 
 
-@settings(max_examples=500, deadline=None)
 @given(model=NAMES, task=NAMES, method=NAMES)
 def test_any_card_has_a_folder_inside_the_root(model, task, method):
     library = Library(Path("/some/root"))
@@ -274,7 +273,6 @@ def test_any_card_has_a_folder_inside_the_root(model, task, method):
         assert len(part) <= 128
 
 
-@settings(max_examples=500, deadline=None)
 @given(first=NAMES, second=NAMES)
 @example("a/b", "a--b")
 @example("a-/b", "a/-b")
@@ -583,6 +581,7 @@ def again_and_again(root: Path, values: int, started: Event) -> None:
         library.add(vector(values=values + turn % 2))
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_whole_vectors(library):
     drawn = random.Random(0)
     library.add(vector())

@@ -115,7 +115,7 @@ def test_foreign_files_are_told_by_what_they_are(tmp_path):
         TaskVector.load(tmp_path)
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_is_the_same_vector(tmp_path, data):
     """Truncated anywhere, or with any bit flipped: an error, or a change that means nothing."""
