@@ -136,7 +136,7 @@ def applied(
 
     A forward over a prompt is edited at the prompt's last token. Each further forward is edited at the token that it
     generates. Edits that are ``everywhere`` change all positions of all forwards. Edits that are ``once`` change the
-    first position of the tail, and leave forwards unchanged that continue from the cache of a prompt.
+    first position of the tail, and change nothing in a forward that continues from the cache of a prompt.
 
     The edit is out of place: activations that other modules hold do not change. All arguments are checked before a hook
     is registered. No hook is left after the block, also if the block raises. The edit acts in the thread that entered
@@ -308,7 +308,7 @@ def _length(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any], stream: str = HEADS) -> None:
-    """Check that the model computes its logits with a stream at the sites.
+    """Check that the model computes a stream at the sites, and its logits from the stream.
 
     Every site must run exactly once in a forward. Replacing every head by its own activation must change no logit at
     all. Setting all heads to zero must change some logits.

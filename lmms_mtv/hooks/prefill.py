@@ -44,7 +44,7 @@ class Prefill:
     Attributes:
         inputs: arguments of the model's forward.
         position_ids: position of the last token, [..., 1, 1]; None if the model computes positions itself.
-        cache: keys and values of the first n - 1 tokens; None if a replay is impossible.
+        cache: keys and values of the first n - 1 tokens; None if the prompt can only run whole.
         tokens_only: True if the inputs are only enough for replays, and the prompt cannot run whole.
     """
 
@@ -67,7 +67,7 @@ class Prefill:
         return ids.new_full((1, 1), self.length - 1)
 
     def halfway(self) -> Prefill:
-        """Return the prompt with its last token at half the position: another prompt for a model with positions."""
+        """Return the prompt with its last token at half its position: another prompt for a model with positions."""
         return dataclasses.replace(self, position_ids=self.last_position // 2)
 
     @property
@@ -233,7 +233,7 @@ class Prefill:
         return hidden[None, None]
 
     def _views(self) -> dict[str, Tensor]:
-        """Return the masks [1, n, ...] of what else tokens see, such as images. New tokens see as the last token."""
+        """Return masks [1, n, ...] of what else tokens see, as images. New tokens see the same as the last token."""
         shape = self.inputs["input_ids"].shape
         return {
             name: mask
@@ -342,7 +342,7 @@ def _without_last(cache: Any, length: int, others: Container[int]) -> Any | None
         if layer.keys is None:
             continue
         if (layer.get_seq_length() == length) == (index in others):
-            # Not the expected layers hold the tokens, or an image has by chance as many keys as the prompt.
+            # Other layers than expected hold the tokens, or an image happens to have as many keys as the prompt.
             return None
         if index not in others:
             try:

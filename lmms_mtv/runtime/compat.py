@@ -1,8 +1,8 @@
 """The names of a forward's arguments and outputs, taken from the model that runs.
 
 transformers 5.24 renamed the cache of a forward from ``past_key_values`` to ``cache``. Code outside transformers, such
-as remote code on the hub, may keep the old name. No other file of this package spells either name, and no file asks for a
-version of transformers.
+as remote code on the hub, may keep the old name. No other file of this package spells either name, and no file checks
+the version of transformers.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def returned_cache(output: Any) -> Any | None:
 
 
 def of_the_prompt(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the named arguments of a forward without None and without the arguments of :data:`PER_CALL`."""
+    """Return the named arguments of a forward without None, caches and the arguments of :data:`PER_CALL`."""
     return {
         name: value
         for name, value in given.items()
