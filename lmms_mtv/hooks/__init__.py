@@ -1,4 +1,4 @@
-"""Finding the heads and other streams of a model, reading and changing them, and replaying a prompt's last token."""
+"""Hooks that find, read and change the heads and other streams of a model, and replays of a prompt's last token."""
 
 from lmms_mtv.hooks.checkpointing import checkpointed
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass instead of being kept (gradient checkpointing)."""
+"""Gradient checkpointing: the backward pass computes activations again, and the forward does not keep them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ _SWITCH = "gradient_checkpointing"
 
 @contextmanager
 def checkpointed(sites: Sites) -> Iterator[None]:
-    """Checkpoint the model's blocks: a forward keeps the inputs of blocks alone, and a backward pass runs blocks again.
+    """Checkpoint the blocks of the sites: a forward keeps only the blocks' inputs, a backward pass runs blocks again.
 
-    The blocks' own switch is used, which transformers reads in training only: blocks are set to training, nothing
-    inside them is, so that no dropout begins. Hooks that were there in the forward have to be there in the backward
-    pass. Raises :class:`HookError` where blocks have no such switch, or have dropout of their own.
+    The switch for checkpointing that transformers gives to blocks is turned on. transformers reads the switch in
+    training mode only. Therefore the blocks are set to training mode. The modules inside the blocks are not, so that no
+    dropout begins. Hooks of the forward have to be registered in the backward pass too.
+
+    Args:
+        sites: the attention sites of the model.
+
+    Raises:
+        HookError: a block has no such switch, or the code of the block itself may use dropout.
     """
     blocks = [site.block for site in sites]
     for name, block in blocks:

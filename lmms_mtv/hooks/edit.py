@@ -1,4 +1,4 @@
-"""Reading and changing the streams of a running model, through hooks that leave nothing behind."""
+"""Hooks that record and change the streams of a running model, and that are gone after the block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lmms_mtv.vectors import HEADS, Edit, Edits, TaskVector, by_stream
 
 
 class Recording:
-    """Activations of the last real token of each row, of the forwards since the recording began."""
+    """Activations at the last real positions of each row, from the forwards since the recording began."""
 
     def __init__(self, hook_points: Sequence[HookPoint], prompts_only: bool = False, attached: bool = False) -> None:
         self._places = hook_points
@@ -29,9 +29,15 @@ class Recording:
         self._seen: list[list[Tensor]] = [[] for _ in hook_points]
 
     def last(self) -> Tensor:
-        """float32 [rows, layers, heads, head_dim], on the device of the first; rows of later forwards follow.
+        """Return the recorded activations.
 
-        Raises :class:`HookError` if nothing ran, :class:`NumericsError`, with the module's name, on NaN or infinity.
+        Returns:
+            float32 [rows, layers, heads, head_dim], on the device of the first layer. The rows of the forwards follow
+            one another.
+
+        Raises:
+            HookError: no activation was recorded at a site.
+            NumericsError: the activations of a module, which the message names, have NaN or infinity.
         """
         if not all(self._seen):
             silent = [point.name for point, seen in zip(self._places, self._seen, strict=True) if not seen]
@@ -63,11 +69,23 @@ class Recording:
 def record(
     sites: Sites, stream: str = HEADS, *, prompts_only: bool = False, tail: int = 1, attached: bool = False
 ) -> Iterator[Recording]:
-    """Record, without changing anything, what runs through ``stream`` inside the block: the heads, or another one.
+    """Record the activations of a stream inside the block, without changing anything.
 
-    ``prompts_only`` leaves out the forwards over tokens that a generation adds to a prompt. ``tail`` records that many
-    last real tokens of each row instead of one, one after the other. What is ``attached`` keeps its gradients. An edit
-    that is applied around the block is seen.
+    The activations contain the changes of an edit that is applied around the block.
+
+    Args:
+        sites: the attention sites of the model.
+        stream: one of :data:`STREAMS`.
+        prompts_only: True to leave out forwards that continue from a cache, such as forwards over generated tokens.
+        tail: number of last real tokens of each row to record. They become consecutive rows of the recording.
+        attached: True to keep the gradients of the activations.
+
+    Yields:
+        The recording.
+
+    Raises:
+        DiscoveryError: the model has no modules for the stream.
+        HookError: inside a forward whose real tokens are not known.
     """
     points = hook_points(sites, stream)
     recording, positions = Recording(points, prompts_only, attached), Positions(tail)
@@ -87,14 +105,20 @@ def _hooked(sites: Sites, positions: Positions, hooks: Sequence[tuple[HookPoint,
 
 
 class Fired:
-    """How often the edit ran at each site, of one stream after the other, be it to let a token after a prompt pass."""
+    """Numbers of runs of an edit.
+
+    A run that leaves its forward unchanged counts too, such as the run of an edit that is ``once`` after the prompt.
+
+    Attributes:
+        by_site: number of runs at each site, for one stream after the other.
+    """
 
     def __init__(self, sites: int) -> None:
         self.by_site = [0] * sites
 
     @property
     def count(self) -> int:
-        """Number of forwards that were edited at every site; 0 for a vector without edits."""
+        """Number of forwards in which the edit ran at every site; 0 for a vector without edits."""
         return min(self.by_site, default=0)
 
 
@@ -110,28 +134,36 @@ def applied(
 ) -> Iterator[Fired]:
     """Edit every forward inside the block at the last real position of each row.
 
-    ``target`` is a model, or its sites; ``vector`` may also be edits by stream, or one edit of heads. A forward over a
-    prompt is edited at the prompt's last token, each further forward at the token it generates. ``tail`` edits that
-    many last real positions instead of one: a number, or an integer tensor with one for each row. Edits that are
-    ``everywhere`` are at all positions of all forwards; those that are ``once`` let the forwards pass that go on from
-    the cache of a prompt, and of the tail take the first position. An edit with a leading dimension K needs batches of
-    K rows. ``real`` [rows, tokens], 1 for a real token, is for one padded forward that is not given an attention mask.
-    ``resumed`` says that the prompt itself goes on from a cache, as in a replay. ``packed`` rows of ``tail`` positions
-    each stand one after the other in one row, which is all that the forwards inside the block have.
+    A forward over a prompt is edited at the prompt's last token. Each further forward is edited at the token that it
+    generates. Edits that are ``everywhere`` change all positions of all forwards. Edits that are ``once`` change the
+    first position of the tail, and change nothing in a forward that continues from the cache of a prompt.
 
-    Out of place: the activations that other modules hold are not touched. All is checked before anything is
-    registered, and no hook is left after the block, also when it raises. The edit acts in the thread that entered the
-    block, and a copy of the model made inside does not have it. Compiled modules run uncompiled inside the block.
-    Generation has to run the whole prompt and then one token at a time; any other is refused with the reason
-    (:func:`token_by_token`), as is a model that ran without the edit. An edit with a ``gate`` needs a model that
-    computes attention by ``scaled_dot_product_attention``; a forward of another raises :class:`HookError`.
+    The edit is out of place: activations that other modules hold do not change. All arguments are checked before a hook
+    is registered. No hook is left after the block, also if the block raises. The edit acts in the thread that entered
+    the block. A copy of the model that is made inside the block runs without the edit. Compiled modules run uncompiled
+    inside the block. Generation has to run the whole prompt and then one token at a time (:func:`token_by_token`).
 
-    Gradients reach the tensors of the edits; the block is entered again when these have changed. Under gradient
-    checkpointing, where blocks run again in the backward pass, that pass has to be inside the block, and edits be
-    ``everywhere``.
+    Gradients reach the tensors of the edits. The block has to be entered again after these tensors have changed. Under
+    gradient checkpointing, blocks run again in the backward pass. Then the backward pass has to be inside the block,
+    and the edits have to be ``everywhere``.
 
-    Raises :class:`GeometryError` if the vector does not fit the sites, :class:`DiscoveryError` if the model has no
-    modules for one of its streams, :class:`HookError` if a forward cannot be edited exactly.
+    Args:
+        target: a model, or its sites.
+        vector: a vector, edits by stream, or one edit of heads. An edit with a leading dimension K needs batches of K
+            rows. An edit with a ``gate`` needs a model that computes attention by ``scaled_dot_product_attention``.
+        tail: number of last real positions to edit, or an integer tensor [rows] with a number for each row.
+        real: [rows, tokens], 1 for a real token, for one padded forward that gets no attention mask.
+        resumed: True if the prompt itself continues from a cache, as in a replay.
+        packed: number of batch rows of ``tail`` positions each, if they follow one another in a single row, and the
+            forwards inside the block have no other positions.
+
+    Yields:
+        The numbers of runs of the edits.
+
+    Raises:
+        GeometryError: the vector does not fit the sites.
+        DiscoveryError: the model has no modules for one of the streams.
+        HookError: a forward cannot be edited exactly, or the model ran without the edit.
     """
     sites = target if isinstance(target, Sites) else find_sites(target)
     if isinstance(vector, TaskVector):
@@ -172,7 +204,7 @@ def applied(
 def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: Fired, index: int) -> Change:
     """Return the edit of one layer: ``keep * x + shift`` over all heads at once, with ``shift = gain * value``.
 
-    A gate makes that ``keep * x + mu * shift``, with a mu for each position and head.
+    With a gate the edit is ``keep * x + mu * shift``, with a mu for each position and head.
     """
     _, heads, size = edit.shape
     batch = edit.batch
@@ -181,22 +213,20 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
     keep = edit.keep[..., layer, :].repeat_interleave(size, -1)
     keeps, shifts = _cast(keep), _cast(shift)
     gate = None if edit.gate is None else _cast(edit.gate[..., layer, :, :])
-    # All rows alike are edited without asking which is which.
+    # If all rows get the same edit, the indices of the rows are not needed.
     alike = batch is None and gate is None
-    # A layer that has nothing to change, as most have where one layer was chosen.
+    # The edit changes nothing in this layer, as in most layers if one layer was chosen.
     idle = alike and not edit.renormed and not _learned(edit) and bool((keep == 1).all() and (shift == 0).all())
 
     def opened(x: Tensor, row: Tensor, column: Tensor) -> Tensor | None:
-        """mu [N, heads] at the positions ``row``, ``column`` [N] of ``x``; None without a gate."""
+        """Return mu [N, heads] at the positions ``row``, ``column`` [N] of ``x``; None without a gate."""
         if gate is None:
             return None
-        # In half precision a sum over many keys would lose most of them.
+        # In half precision a sum over many keys would lose most of its terms.
         return gates.opened(layer, gate(x.device, torch.promote_types(x.dtype, torch.float32)), x, row, column)
 
     def mixed(x: Tensor, row: Tensor | None = None, mu: Tensor | None = None) -> Tensor:
-        """Return positions ``x`` [..., heads * size]: N picked ones, whose batch rows are ``row`` [N], or of alike
-        rows.
-        """
+        """Return ``x`` [..., heads * size] edited; ``row`` [N]: batch rows of N positions, None for the same edit."""
         kept, added = (t if t.dim() == 1 else t[row] for t in (keeps(x.device, x.dtype), shifts(x.device, x.dtype)))
         if mu is not None:
             added = added * mu.to(x.dtype).repeat_interleave(size, -1)
@@ -233,7 +263,7 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
 
 
 def _of_packed(change: Change, rows: int) -> Change:
-    """``change`` for ``rows`` rows that stand one after the other in one."""
+    """Return ``change`` for ``rows`` batch rows that follow one another in a single row."""
 
     def of_packed(x: Tensor) -> Tensor | None:
         changed = change(x.reshape(rows, -1, x.shape[-1]))
@@ -243,9 +273,9 @@ def _of_packed(change: Change, rows: int) -> Change:
 
 
 def _cast(tensor: Tensor) -> Callable[[torch.device, torch.dtype], Tensor]:
-    """Return a function that gives ``tensor`` on a device and in a dtype, copied once for each.
+    """Return a function that copies ``tensor`` to a device and a dtype, once for each pair.
 
-    With a gradient each call copies: a copy belongs to the graph of the forward that made the copy.
+    A tensor with a gradient is copied in each call: a copy belongs to the graph of the forward that made the copy.
     """
     copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -260,12 +290,12 @@ def _cast(tensor: Tensor) -> Callable[[torch.device, torch.dtype], Tensor]:
 
 
 def _learned(edit: Edit) -> bool:
-    """Return whether gradients go to the edit."""
+    """Return whether gradients go to ``value``, ``keep`` or ``gain`` of the edit."""
     return any(tensor.requires_grad for tensor in (edit.value, edit.keep, edit.gain))
 
 
 def _rescaled(y: Tensor, x: Tensor, heads: int) -> Tensor:
-    """``y`` [..., heads * size], each head scaled to the norm that it has in ``x``; in float32, then in its dtype."""
+    """Return ``y`` [..., heads * size] with each head scaled in float32 to the head's norm in ``x``, in y's dtype."""
     new, old = (part.float().view(*part.shape[:-1], heads, -1) for part in (y, x))
     tiny = torch.finfo(torch.float32).tiny
     scaled: Tensor = new * (_length(old) / _length(new).clamp(min=tiny))
@@ -278,13 +308,20 @@ def _length(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any], stream: str = HEADS) -> None:
-    """Make sure that ``sites`` are where ``model`` computes its heads, or ``stream`` where it computes that.
+    """Check that the model computes a stream at the sites, and its logits from the stream.
 
-    Replacing every head by its own activation must change no logit at all, and setting all heads to zero must change
-    some; every site must run exactly once a forward.
+    Every site must run exactly once in a forward. Replacing every head by its own activation must change no logit at
+    all. Setting all heads to zero must change some logits.
 
-    Raises :class:`DiscoveryError` if not: pass ``decoder=`` to :func:`find_sites`. Raises :class:`HookError` if the
-    model does not give the same logits when it runs ``inputs`` again, so that nothing can be told from such runs.
+    Args:
+        model: the model.
+        sites: the attention sites of the model.
+        inputs: arguments of the forwards that are compared.
+        stream: one of :data:`STREAMS`; streams other than the heads count as one head.
+
+    Raises:
+        DiscoveryError: one of the three conditions is not met. Pass ``decoder=`` to :func:`find_sites`.
+        HookError: the model gives other logits when it runs ``inputs`` again, so that the comparison tells nothing.
     """
     with record(sites, stream) as recording:
         plain = model(**inputs).logits
@@ -315,7 +352,7 @@ def verify(model: nn.Module, sites: Sites, inputs: Mapping[str, Any], stream: st
 
 
 def _make_sure_it_repeats(model: nn.Module, inputs: Mapping[str, Any], plain: Tensor) -> None:
-    """Raise :class:`HookError` unless ``model`` gives the logits ``plain`` for ``inputs`` once more, without edits."""
+    """Raise :class:`HookError` unless ``model`` gives the logits ``plain`` for ``inputs`` again, without edits."""
     again = model(**inputs).logits
     if torch.equal(plain, again):
         return

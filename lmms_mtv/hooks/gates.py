@@ -1,8 +1,9 @@
-"""How far the query of each head opens the gate of an edit, seen from the attention as it runs.
+"""Gates of an edit: the factor mu of the added value, from the queries and keys of the running attention.
 
-MimIC (CVPR 2025) adds ``mu * v`` to what a head gives, with ``mu = Z1 / (Z1 + Z2)``: ``log Z1 = w . q + b`` of the
-query q, and Z2 the sum over the keys of the exponentials of the head's own scores. Neither can be had from what a head
-gives, so both come from the function that computes attention of queries and keys: ``scaled_dot_product_attention``.
+MimIC (CVPR 2025) adds ``mu * v`` to the output of a head, with ``mu = Z1 / (Z1 + Z2)``. ``log Z1 = w . q + b`` for the
+query q of the head. Z2 is the sum over the keys of the exponentials of the head's attention scores. The output of a
+head determines neither Z1 nor Z2. Queries and keys are therefore read from the arguments of the function that computes
+attention, ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ from lmms_mtv.hooks.sites import Site, Sites
 from lmms_mtv.hooks.temporary import after, before
 
 _SCORES: Final = 1 << 26
-"""How many scores are held at a time, for which float32 takes 256 MiB."""
+"""Largest number of attention scores in memory at a time, 256 MiB in float32."""
 
 
 class Attention(NamedTuple):
-    """One call of ``scaled_dot_product_attention``: query [rows, heads, queries, Q], key [rows, heads, keys, Q]."""
+    """The arguments of one call of ``scaled_dot_product_attention`` that determine its scores.
+
+    Attributes:
+        query: queries, [rows, heads, queries, Q].
+        key: keys, [rows, key heads, keys, Q]; the number of key heads divides the number of heads.
+        mask: bool (True: the query sees the key) or a term that is added to the scores, broadcast to
+            [rows, heads, queries, keys]; or None.
+        causal: True if query i sees the keys up to key i only.
+        scale: factor of the products of queries and keys.
+    """
 
     query: Tensor
     key: Tensor
@@ -36,7 +46,7 @@ class Attention(NamedTuple):
 
 
 class Gates:
-    """Queries and keys of the site whose attention is running. They are forgotten when it has run."""
+    """Queries and keys of the site whose attention is running; they are dropped when the attention has run."""
 
     def __init__(self, sites: Sites) -> None:
         self._sites = sites
@@ -46,9 +56,9 @@ class Gates:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Follow the attention of all sites inside the block. Nothing is changed."""
+        """Follow the attention of all sites inside the block, without changing anything."""
         with ExitStack() as stack:
-            stack.callback(self._ends)  # hooks do not learn of an interruption
+            stack.callback(self._ends)  # an interruption runs no hooks
             for site in self._sites:
                 module = site.attention[1]
                 stack.enter_context(before(module, self._begins(site), with_kwargs=False))
@@ -56,25 +66,34 @@ class Gates:
             yield
 
     def opened(self, layer: int, gate: Tensor, x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """mu [N, H] at the positions ``row``, ``column`` [N] of what runs through a site, ``x`` [rows, length, H * D].
+        """Return mu at N positions of the input of a site's output projection.
 
-        ``layer`` is the index of the site; ``gate`` is [H, Q + 1], or [rows, H, Q + 1], on the device of ``x``, and mu
-        is computed in its dtype.
+        Args:
+            layer: index of the site.
+            gate: weights and biases, [H, Q + 1] or [rows, H, Q + 1], on the device of ``x``.
+            x: input of the output projection, [rows, length, H * D].
+            row: rows of the positions, int64 [N].
+            column: columns of the positions, int64 [N].
 
-        Raises :class:`HookError` if the attention of the site was not seen, or is not one of such queries.
+        Returns:
+            mu, [N, H], in the dtype of ``gate``.
+
+        Raises:
+            HookError: no call or several calls of ``scaled_dot_product_attention`` computed the attention of the site,
+                or its queries have another shape.
         """
         site = self._sites[layer]
         rows, length = x.shape[:2]
         seen = self._attention(site)
         query_shape, shape = tuple(seen.query.shape), (rows, site.heads, length, gate.shape[-1] - 1)
-        # Of one position, the heads that share keys may stand as queries of one head.
+        # With one position, the heads that share keys may be passed as queries of one head.
         packed = length == 1 and query_shape == (rows, query_shape[1], site.heads // query_shape[1], shape[-1])
         if query_shape != shape and not (packed and site.heads % query_shape[1] == 0):
             raise HookError(
                 f"{site.attention[0]} computes attention of queries {query_shape}, the gate of the edit expects (rows, "
                 f"heads, positions, size) {shape}: use a vector that was made for this model"
             )
-        # An edit of the last positions needs no others; where there is one, a device is not waited for.
+        # Positions before the first edited position are not needed. With one position, nothing waits for the device.
         first = int(column.min()) if length > 1 else 0
         query = seen.query.reshape(shape)[:, :, first:].to(gate.dtype)
         weight, bias = gate[..., None, :-1], gate[..., None, -1]
@@ -98,8 +117,8 @@ class Gates:
     def _begins(self, site: Site) -> Callable[..., None]:
         def begins(*_: Any) -> None:
             self._ends()
-            # Now and not for the whole block: a backward pass in it, where attention may run again, is itself a
-            # function during which a mode around it rests.
+            # The mode is entered here and not once for the whole block: torch disables a mode during a backward pass
+            # inside the mode, and attention may run again in a backward pass.
             self._watching.enter_context(_Watching(self._seen))
             self._running = site
 
@@ -112,7 +131,7 @@ class Gates:
 
 
 class _Watching(TorchFunctionMode):
-    """Adds to ``seen`` each ``scaled_dot_product_attention`` that is computed."""
+    """A mode that appends the arguments of each call of ``scaled_dot_product_attention`` to ``seen``."""
 
     def __init__(self, seen: list[Attention]) -> None:
         super().__init__()
@@ -137,14 +156,15 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Attention:
-    """Return what is needed of the arguments of ``scaled_dot_product_attention``, by its names and defaults."""
+    """Return the needed arguments; names and defaults are those of ``scaled_dot_product_attention``."""
     return Attention(query, key, attn_mask, is_causal, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _log_sums(seen: Attention, first: int, dtype: torch.dtype) -> Tensor:
-    """log Z2 of the queries from ``first`` on, [rows, heads, queries - first]: part by part, and again for gradients.
+    """Return log Z2 of the queries from ``first`` on, [rows, heads, queries - first].
 
-    Neither forward nor backward ever holds more than :data:`_SCORES` scores, or those of one query of each head.
+    The sums are computed part by part, and again for gradients. Forward and backward pass hold at most :data:`_SCORES`
+    scores at a time, or the scores of one query of each head if these are more.
     """
     rows, heads, queries, _ = seen.query.shape
     step = max(1, _SCORES // max(1, rows * heads * seen.key.shape[2]))
@@ -157,7 +177,7 @@ def _log_sums(seen: Attention, first: int, dtype: torch.dtype) -> Tensor:
 
 def _log_sum(seen: Attention, part: slice, dtype: torch.dtype) -> Tensor:
     query, key = seen.query[:, :, part].to(dtype), seen.key.to(dtype)
-    # Neighbouring heads share the keys of one, where there are fewer of these.
+    # With fewer key heads than heads, neighbouring heads share one key head.
     grouped = query.reshape(query.shape[0], key.shape[1], -1, *query.shape[2:])
     scores = (grouped @ key.unsqueeze(2).transpose(-2, -1)).flatten(1, 2) * seen.scale
     if seen.causal:
@@ -166,5 +186,5 @@ def _log_sum(seen: Attention, part: slice, dtype: torch.dtype) -> Tensor:
     if seen.mask is not None:
         mask = seen.mask[..., part, :] if seen.mask.shape[-2] > 1 else seen.mask
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
-    # A query that sees no key, as of padding, has finite numbers and gradients too.
+    # A query that sees no key, such as a query of padding, gets finite numbers and gradients too.
     return torch.logsumexp(scores.clamp(min=torch.finfo(dtype).min), -1)

@@ -1,4 +1,4 @@
-"""The one kind of generation in which an edit at the last position is exact: the whole prompt, then token by token."""
+"""A check of generation: an edit at the last position is exact if the whole prompt runs first, then token by token."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ from lmms_mtv.runtime.compat import given_cache, naming
 def token_by_token(sites: Sites, tail: int | Tensor = 1) -> Iterator[None]:
     """Make sure that generation inside the block runs a whole prompt first, and then one new token at a time.
 
-    A forward over several tokens that goes on from the cache of an earlier one is refused, unless ``tail`` covers all
-    of them: it is a prompt in chunks, or several proposed tokens at once (assistant model, prompt lookup). A forward
-    without a cache that runs an earlier text again with more tokens is refused too: it computes the tokens that were
-    edited before without their edit.
+    After a prompt, a forward over several tokens that continues from a cache is refused, unless ``tail`` covers all
+    these tokens. Such a forward runs a chunk of a prompt, or several proposed tokens at once (assistant model, prompt
+    lookup). A forward without a cache that runs an earlier text again with more tokens is refused too. Such a forward
+    computes the earlier edited tokens without their edit.
 
-    Raises :class:`HookError` inside the forward, before anything of it is computed.
+    Args:
+        sites: the attention sites of the model.
+        tail: number of last positions that are edited, or an integer tensor [rows] with a number for each row.
+
+    Raises:
+        HookError: inside a refused forward, before the decoder computes anything.
     """
     to_model, to_decoder = naming(sites.model), naming(sites.decoder)
-    # The tokens of the last forward that said that it keeps no cache.
+    # The tokens of the last forward that was called with use_cache=False.
     uncached: list[Tensor] = []
     prompted = False
 
@@ -63,14 +68,14 @@ def token_by_token(sites: Sites, tail: int | Tensor = 1) -> Iterator[None]:
 
 
 def _tokens(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return the tokens of a forward, [rows, length], or their embeddings."""
+    """Return the tokens of a forward, [rows, length], or their embeddings, [rows, length, width]; None if unknown."""
     tokens = inputs.get("input_ids")
     tokens = tokens if tokens is not None else inputs.get("inputs_embeds")
     return tokens if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
 
 
 def _extends(tokens: Tensor, earlier: Tensor) -> bool:
-    """Return whether ``tokens`` begin with ``earlier`` and have more."""
+    """Return whether ``tokens`` are the tokens of ``earlier`` and more tokens after them."""
     more = tokens.shape[1] - earlier.shape[1]
     same_rows = tokens.shape[0] == earlier.shape[0] and tokens.shape[2:] == earlier.shape[2:]
     return more > 0 and same_rows and bool(torch.equal(tokens[:, : earlier.shape[1]], earlier))

@@ -1,4 +1,4 @@
-"""Which positions of a batch are the last real ones, whatever the padding."""
+"""The last real positions of a batch, for any padding."""
 
 from __future__ import annotations
 
@@ -20,11 +20,20 @@ _UNKNOWN: Final = object()
 def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 1) -> tuple[Tensor, Tensor]:
     """Return row and column indices of the last ``tail`` real positions of each row.
 
-    ``mask`` is [rows, past + length], 1 for a real token, or None when all are real; ``length`` is the number of
-    positions in this forward. ``tail`` is one number, or one for each row. A row without a real position counts as
-    all real: nothing reads it.
+    If ``length`` is 1, the positions of all rows count as real. In a row without a real position, all positions count
+    as real: nothing reads such a row.
 
-    Raises :class:`HookError` if the mask is not of these rows and positions.
+    Args:
+        mask: [rows, past + length], 1 for a real token; None if all tokens are real.
+        rows: number of rows of the forward.
+        length: number of positions of the forward.
+        tail: one number, or an integer tensor [rows] with a number for each row.
+
+    Returns:
+        Rows and columns, int64 [N] each, ordered by row and then by column.
+
+    Raises:
+        HookError: the mask does not have the shape [rows, past + length].
     """
     if mask is not None and (mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < length):
         raise HookError(
@@ -47,7 +56,7 @@ def last_real(mask: Tensor | None, rows: int, length: int, tail: int | Tensor = 
 
 
 def cached_tokens(cache: Any) -> int:
-    """Return the number of tokens in the cache that a decoder was given: a cache object, nested tuples, or None."""
+    """Return the number of tokens in the cache of a decoder, which is a cache object, nested tuples, or None."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
@@ -58,11 +67,13 @@ def cached_tokens(cache: Any) -> int:
 
 
 class Positions:
-    """The last real positions of the forward that is running, worked out once for all sites.
+    """The last real positions of the running forward, computed once for all sites.
 
-    ``real`` [rows, tokens], 1 for a real token, stands in for the attention mask of a padded forward that gets none.
-    ``resumed`` says that a cache holds the beginning of a prompt, and its end is in the forward. ``packed`` says that
-    all tokens are real, and the mask tells what each of them sees.
+    Args:
+        tail: number of last real positions, or an integer tensor [rows] with a number for each row.
+        real: [rows, tokens], 1 for a real token, in place of the attention mask of a padded forward that gets no mask.
+        resumed: True if a cache holds the beginning of the prompt, and the forward has the end of the prompt.
+        packed: True if all tokens are real, and the mask tells which tokens each token sees.
     """
 
     def __init__(
@@ -77,18 +88,26 @@ class Positions:
         self._found: tuple[Tensor, Tensor] | None = None
         self._running = False
         self.continues = False
-        """Whether the running forward goes on from tokens that are already in a cache."""
+        """True if the running forward continues from tokens in a cache."""
         self.follows = False
-        """Whether it is over tokens that come after a prompt: it goes on from a cache that holds the whole prompt."""
+        """True if the running forward is over tokens after a prompt, so that a cache holds the whole prompt."""
         self.prompts = 0
-        """How many forwards of prompts there were, from their beginning, or from where a replay takes them up."""
+        """Number of forwards over prompts, from the beginning or from the position where a replay continues."""
         self.forwards = 0
-        """How many forwards of the decoder were completed."""
+        """Number of completed forwards of the decoder."""
 
     def of(self, activation: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
-        """Return rows and columns in ``activation``, which is [rows, length, width], on its device.
+        """Return rows and columns of the last real positions.
 
-        With ``first`` of the ``tail`` of each row only its first position, which is where the prompt ends.
+        Args:
+            activation: an activation of the running forward, [rows, length, width].
+            first: True for only the first position of the tail of each row, which is the end of the prompt.
+
+        Returns:
+            Rows and columns, int64 [N] each, on the device of the activation.
+
+        Raises:
+            HookError: no forward of the decoder is running, or a mask does not fit rows and length of the activation.
         """
         if not self._running:
             raise HookError(
@@ -112,10 +131,17 @@ class Positions:
 
     @contextmanager
     def watching(self, decoder: nn.Module, model: nn.Module) -> Iterator[None]:
-        """Follow every forward of ``decoder`` inside the block.
+        """Follow every forward of the decoder inside the block.
 
-        Some models hand their decoder masks that are ready for the attention, a dict or one of four dimensions, in
-        which padding cannot be told from causality. Then what counts is the mask that ``model`` itself was given.
+        Some models pass masks to their decoder that are ready for the attention: a dict, or a tensor of four
+        dimensions. In such masks padding cannot be told from causality. Then the mask that the model received counts.
+
+        Args:
+            decoder: the module that runs the blocks.
+            model: the whole model.
+
+        Raises:
+            HookError: inside a forward, if neither mask tells which tokens are real.
         """
         given_to_decoder, given_to_model = mask_argument(decoder), mask_argument(model)
         to_decoder = naming(decoder)
@@ -155,12 +181,13 @@ class Positions:
 
 
 Given = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
-"""Tells one argument of a forward from its positional and its keyword arguments."""
+"""Function that takes one argument of a forward from the positional and the keyword arguments."""
 
 
 def mask_argument(module: nn.Module) -> Given:
-    """Return the attention mask of the tokens; where an encoder has the mask of that name and the decoder another,
-    nothing.
+    """Return a function that takes the attention mask of the tokens from the arguments of a forward.
+
+    If the forward has a ``decoder_attention_mask``, ``attention_mask`` belongs to an encoder, and the mask is unknown.
     """
     if "decoder_attention_mask" in inspect.signature(module.forward).parameters:
         return lambda args, kwargs: _UNKNOWN
@@ -169,5 +196,5 @@ def mask_argument(module: nn.Module) -> Given:
 
 
 def tells(mask: object) -> TypeGuard[Tensor | None]:
-    """Return whether a mask tells which tokens are real: [rows, tokens], or none at all."""
+    """Return whether a mask tells which tokens are real: a tensor [rows, tokens], or None (all tokens are real)."""
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)

@@ -1,8 +1,8 @@
-"""Prefill a prompt once, then run only its last token, for many edits at a time.
+"""Prefills: a prompt runs once, and then only its last token is replayed, for many edits at a time.
 
-The edit touches nothing before the last token of the prompt, so the keys and values of everything before it are the
-same for every mask. They are recorded from the model's own forward, with its preprocessing and its position ids.
-Keys and values that are not of the prompt's tokens, as where blocks attend to images, are the same to the end.
+An edit changes nothing before the prompt's last token, so the keys and values of the tokens before are the same for
+every mask. They are recorded from the model's own forward, with the model's preprocessing and position ids. Keys and
+values of other things than the prompt's tokens, such as images, never change.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from lmms_mtv.runtime.compat import cache_name, naming, of_the_prompt, returned_
 from lmms_mtv.vectors import Edit, Edits, by_stream, rows_of, taken
 
 _MASKED = ("eager", "sdpa", None)
-"""Attention to which a mask says what each token sees; None is that of models which do not say what they have."""
+"""Attention implementations that take a mask for each token; None: the model does not name its implementation."""
 
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
 class ReplayError(HookError):
-    """The model's cache cannot be cut and repeated: losses need full forwards."""
+    """A replay is impossible, as with a cache that cannot be cut and repeated: losses need full forwards."""
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prompt of n tokens, as the model ran it; some at its beginning may be padding.
+    """One prompt of n tokens as the model ran it, on the model's devices. The first tokens may be padding.
 
-    ``inputs`` are the arguments of the model's forward, ``cache`` the keys and values of the first n - 1 tokens
-    (None if they could not be had), ``position_ids`` those of the last token, [..., 1, 1], or None if the model works
-    them out itself. All are on the model's devices. ``tokens_only``: the inputs are those of replays, and the prompt
-    cannot run whole.
+    Attributes:
+        inputs: arguments of the model's forward.
+        position_ids: position of the last token, [..., 1, 1]; None if the model computes positions itself.
+        cache: keys and values of the first n - 1 tokens; None if the prompt can only run whole.
+        tokens_only: True if the inputs are only enough for replays, and the prompt cannot run whole.
     """
 
     inputs: Mapping[str, Any]
@@ -54,36 +55,34 @@ class Prefill:
 
     @property
     def length(self) -> int:
-        """Number of tokens of the prompt, padding among them."""
+        """Number of tokens of the prompt, with padding."""
         return int(self.inputs["input_ids"].shape[1])
 
     @property
     def last_position(self) -> Tensor:
-        """The position of the last token, int64 [..., 1, 1]; a decoder that was given none counts its cache."""
+        """Position of the last token, int64 [..., 1, 1]; without position ids the number of tokens before it."""
         if self.position_ids is not None:
             return self.position_ids
         ids: Tensor = self.inputs["input_ids"]
         return ids.new_full((1, 1), self.length - 1)
 
     def halfway(self) -> Prefill:
-        """Return the same with the last token at half of its position: another prompt to a model that goes by
-        positions.
-        """
+        """Return the prompt with its last token at half its position: another prompt for a model with positions."""
         return dataclasses.replace(self, position_ids=self.last_position // 2)
 
     @property
     def bytes(self) -> int:
-        """Memory of the cache."""
+        """Bytes of the cache."""
         tensors = (t for layer in _filled(self.cache) for t in (layer.keys, layer.values)) if self.cache else ()
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def held(self) -> int:
-        """Memory of the cache and of the inputs."""
+        """Bytes of the cache and of the inputs."""
         return self.bytes + sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.inputs))
 
     def to(self, device: torch.device) -> Prefill:
-        """Return the same with all tensors on ``device``."""
+        """Return the prefill with all tensors on ``device``."""
         moved = _moved(self.inputs, device)
         positions = None if self.position_ids is None else self.position_ids.to(device)
         cache = None if self.cache is None else _copied(self.cache)
@@ -92,20 +91,27 @@ class Prefill:
         return dataclasses.replace(self, inputs=moved, position_ids=positions, cache=cache)
 
     def without_cache(self) -> Prefill:
-        """Return the same for full forwards alone."""
+        """Return the prefill without its cache, for full forwards only."""
         return dataclasses.replace(self, cache=None)
 
     def without_media(self) -> Prefill:
-        """Return the prompt for replays alone: of the inputs, the tokens and the masks that belong to them are kept."""
+        """Return the prefill for replays only: its inputs are the tokens and the masks of the tokens."""
         of_tokens = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
         return dataclasses.replace(self, inputs=of_tokens | self._views(), tokens_only=True)
 
     def replay(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
-        """Return logits that predict ``target`` after this prompt, for each of the K edits in ``edit``, from the cache.
+        """Return logits, float32 [K, len(target), vocabulary], that predict ``target`` after the cached prompt.
 
-        Returns float32 [K, len(target), vocabulary]. The edit is applied at the prompt's last token and at every
-        target token before the last, as in generation. Raises :class:`ReplayError` without a cache, and for an edit
-        that is everywhere.
+        The edits are applied at the prompt's last token and at every target token before the last, as in generation.
+
+        Args:
+            model: the model that ran the prompt.
+            sites: the attention sites of the model.
+            edit: a batch of K edits, of heads or by stream; K is 1 for an edit without a batch.
+            target: token ids.
+
+        Raises:
+            ReplayError: the prompt has no cache, or an edit is everywhere.
         """
         edits = by_stream(edit)
         if self.cache is None:
@@ -134,11 +140,11 @@ class Prefill:
     def fits_one_row(
         self, model: nn.Module, edit: Edit | Edits, target: Sequence[int], rows: int | None = None
     ) -> bool:
-        """Return whether :meth:`replay_in_one_row` may take this prompt with ``rows`` such edits.
+        """Return whether :meth:`replay_in_one_row` may run, for ``rows`` edits if given, else for the K of ``edit``.
 
-        Not where attention is computed by code that makes something else of a mask for each token, or reaches back no
-        further than a window that they would not fit; where a gate looks at the attention of each row; and where
-        padding leaves open which position the last token has. ``rows`` are those of ``edit`` if not given.
+        The result is False if the prompt has no cache, the attention implementation may not take a mask for each token,
+        the tokens do not fit the window of attention, an edit has a gate (which needs the attention of each row) or is
+        everywhere, or padding makes the position of the last token unclear. Other arguments: as in :meth:`replay`.
         """
         edits = by_stream(edit)
         tokens = self.length - 1 + (rows or rows_of(edits) or 1) * len(target)
@@ -151,11 +157,13 @@ class Prefill:
         )
 
     def replay_in_one_row(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
-        """Return the same logits as :meth:`replay`, with the K edits side by side in one row.
+        """Return the logits of :meth:`replay`, for the same arguments, with the K edits side by side in one row.
 
-        Each sees the prompt and itself alone, by an attention mask of its own, so that the cache is neither copied nor
-        read K times. Whether a model takes such a mask, and position ids that repeat, has to be found out by comparing.
-        Raises :class:`ReplayError` where :meth:`fits_one_row` says no.
+        An attention mask lets the tokens of an edit see only the prompt and each other, so the cache is neither copied
+        nor read K times. Only a comparison can tell if a model takes such a mask and repeated position ids.
+
+        Raises:
+            ReplayError: :meth:`fits_one_row` returns False.
         """
         edits = by_stream(edit)
         if not self.fits_one_row(model, edits, target):
@@ -178,7 +186,7 @@ class Prefill:
         return logits[:, -rows * steps :].view(rows, steps, -1).float()
 
     def forward(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
-        """Return the same logits as :meth:`replay`, from a full forward of the prompt for each edit."""
+        """Return the logits of :meth:`replay`, for the same arguments, from a full forward for each edit."""
         edits, logits, inputs = by_stream(edit), [], self.whole(model, target)
         for row in range(rows_of(edits) or 1):
             with applied(sites, taken(edits, row), tail=len(target)):
@@ -214,10 +222,8 @@ class Prefill:
         return torch.cat([mask, mask.new_ones(1, more)], 1)
 
     def _side_by_side(self, rows: int, steps: int) -> Tensor:
-        """Return what is added to scores [1, 1, rows * steps, n - 1 + rows * steps]: 0 for what a position sees.
-
-        That is the prompt before its last token, without padding, and of its own row what is not after it.
-        """
+        """Return the term added to the scores, [1, 1, rows * steps, n - 1 + rows * steps]: 0 where a position sees."""
+        # A position sees the prompt's real tokens before the last, and its own row up to itself.
         dtype = _filled(self.cache)[0].keys.dtype
         before = self._real(0)[:, :-1].bool().expand(rows * steps, -1)
         causal = torch.ones(steps, steps, dtype=torch.bool, device=before.device).tril()
@@ -227,21 +233,18 @@ class Prefill:
         return hidden[None, None]
 
     def _views(self) -> dict[str, Tensor]:
-        """Return the masks [1, n, ...] of what else each token sees, as images.
-
-        What follows sees what the last token does.
-        """
+        """Return masks [1, n, ...] of what else tokens see, as images. New tokens see the same as the last token."""
         shape = self.inputs["input_ids"].shape
         return {
             name: mask
             for name, mask in self.inputs.items()
-            # A mask [1, n] may be of something else that happens to be as long: of another tokenizer's text, of sound.
+            # A mask [1, n] may belong to something else of equal length: the text of another tokenizer, or sound.
             if name.endswith("mask") and isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[:2] == shape
         }
 
 
 class Captured:
-    """What the first forward inside a :func:`capture` block was given and left behind."""
+    """The arguments and the cache of the first forward inside a :func:`capture` block."""
 
     def __init__(self) -> None:
         self._inputs: dict[str, Any] | None = None
@@ -252,7 +255,8 @@ class Captured:
     def prefill(self) -> Prefill:
         """Return the prompt that ran.
 
-        Raises :class:`HookError` if none did, or several in one batch, or one that does not end in a real token.
+        Raises:
+            HookError: no prompt ran, several ran in one batch, or the mask or the last token of the prompt is unfit.
         """
         if self._inputs is None or not isinstance(self._inputs.get("input_ids"), Tensor):
             raise HookError("no forward with input_ids ran inside the capture block")
@@ -273,7 +277,7 @@ class Captured:
 
 @contextmanager
 def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
-    """Record the prefill of the prompt that ``model`` runs inside the block, by a forward or by ``generate``."""
+    """Record the first prompt that ``model`` runs inside the block, by a forward or by ``generate``."""
     captured = Captured()
     named = naming(model)
 
@@ -303,7 +307,7 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
 
 
 def _window(model: nn.Module, cache: Any) -> int:
-    """Return how many tokens back attention reaches in every block, as far as configuration and cache tell."""
+    """Return the smallest window of attention in tokens, as far as configuration and cache tell."""
     config = text_config(model)
     told = [getattr(config, name, None) for name in _WINDOWS]
     told += [getattr(layer, "sliding_window", None) for layer in cache.layers]
@@ -311,21 +315,21 @@ def _window(model: nn.Module, cache: Any) -> int:
 
 
 def _copied(cache: Any) -> Any:
-    """Return a cache of its own over the same tensors: updating it leaves the original as it is."""
+    """Return a copy of the cache with the same tensors. An update of the copy does not change the original."""
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     return copied
 
 
 def _filled(cache: Any) -> list[Any]:
-    """Return the layers that hold keys and values: blocks that attend to images have none without an image."""
+    """Return the layers with keys and values: blocks that attend to images have none without an image."""
     return [layer for layer in cache.layers if layer.keys is not None]
 
 
 def _without_last(cache: Any, length: int, others: Container[int]) -> Any | None:
-    """Return the cache of a prompt of ``length`` tokens without the last, or None if it cannot be had.
+    """Return the cache of a prompt of ``length`` tokens without the last token, or None if this is impossible.
 
-    ``others`` are the blocks without self-attention over the tokens, whose layers stay whole.
+    ``others`` are the blocks without self-attention over the tokens. Their layers stay whole.
     """
     # A cache may have a state beside its layers, and layers without keys, where blocks have linear attention.
     layers = getattr(cache, "layers", None)
@@ -338,30 +342,30 @@ def _without_last(cache: Any, length: int, others: Container[int]) -> Any | None
         if layer.keys is None:
             continue
         if (layer.get_seq_length() == length) == (index in others):
-            # Other layers than those expected are of the tokens, or an image has by chance as many keys as the prompt.
+            # Other layers than expected hold the tokens, or an image happens to have as many keys as the prompt.
             return None
         if index not in others:
             try:
                 layer.crop(-1)
             except (RuntimeError, ValueError):
-                # A sliding window that is full has already forgotten what would have to come back.
+                # A full sliding window has dropped a token that would have to come back.
                 return None
     return cut
 
 
 def _known(layer: Any) -> bool:
-    """Return whether a layer holds keys of its own, or nothing at all."""
+    """Return whether a layer holds its own keys, or nothing at all."""
     if not hasattr(layer, "keys"):
         return False
     if layer.keys is None:
-        # A layer whose keys are not yet there, or which stands in for a block that keeps none.
+        # The layer has no keys yet, or is a placeholder for a block without keys.
         return not getattr(layer, "is_initialized", True) or next(_tensors(vars(layer)), None) is None
-    # A static layer is cropped in place, by a length that its copies share: cutting a copy would cut the original.
+    # Cropping a static layer changes a length that its copies share: cutting a copy would cut the original.
     return isinstance(layer.keys, Tensor) and not getattr(layer, "is_compileable", False)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Return all tensors in ``value``: a tensor, or mappings, lists and tuples of tensors, as of encoder outputs."""
+    """Yield all tensors in ``value``: a tensor, or mappings, lists and tuples of tensors, such as encoder outputs."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -370,11 +374,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Return a copy of ``value`` whose tensors, as :func:`_tensors` finds them, are on ``device``."""
+    """Return a copy of ``value`` with the tensors that :func:`_tensors` finds on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        # A copy, since an output of transformers is a mapping of a class of its own.
+        # A copy keeps the class: outputs of transformers are mappings of special classes.
         moved: Any = copy.copy(value)
         for name, part in value.items():
             moved[name] = _moved(part, device)
@@ -386,10 +390,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _expanded(cache: Any, rows: int) -> Any:
-    """Return the cache of one row as that of ``rows`` rows.
-
-    Views; the model's update copies them when it appends a token.
-    """
+    """Return the cache of one row for ``rows`` rows, as views. The model copies them when it appends a token."""
     expanded = _copied(cache)
     for layer in _filled(expanded):
         layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])

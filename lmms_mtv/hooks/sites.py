@@ -1,7 +1,7 @@
-"""Where the attention heads of a model are, found from its modules and not from its name.
+"""Attention sites: the places of a model's attention heads, found from its modules and not from its name.
 
-A head is still separate from the others at the input of the attention's output projection. Sites are these
-projections, one for each block of the language decoder that has softmax self-attention.
+The heads are still separate at the input of the attention's output projection. A site is such a projection. Each block
+of the language decoder with softmax self-attention has one site.
 """
 
 from __future__ import annotations
@@ -32,9 +32,16 @@ _BLOCKS: Final = ("decoder_layers", "num_hidden_layers", "n_layer", "n_layers", 
 
 
 class Site(NamedTuple):
-    """One attention output projection: index of its block, dotted name, the module, its heads and their size.
+    """The attention output projection of one block.
 
-    ``attention`` is the module that has it and ``block`` the block that has that one, each with its dotted name.
+    Attributes:
+        layer: index of the block among all blocks.
+        name: dotted name of the projection.
+        module: the projection.
+        heads: number of heads.
+        head_dim: size of a head.
+        attention: dotted name and module of the self-attention that has the projection.
+        block: dotted name and module of the block that has the self-attention.
     """
 
     layer: int
@@ -50,9 +57,13 @@ class Site(NamedTuple):
 class Sites:
     """The attention sites of a model, in the order of its blocks.
 
-    ``decoder`` is the module that runs the blocks: its ``forward`` receives the attention mask of the tokens, which
-    tells hooks which positions of a batch are real. Where ``model`` hands its decoder another mask, hooks take the
-    mask that ``model`` receives. ``skipped`` are the indices of the blocks without softmax self-attention.
+    Attributes:
+        sites: one site for each block with softmax self-attention.
+        decoder: the module that runs the blocks. Its ``forward`` receives the attention mask of the tokens, which tells
+            hooks which positions of a batch are real. If the decoder receives another mask, hooks take the mask that
+            ``model`` receives.
+        model: the whole model.
+        skipped: indices of the blocks without softmax self-attention.
     """
 
     sites: tuple[Site, ...]
@@ -71,7 +82,7 @@ class Sites:
 
     @cached_property
     def around(self) -> tuple[nn.Module, ...]:
-        """The modules that a forward calls on the way to the sites: the model, the decoder, all that hold a site."""
+        """The modules that a forward calls up to the sites: the model, the decoder, all that hold a site, the sites."""
         names = {""}
         for site in self:
             parts = site.name.split(".")
@@ -81,19 +92,20 @@ class Sites:
 
     @property
     def geometry(self) -> Geometry:
-        """The geometry that a vector must have: layer, name, number of heads, size of a head, for each site."""
+        """The geometry of a vector that fits: block index, name, number of heads and size of a head, for each site."""
         return tuple((site.layer, site.name, site.heads, site.head_dim) for site in self)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Layers, heads, size of a head."""
+        """Number of sites, heads of a site, size of a head."""
         return len(self), self[0].heads, self[0].head_dim
 
     @property
     def width(self) -> int:
         """Width of the hidden states, which is the width of the output projections' outputs.
 
-        Raises :class:`DiscoveryError` if neither the projections nor the configuration say it.
+        Raises:
+            DiscoveryError: neither the first projection nor the configuration has the width.
         """
         width = out_features(self[0].module) or _first_integer(text_config(self.model), _HIDDEN)
         if width is None:
@@ -102,18 +114,22 @@ class Sites:
 
 
 def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
-    """Return the attention sites of ``model``'s language decoder.
+    """Return the attention sites of a model's language decoder.
 
-    ``decoder`` is the dotted name, inside ``model``, of the module that holds the decoder's list of blocks; it is
-    needed only when it cannot be told from the modules. Works without weights, on the meta device.
+    Only softmax self-attention over the tokens counts. Blocks without softmax self-attention (recurrent, convolutional,
+    cross-attention) are left out and logged. The other blocks keep their index among all blocks. Cross-attention inside
+    a block is ignored.
 
-    Only softmax self-attention over the tokens counts. Blocks without it (recurrent, convolutional, cross-attention)
-    are left out and reported; the others keep their index among all blocks. Cross-attention inside a block is passed
-    over.
+    Args:
+        model: the model; it may be on the meta device, without weights.
+        decoder: dotted name, inside ``model``, of the module that holds the decoder's list of blocks. The name is only
+            needed if the modules do not tell which module that is.
 
-    Raises :class:`DiscoveryError` when there is no such module, none or several equally good candidates, a model with
-    an encoder of its own, blocks that are not those that the configuration tells of, or blocks whose heads differ in
-    number or size. The message names the argument that settles it.
+    Raises:
+        DiscoveryError: the model has no module ``decoder``; there are no candidates or several equally good candidates;
+            the model has an encoder and a decoder; the blocks contradict the configuration; blocks share an attention
+            module; or the number or size of the heads is unclear or differs between blocks. The message names the
+            argument that helps.
     """
     name, owner, blocks = _named_decoder(model, decoder) if decoder is not None else _search(model)
     config = text_config(owner) or text_config(model)
@@ -150,7 +166,7 @@ def find_sites(model: nn.Module, decoder: str | None = None) -> Sites:
 
 
 def _make_sure(sites: list[Site]) -> None:
-    """Raise unless every block has its own projection, and all have the same number and size of heads."""
+    """Raise :class:`DiscoveryError` unless projections are distinct and have equal numbers and sizes of heads."""
     if len({id(site.module) for site in sites}) < len(sites):
         raise DiscoveryError(
             f"blocks share one attention module ({sites[0].name}, ...), whose runs cannot be told apart: pass decoder= "
@@ -165,7 +181,11 @@ def _make_sure(sites: list[Site]) -> None:
 
 
 def in_features(module: nn.Module) -> int:
-    """Return the width of a projection's input: a Linear, a quantised Linear or a Conv1D (weight [in, out])."""
+    """Return the width of a projection's input, for a Linear, a quantised Linear or a Conv1D (weight [in, out]).
+
+    Raises:
+        DiscoveryError: the module has neither ``in_features`` nor a matrix as its weight.
+    """
     if isinstance(width := getattr(module, "in_features", None), int):
         return width
     weight = getattr(module, "weight", None)
@@ -189,7 +209,7 @@ def _named_decoder(model: nn.Module, name: str) -> tuple[str, nn.Module, Blocks]
 
 
 def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
-    """Return the innermost module around the token embedding that holds a list of blocks with attention."""
+    """Return name, module and blocks of the innermost module around the token embedding with blocks with attention."""
     if any(getattr(config, "is_encoder_decoder", False) for config in (_config(model), text_config(model))):
         raise DiscoveryError(
             f"{type(model).__name__} has an encoder and a decoder: pass decoder= with the dotted name of the module "
@@ -227,7 +247,7 @@ def _nearest(name: str, lists: Mapping[str, nn.ModuleList]) -> Blocks:
 
 
 def _block_lists(owner: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return lists of blocks inside ``owner``, without those that are inside another list."""
+    """Return the lists of blocks with attention inside ``owner``, without lists that are inside another list."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in owner.named_modules():
         inside = any(name.startswith(outer + ".") for outer in lists)
@@ -266,7 +286,7 @@ def _projection(name: str, module: nn.Module, hidden: int | None) -> str | None:
 
 
 def out_features(module: nn.Module) -> int | None:
-    """Return the width of a projection's output, or None where the module does not say it."""
+    """Return the width of a projection's output, or None if the module has no attribute with the width."""
     for attribute in ("out_features", "nf"):
         if isinstance(width := getattr(module, attribute, None), int):
             return width
@@ -293,12 +313,13 @@ def _config(model: nn.Module) -> Any:
 
 
 def text_config(model: nn.Module) -> Any:
+    """Return the configuration of the language model, or the model's whole configuration if there is only one."""
     getter = getattr(_config(model), "get_text_config", None)
     return getter() if callable(getter) else _config(model)
 
 
 def _kinds(config: Any, blocks: int) -> list[bool | None]:
-    """Return whether each block has softmax self-attention as the configuration tells, or None where it does not."""
+    """Return whether each block has softmax self-attention by the configuration, None where this is unknown."""
     kinds = getattr(config, "layer_types", None)
     if not isinstance(kinds, (list, tuple)) or len(kinds) != blocks:
         return [None] * blocks
@@ -306,7 +327,11 @@ def _kinds(config: Any, blocks: int) -> list[bool | None]:
 
 
 def _heads(attention: nn.Module, module: nn.Module, name: str) -> tuple[int, int]:
-    """Return number and size of the heads, from the modules; the configuration only cross-checks them."""
+    """Return number and size of the heads.
+
+    The attention module has the size of a head. If not, the first number of heads, in the module or in its
+    configuration, determines the size. All these numbers then cross-check the result.
+    """
     width = in_features(module)
     size = _first_integer(attention, _HEAD_DIM)
     counts = list(_integers((attention, getattr(attention, "config", None)), _HEADS))

@@ -1,4 +1,4 @@
-"""Where each stream runs through the blocks: heads, self-attention, MLP, and the hidden state after the block."""
+"""Hook points of the streams of a block: heads, self-attention, MLP, and the hidden state after the block."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from lmms_mtv.hooks.temporary import after, before
 from lmms_mtv.vectors import ATTENTION, HEADS, MLP, RESIDUAL
 
 Change = Callable[[Tensor], Tensor | None]
-"""Sees a stream, [rows, tokens, heads * size], and gives what goes on in its place, or None to leave it."""
+"""Function of a stream [rows, tokens, heads * size] that returns its replacement, or None for no change."""
 
 
 class HookPoint(NamedTuple):
-    """Where a stream runs through one block: as the input of a module, or else as its output, or the first of these."""
+    """The module at which the stream of one block is read and changed.
+
+    Attributes:
+        name: dotted name of the module.
+        module: the module.
+        enters: True if the stream is the input of the module. Otherwise the stream is the output of the module, or the
+            first of several outputs.
+        heads: number of heads; 1 for streams other than the heads.
+        size: size of a head; the width of the model for streams other than the heads.
+    """
 
     name: str
     module: nn.Module
@@ -29,9 +38,15 @@ class HookPoint(NamedTuple):
 
 
 def hook_points(sites: Sites, stream: str) -> tuple[HookPoint, ...]:
-    """Return the places of ``stream``, one for each site.
+    """Return the hook points of a stream, one for each site.
 
-    Raises :class:`DiscoveryError` if the blocks have no module of their own for it.
+    Args:
+        sites: the attention sites of the model.
+        stream: one of :data:`STREAMS`.
+
+    Raises:
+        DiscoveryError: a block has no single module for the stream, blocks share the module, or the width of the model
+            is unknown.
     """
     if stream == HEADS:
         return tuple(HookPoint(site.name, site.module, True, site.heads, site.head_dim) for site in sites)
@@ -46,7 +61,7 @@ def hook_points(sites: Sites, stream: str) -> tuple[HookPoint, ...]:
 
 
 def shape(sites: Sites, stream: str) -> tuple[int, int, int]:
-    """Layers, heads, size of a head of ``stream``: (L, 1, width of the model) but for the heads."""
+    """Return layers, heads and head size of a stream: (L, 1, width of the model) for all streams but the heads."""
     return sites.shape if stream == HEADS else (len(sites), 1, sites.width)
 
 
@@ -59,7 +74,7 @@ def _block(site: Site) -> tuple[str, nn.Module]:
 
 
 def _mlp(site: Site) -> tuple[str, nn.Module]:
-    """Return the part of a block, other than attention, that has matrices: norms have none."""
+    """Return the only child of a block, except attention, that has matrices. Norms have no matrices."""
     around, block = site.block
     candidates = [
         (f"{around}.{name}", child)
@@ -81,7 +96,15 @@ def _has_matrix(module: nn.Module) -> bool:
 
 @contextmanager
 def changed_at(point: HookPoint, change: Change) -> Iterator[None]:
-    """Call ``change`` with each tensor that runs through ``point`` inside the block."""
+    """Call ``change`` with each tensor that runs through ``point`` inside the block.
+
+    Args:
+        point: the hook point of a stream.
+        change: function of the stream that returns its replacement, or None for no change.
+
+    Raises:
+        HookError: inside a forward, if the output of the module is no tensor [rows, tokens, size].
+    """
 
     def entering(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = change(args[0])
@@ -107,10 +130,16 @@ def changed_at(point: HookPoint, change: Change) -> Iterator[None]:
 
 @contextmanager
 def receivers(sites: Sites) -> Iterator[list[list[nn.Module]]]:
-    """Learn which modules of each block receive what its attention gives, before that is added to the hidden state.
+    """Find the modules of each block that receive the output of attention before its addition to the hidden state.
 
-    Gemma 2 and 3 have a norm there; most models have nothing. The list has the modules of each site, in the order in
-    which they run, once the model ran inside the block.
+    Gemma 2 and 3 have a norm there. Most models have no such module.
+
+    Args:
+        sites: the attention sites of the model.
+
+    Yields:
+        For each site a list of modules, in the order in which the modules run. The lists are filled when the model
+        runs inside the block.
     """
     norms: list[list[nn.Module]] = [[] for _ in sites]
     with ExitStack() as stack:
@@ -149,17 +178,17 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 def attention_outputs(
     sites: Sites, heads: Tensor, among: Tensor | None = None, norms: Sequence[Sequence[nn.Module]] = ()
 ) -> Tensor:
-    """Return what heads of the values ``heads`` [L, H, D] add to the hidden state, float32 [L, 1, width] on the CPU.
+    """Return the terms that heads add to the hidden state, float32 [L, 1, width] on the CPU.
+
+    Without ``norms`` a term is the projection of the heads without the bias. With ``norms`` a term is the norm of all
+    heads minus the norm of all heads except the given heads. The model's own modules compute the terms, with any layout
+    and weights.
 
     Args:
-        sites: the heads of the model.
-        heads: the values, 0 for heads that do not count.
-        among: the values [L, H, D] of all heads, where a norm stands between attention and the hidden state: the heads
-            add the difference between the norm of all heads and the norm of all heads but them.
+        sites: the attention sites of the model.
+        heads: values of the given heads, [L, H, D], 0 for all other heads.
+        among: values of all heads, [L, H, D], which only ``norms`` need; ``heads`` by default.
         norms: the modules of each site that :func:`receivers` found.
-
-    Without ``norms`` it is the projection of the heads without its bias. Computed by the modules themselves, whatever
-    their layout and weights.
     """
     parameter = next(tensor for tensor in sites.model.parameters() if tensor.is_floating_point())
     rows = []
@@ -167,7 +196,7 @@ def attention_outputs(
     for site, own, every, modules in zip(sites, heads, among, norms or [()] * len(sites), strict=True):
         device = next((tensor.device for tensor in site.module.parameters()), parameter.device)
         if device.type == "meta":
-            # The weights are elsewhere until the module runs; then they, and what it is given, go where it runs.
+            # The weights are offloaded. When the module runs, its weights and its input move to the device of the run.
             device = torch.device("cpu")
         whole, rest = (every, every - own) if modules else (own, torch.zeros_like(own))
         both = site.module(torch.stack([whole, rest]).flatten(1).to(device, parameter.dtype).unsqueeze(1))

@@ -1,4 +1,4 @@
-"""Hooks for the length of a block: of one thread, on one model, and on no copy of it."""
+"""Hooks for the length of a block. They act in one thread, on one model, and on no copy of the model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 
 class Temporary:
-    """A hook that acts in the thread that made it, and that a copy of its module does not have.
+    """A hook that acts in the thread that made the hook, and that does nothing in a copy of its module.
 
-    PyTorch keeps hooks on the module, where every thread meets them and where ``copy.deepcopy`` takes them along. Other
-    threads of Python see the module without the hook. Threads of autograd, which may run a forward again for its
-    gradients, see it with the hook.
+    PyTorch keeps hooks on the module. There every thread runs them, and ``copy.deepcopy`` copies them. Other threads of
+    Python run the module without the effect of this hook. Threads of autograd, which may run a forward again for its
+    gradients, run the module with the hook.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -33,7 +33,13 @@ class Temporary:
 
 @contextmanager
 def before(module: nn.Module, function: Callable[..., Any], *, with_kwargs: bool = True) -> Iterator[None]:
-    """Call ``function`` before every forward of ``module`` inside the block."""
+    """Call a function before every forward of a module inside the block.
+
+    Args:
+        module: the module.
+        function: a forward pre-hook of torch.
+        with_kwargs: True if the function takes the keyword arguments of the forward too.
+    """
     handle = module.register_forward_pre_hook(Temporary(function), with_kwargs=with_kwargs)
     try:
         yield
@@ -43,7 +49,13 @@ def before(module: nn.Module, function: Callable[..., Any], *, with_kwargs: bool
 
 @contextmanager
 def after(module: nn.Module, function: Callable[..., Any], *, always_call: bool = False) -> Iterator[None]:
-    """Call ``function`` after every forward of ``module`` inside the block; ``always_call`` also if it raised."""
+    """Call a function after every forward of a module inside the block.
+
+    Args:
+        module: the module.
+        function: a forward hook of torch.
+        always_call: True to call the function also if the forward raised.
+    """
     handle = module.register_forward_hook(Temporary(function), always_call=always_call)
     try:
         yield
@@ -56,5 +68,5 @@ def _inert(*_: Any, **__: Any) -> None:
 
 
 def _of_autograd() -> bool:
-    """Return whether this thread was not made by Python, as those of autograd are."""
+    """Return whether Python did not start this thread, as with the threads of autograd."""
     return isinstance(threading.current_thread(), threading._DummyThread)

@@ -1,4 +1,4 @@
-"""Watching a model that someone else runs: which prompts it saw, and what went wrong inside it."""
+"""A record of a model that other code runs: the prompts that the model saw, and the first error inside the model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 class Watch:
-    """What happened inside a :func:`watched` block.
+    """The record of a :func:`watched` block.
 
-    ``forwards`` is the number of completed forwards of the decoder; ``prompts`` is the number of rows of those that did
-    not go on from a cache, ``tokens`` their real tokens (all, where neither the decoder's mask nor the model's tells
-    which), and ``images`` those of them that stand for images, None where the model does not say which these are.
-    ``cached`` is False if one of these kept no cache. ``error`` is the first exception that left a forward, whoever
-    caught it later.
+    Attributes:
+        forwards: number of completed forwards of the decoder.
+        prompts: number of prompts, which are the rows of completed forwards that did not continue from a cache.
+        tokens: number of real tokens of the prompts; all tokens, if neither the decoder's mask nor the model's mask
+            tells which tokens are real.
+        images: number of tokens of the prompts that stand for images; None if the model does not tell which these are.
+        cached: False if a forward of prompts kept no cache.
+        error: the first exception that left a forward, also if other code caught the exception later.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,7 @@ class Watch:
         self.error: Exception | None = None
 
     def _failed(self, output: Any) -> bool:
-        """Return whether a forward that gave ``output`` raised; its exception is kept."""
+        """Return whether the forward with this output raised; keep the first exception."""
         raised = sys.exc_info()[1] if output is None else None
         if isinstance(raised, Exception):
             self.error = self.error or raised
@@ -53,7 +56,7 @@ class Watch:
 
 
 class ForwardCounter:
-    """A count of completed forwards of a decoder; its hook is there inside :meth:`counting` blocks only."""
+    """A count of completed forwards of a decoder. The hook is registered inside :meth:`counting` blocks only."""
 
     def __init__(self, sites: Sites) -> None:
         self.count = 0
@@ -62,7 +65,7 @@ class ForwardCounter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count the forwards inside the block. A block inside another such block counts nothing twice."""
+        """Count the forwards inside the block. Nested blocks count each forward once."""
         if self._is_counting:
             yield
             return
@@ -79,7 +82,15 @@ class ForwardCounter:
 
 @contextmanager
 def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
-    """Watch every forward of ``model`` and of its decoder inside the block. Nothing is changed."""
+    """Watch every forward of a model and of its decoder inside the block, without changing anything.
+
+    Args:
+        model: the model that other code calls.
+        sites: the attention sites of the model.
+
+    Yields:
+        The record, which grows with every forward.
+    """
     watch = Watch()
     to_decoder, to_model = naming(sites.decoder), naming(model)
     given_to_model = mask_argument(model)
@@ -117,7 +128,7 @@ def watched(model: nn.Module, sites: Sites) -> Iterator[Watch]:
 
 
 def _image_tokens(model: nn.Module, ids: Any) -> int | None:
-    """Return how many of the tokens stand for images: none in a text model, None if it does not say which these are."""
+    """Return the number of tokens that stand for images: 0 in a text model, None if these tokens are unknown."""
     config = getattr(model, "config", None)
     image_tokens = [token for name in _IMAGE_TOKENS if isinstance(token := getattr(config, name, None), int)]
     if not isinstance(ids, Tensor) or (not image_tokens and hasattr(config, "vision_config")):

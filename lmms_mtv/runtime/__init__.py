@@ -1,1 +1,1 @@
-"""The machine and the libraries that a model runs in."""
+"""The machine and the libraries with which a model runs."""

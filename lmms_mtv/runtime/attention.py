@@ -1,4 +1,4 @@
-"""A check of torch's attention on a GPU: the memory-efficient kernel is wrong for some shapes in some versions.
+"""A check of torch's attention on a GPU: in some versions the memory-efficient kernel is wrong for some shapes.
 
 On an H200 with torch 2.11, the kernel gives wrong numbers, without an error, where one key-value head serves all query
 heads (Gemma 3 270M and 1B), a mask is given, and the number of keys is 1 more than a multiple of 32
@@ -19,19 +19,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 logger = logging.getLogger(__name__)
 
 LENGTHS: Final = (*range(31, 36), *range(63, 68), *range(95, 100))
-"""Numbers of keys that are tried: those around multiples of 32, which is the number that the kernels read at once."""
+"""Tried numbers of keys: numbers around multiples of 32, since the kernels read 32 keys at once."""
 
-# In float32 more than TensorFloat-32 changes, which a user may have allowed.
+# The float32 tolerance is larger than the error of TensorFloat-32, which a user may have allowed.
 _TOLERANCE: Final = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def check_attention(model: nn.Module) -> None:
-    """Turn torch's memory-efficient attention off, for this process, if it is wrong for this model on its GPU.
+    """Turn torch's memory-efficient attention off in this process if attention is wrong for this model on its GPU.
 
-    A warning says so. Nothing happens on other devices, and for models that do not compute attention by
-    ``scaled_dot_product_attention``.
+    A warning is logged then. Nothing happens on other devices than a GPU, and for models that do not compute attention
+    by ``scaled_dot_product_attention``.
     """
     parameter = next(model.parameters(), None)
     shape = _shape(model)
@@ -70,7 +70,7 @@ def wrong_lengths(
         dtype: precision of queries, keys and values.
         device: device of the tensors.
         lengths: numbers of keys to try, each with one query and with a query for each key.
-        attention: function of queries, keys, values and a mask; by default what torch chooses.
+        attention: function of queries, keys, values and a mask; by default the kernel that torch chooses.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -94,9 +94,9 @@ def wrong_lengths(
 
 
 def _seen(length: int, queries: int, padding: int, device: torch.device) -> Tensor:
-    """Return which of ``length`` keys each of the last ``queries`` tokens sees, bool [queries, length].
+    """Return the keys, of ``length`` keys, that each of the last ``queries`` tokens sees, bool [queries, length].
 
-    The first tokens are ``padding``, which tokens other than padding do not see.
+    The first ``padding`` tokens are padding. Tokens other than padding do not see padding.
     """
     keys = torch.arange(length, device=device)
     tokens = keys[length - queries :, None]
@@ -108,13 +108,13 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> T
 
 
 def _repeated(heads: Tensor, count: int) -> Tensor:
-    """Return key-value heads for ``count`` query heads, in the layout that transformers gives to attention."""
+    """Return key-value heads repeated for ``count`` query heads, in the layout that transformers uses."""
     rows, own, length, size = heads.shape
     return heads[:, :, None].expand(rows, own, count // own, length, size).reshape(rows, count, length, size)
 
 
 def _shape(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return query heads, key-value heads and head size of a model's decoder, None if they are not known."""
+    """Return query heads, key-value heads and head size of a decoder, None if unknown or without sdpa."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return None

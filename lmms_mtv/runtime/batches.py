@@ -1,4 +1,4 @@
-"""How many rows go into one forward, and what happens when they do not fit the memory."""
+"""Batch sizes: the number of rows in a forward, and smaller batches after an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -19,27 +19,39 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 AUTO: Final = 16
-"""Rows with which an automatic batch size begins."""
+"""First number of rows of an automatic batch size."""
 
 
 @dataclass
 class BatchSize:
-    """Rows in one forward. An ``automatic`` number is halved each time the memory runs out, and stays so."""
+    """The number of rows in one forward.
+
+    Attributes:
+        rows: the number of rows.
+        automatic: True to halve the number whenever the memory runs out. Later forwards use the halved number.
+    """
 
     rows: int
     automatic: bool = False
 
     def copy(self) -> BatchSize:
-        """Return the same to begin with, for forwards of another length."""
+        """Return an independent copy, for forwards of another length."""
         return BatchSize(self.rows, self.automatic)
 
     def run_batches(
         self, items: Sequence[T], run: Callable[[Sequence[T]], R], at_most: int | None = None
     ) -> Iterator[tuple[Sequence[T], R]]:
-        """Yield each batch of ``items``, in their order, and the result of ``run`` for it.
+        """Yield each batch of ``items``, in order, with its result.
 
-        What ran out of memory runs again in halves, so ``run`` must not leave anything behind when it raises. Raises
-        :class:`MemoryLimitError` where there is nothing to halve.
+        A batch that ran out of memory runs again in halves if the batch size is automatic.
+
+        Args:
+            items: the items.
+            run: function that returns the result of a batch. A call that raises must not leave effects.
+            at_most: largest number of rows, None for no limit besides ``rows``.
+
+        Raises:
+            MemoryLimitError: the memory ran out with one row, or with a batch size that is not automatic.
         """
         done = 0
         while done < len(items):
@@ -56,7 +68,7 @@ class BatchSize:
                 done += len(batch)
                 yield batch, result
                 continue
-            # Outside of the handler, where the exception no longer holds on to the tensors of the forward.
+            # After the handler, since its exception keeps the tensors of the forward in memory.
             self.rows = len(batch) // 2
             gc.collect()
             if torch.cuda.is_available():
@@ -66,7 +78,11 @@ class BatchSize:
 
 @contextmanager
 def single_row() -> Iterator[None]:
-    """Run forwards of one row inside the block. Raises :class:`MemoryLimitError` when the memory runs out in it."""
+    """Run forwards of one row inside the block, with a clear error if the memory runs out.
+
+    Raises:
+        MemoryLimitError: the memory ran out inside the block.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -76,7 +92,7 @@ def single_row() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether ``error`` says that a device, or the machine, has no memory left."""
+    """Return whether ``error`` is an out-of-memory error of a device or of the machine."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)

@@ -1,8 +1,8 @@
-"""The names of a forward's arguments and outputs, learned from the model at hand.
+"""The names of a forward's arguments and outputs, taken from the model that runs.
 
-transformers 5.24 renamed the cache of a forward from ``past_key_values`` to ``cache``. Code outside transformers, as
-remote code of the hub, may keep the old name. No other file of this package spells either name, and no file asks for a
-version of transformers.
+transformers 5.24 renamed the cache of a forward from ``past_key_values`` to ``cache``. Code outside transformers, such
+as remote code on the hub, may keep the old name. No other file of this package spells either name, and no file checks
+the version of transformers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ CACHE_NAMES: Final = ("cache", "past_key_values")
 PER_CALL: Final = frozenset(
     (*CACHE_NAMES, "cache_position", "use_cache", "logits_to_keep", "num_logits_to_keep", "labels", "return_dict")
 )
-"""Arguments that belong to one forward only. A forward of the same prompt gets its own."""
+"""Arguments that belong to one forward only. Another forward of the same prompt gets other values."""
 
 
 Naming = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]
-"""Makes one mapping by name of the positional and the keyword arguments of one call."""
+"""Function that returns the positional and the keyword arguments of one call as one mapping by name."""
 
 
 def naming(module: nn.Module) -> Naming:
@@ -37,9 +37,9 @@ def naming(module: nn.Module) -> Naming:
 def cache_name(module: nn.Module) -> str:
     """Return the name under which ``module.forward`` takes a cache.
 
-    A forward that names no cache, as ``forward(*args, **kwargs)``, hands its arguments on to a module inside it. Then
-    the first such module that names a cache counts. Without any the oldest name is returned, which the newer
-    libraries accept as well.
+    A forward that names no cache, such as ``forward(*args, **kwargs)``, passes its arguments on to a module inside
+    ``module``. Then the first module inside that names a cache counts. If no module names a cache, the oldest name is
+    returned, which newer versions of the libraries accept too.
     """
     for each in module.modules():
         taken = inspect.signature(each.forward).parameters
@@ -50,24 +50,24 @@ def cache_name(module: nn.Module) -> str:
 
 
 def is_cache(value: object) -> bool:
-    """Return whether ``value`` is a cache object of transformers, under whatever name it is passed."""
+    """Return whether ``value`` is a cache object of transformers."""
     return hasattr(value, "get_seq_length")
 
 
 def given_cache(given: Mapping[str, Any]) -> Any | None:
-    """Return the cache among the named arguments of a forward, or None."""
+    """Return the cache among the named arguments of a forward, under any name, or None."""
     named = (given[name] for name in CACHE_NAMES if given.get(name) is not None)
     return next(named, next(filter(is_cache, given.values()), None))
 
 
 def returned_cache(output: Any) -> Any | None:
-    """Return the cache that a forward gave back in its output, or None."""
-    # An output of transformers is a mapping; as a plain dict it does not warn of the older name.
+    """Return the cache in the output of a forward, or None."""
+    # An output of transformers is a mapping. A plain dict of the output gives no warning about the older name.
     return given_cache(dict(output) if isinstance(output, Mapping) else getattr(output, "__dict__", {}))
 
 
 def of_the_prompt(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the named arguments of a forward without those that belong to this one call, and without None."""
+    """Return the named arguments of a forward without None, caches and the arguments of :data:`PER_CALL`."""
     return {
         name: value
         for name, value in given.items()
@@ -76,10 +76,11 @@ def of_the_prompt(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers that run it without calling it as a module.
+    """Return the model inside a wrapper that runs the model without calling the wrapper as a module.
 
-    These are models of PEFT whose adapters are layers (LoRA and its kin): ``generate`` calls the model inside them.
-    The adapters are part of that model. Prompt tuning has tokens of its own, and stays wrapped.
+    Such wrappers are PEFT models whose adapters are layers (LoRA and similar methods): ``generate`` calls the model
+    inside the wrapper. The adapters are part of the model inside. A model with prompt tuning, which adds tokens, stays
+    wrapped.
     """
     inner = getattr(model, "get_base_model", None)
     configs = getattr(model, "peft_config", None)
@@ -93,7 +94,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def uncompiled(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run ``modules`` without ``torch.compile`` inside the block: compiled code does not see hooks that come later."""
+    """Run ``modules`` without ``torch.compile`` inside the block: compiled code ignores hooks that are added later."""
     with ExitStack() as stack:
         for module in modules:
             if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:

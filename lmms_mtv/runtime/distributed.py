@@ -1,4 +1,4 @@
-"""Several processes that fit one vector together: who does what, and what they tell each other."""
+"""Several processes that fit one vector together: the share of each process, and their communication."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run: number ``rank`` of ``count``. All of them make the same calls.
+    """The rank of this process in a run. All processes of the run make the same calls.
 
-    One process alone communicates with nobody.
+    A single process does not communicate.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: number of processes.
     """
 
     rank: int = 0
@@ -27,15 +31,15 @@ class Ranks:
 
     @property
     def shard_slice(self) -> slice:
-        """The share of this rank in any sequence: every ``count``-th element."""
+        """Slice of any sequence that is the share of this rank: every ``count``-th element."""
         return slice(self.rank, None, self.count)
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the elements of ``items`` that this rank works on; there may be none."""
+        """Return the elements of ``items`` for this rank; there may be no elements."""
         return items[self.shard_slice]
 
     def all_reduce(self, part: Tensor) -> Tensor:
-        """Return the sum over all ranks of ``part``, which has the same shape and dtype on each, on the CPU."""
+        """Return the sum of ``part`` over all ranks, on the CPU. Shape and dtype are the same on each rank."""
         if self.count == 1:
             return part.cpu()
         gathered = part.to(_device())
@@ -43,7 +47,12 @@ class Ranks:
         return gathered.cpu()
 
     def broadcast(self, own: T | None, source: int) -> T:
-        """Return what rank ``source`` gives as ``own``, on every rank. It is pickled: tensors in it are on the CPU."""
+        """Return the value of one rank on every rank.
+
+        Args:
+            own: the value, which is used on rank ``source`` only. It is pickled, so its tensors must be on the CPU.
+            source: the rank whose value is returned.
+        """
         box: list[Any] = [own]
         if self.count > 1:
             distributed.broadcast_object_list(box, src=source, device=_device())
@@ -52,9 +61,10 @@ class Ranks:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """A block that all ranks finish, or none: an exception in one of them raises in all.
+        """Raise on all ranks if the block raises on one rank, since the others would wait for that rank forever.
 
-        Without it the others would wait for a rank that has given up. Raises :class:`MtvError` on the others.
+        Raises:
+            MtvError: the block raised on other ranks only. A rank whose block raised gets the exception of its block.
         """
         error: Exception | None = None
         try:
@@ -69,14 +79,14 @@ class Ranks:
 
 
 def current() -> Ranks:
-    """Return the ranks of this run: those of torch.distributed where ``accelerate launch`` or torchrun set it up."""
+    """Return the ranks of torch.distributed if ``accelerate launch`` or torchrun set it up, else a single rank."""
     if distributed.is_available() and distributed.is_initialized():
         return Ranks(distributed.get_rank(), distributed.get_world_size())
     return Ranks()
 
 
 def _device() -> torch.device:
-    """Return where collectives run: NCCL needs the GPU of this process, gloo takes the CPU."""
+    """Return the device of collectives: NCCL needs the GPU of this process, gloo takes the CPU."""
     if distributed.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -1,7 +1,7 @@
 """The versions of the libraries around this package: installed, supported, and tested.
 
 Supported versions are the bounds of ``pyproject.toml``, as the installed package carries them. Tested versions are
-those of ``constraints.txt``.
+the versions in ``constraints.txt``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from lmms_mtv.errors import InstallationError
 PACKAGE: Final = "lmms-mtv"
 
 WATCHED: Final = ("filelock", "lm-eval", "lmms-eval", "torch", "transformers")
-"""Libraries whose insides this package or the harness uses. A version that was not tested is worth a warning."""
+"""Libraries whose internals this package or the harness uses. An untested version gives a warning."""
 
 
 @dataclass(frozen=True)
 class RequiredLibrary:
     """One library that this package needs.
 
-    ``installed`` is None if the library is missing. ``supported`` are the bounds of this package. ``tested`` are the
-    versions that were tested, a single version or a range; it is empty if that is not known.
+    Attributes:
+        name: name of the library.
+        installed: the installed version, None if the library is missing.
+        supported: the bounds of this package.
+        tested: the tested versions, a single version or a range; empty if unknown.
     """
 
     name: str
@@ -39,12 +42,12 @@ class RequiredLibrary:
 
     @property
     def is_supported(self) -> bool:
-        """Whether the installed version is within the bounds."""
+        """True if the installed version is within the bounds."""
         return self.installed is not None and self.supported.contains(self.installed, prereleases=True)
 
     @property
     def is_newer(self) -> bool:
-        """Whether the installed version is newer than all tested versions."""
+        """True if the installed version is newer than all tested versions."""
         if self.installed is None or self.tested.contains(self.installed, prereleases=True):
             return False
         bounds = [Version(bound.version) for bound in self.tested if not bound.version.endswith(".*")]
@@ -63,7 +66,7 @@ def libraries() -> list[RequiredLibrary]:
 
 
 def problem(required: Sequence[RequiredLibrary]) -> str | None:
-    """Return one line that names the libraries that cannot work and the command that mends them, or None."""
+    """Return one line with the unsupported libraries and the command that installs supported versions, or None."""
     wrong = [library for library in required if not library.is_supported]
     if not wrong:
         return None
@@ -75,7 +78,7 @@ def problem(required: Sequence[RequiredLibrary]) -> str | None:
 
 
 def newer(required: Sequence[RequiredLibrary]) -> str | None:
-    """Return one line that names the watched libraries that are newer than the tested ones, or None."""
+    """Return one line with the libraries of :data:`WATCHED` that are newer than the tested versions, or None."""
     listed = [
         f"{library.name} {library.installed} (tested: {library.tested})"
         for library in required
@@ -87,15 +90,19 @@ def newer(required: Sequence[RequiredLibrary]) -> str | None:
 
 
 def check() -> None:
-    """Raise :class:`InstallationError`, in one line, if a library is missing or outside the supported versions."""
+    """Check the versions of the libraries that this package needs.
+
+    Raises:
+        InstallationError: a library is missing, or its version is not supported. The message is one line.
+    """
     if (line := problem(libraries())) is not None:
         raise InstallationError(line)
 
 
 def _tested() -> Iterator[Requirement]:
-    """Return the lines of ``constraints.txt`` that are for this Python and this system."""
+    """Yield the requirements in ``constraints.txt`` for this Python and this system."""
     package = Path(__file__).resolve().parents[1]
-    # Inside an installed package, or at the root of the repository in an editable installation.
+    # The file is inside an installed package, or at the root of the repository in an editable installation.
     places = (folder / "constraints.txt" for folder in (package, package.parent))
     file = next((place for place in places if place.is_file()), None)
     for line in file.read_text(encoding="utf-8").splitlines() if file is not None else ():
@@ -114,5 +121,5 @@ def _installed(name: str) -> Version | None:
 
 
 def _normal(name: str) -> str:
-    """Return the name as indexes compare it."""
+    """Return the normalised name, by which package indexes compare names."""
     return name.lower().replace("_", "-").replace(".", "-")

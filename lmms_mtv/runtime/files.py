@@ -1,4 +1,4 @@
-"""Files of tensors: read within bounds, written whole. Safetensors with JSON in its header, and nothing else."""
+"""Files of tensors, in safetensors format only, with JSON in the header. Reads are limited, writes are atomic."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from torch import Tensor
 from lmms_mtv.errors import VectorFileError
 
 LIMIT: Final = 2**30
-"""Bytes of the largest file that is read: a vector of 80 layers of 64 heads of size 128 takes 3 MB."""
+"""Largest size of a file that is read, in bytes. A vector of 80 layers of 64 heads of size 128 takes 3 MB."""
 
 HEADER_LIMIT: Final = 2**24
-"""Bytes of the longest header that is read: a card with 600 losses takes 20 kB."""
+"""Largest size of a header that is read, in bytes. A card with 600 losses takes 20 kB."""
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and float32 tensors of a file.
+    """Return the metadata and the float32 tensors of a file.
 
-    Raises :class:`VectorFileError` unless it is an intact regular safetensors file of float32 tensors within
-    :data:`LIMIT` and :data:`HEADER_LIMIT`.
+    Raises:
+        VectorFileError: the file is not an intact regular safetensors file of float32 tensors within :data:`LIMIT` and
+            :data:`HEADER_LIMIT`.
     """
     with _opened(path) as (file, size):
         metadata = _metadata(path, file, size)
         file.seek(0)
         try:
-            # From what was read and not from the path: what is checked is what is parsed.
+            # From the open file and not from the path, so that the checked file is the parsed file.
             tensors = parsed(file.read(size))
         except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
             raise _damaged(path, str(error)) from None
@@ -48,19 +49,31 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """Return what the header of a file says beside its tensors, which are not read. Raises as :func:`read`."""
+    """Return the metadata in the header of a file, without reading the tensors.
+
+    Raises:
+        VectorFileError: the file is not a regular file within the limits, or its header is damaged.
+    """
     with _opened(path) as (file, size):
         return _metadata(path, file, size)
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], described: Mapping[str, str]) -> bytes:
-    """Return the content of a file of tensors, with ``described`` as its metadata."""
+    """Return the content of a safetensors file with the given tensors and with ``described`` as its metadata."""
     content: bytes = serialized(dict(tensors), dict(described))
     return content
 
 
 def write(path: Path, content: bytes) -> None:
-    """Make ``path`` a file of ``content``, all at once. Raises OSError; what was there before is then as it was."""
+    """Write a file atomically, with its folders.
+
+    Args:
+        path: path of the file.
+        content: content of the file.
+
+    Raises:
+        OSError: the file cannot be written. An earlier file at ``path`` is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary(path)
     try:
@@ -75,14 +88,14 @@ def write(path: Path, content: bytes) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Return a hidden name beside ``path`` that nothing else has, for what is renamed to ``path`` when it is whole."""
+    """Return a hidden, unique path beside ``path``, for a file or folder that is renamed to ``path`` when complete."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file that is no link; yield the file and its size in bytes."""
-    # os.path and not Path: what no path can be (too long, a zero byte) is no file.
+    """Open a regular file that is no link, and yield the file and its size in bytes."""
+    # os.path and not Path: os.path answers False for texts that cannot be a path (too long, a zero byte).
     if os.path.islink(path):
         raise VectorFileError(f"{path} is a link, and links are not followed: name the file itself")
     if not os.path.isfile(path):
@@ -100,7 +113,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _unfollowed(path: str, flags: int) -> int:
-    """Open ``path``, but no link or pipe that took its place in the meantime."""
+    """Open ``path`` without following a link, and without waiting for a pipe, that has replaced the file."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 

@@ -1,4 +1,4 @@
-"""A cache with a limit of memory: the least recently used value goes first."""
+"""A cache with a memory limit, which drops the least recently used values first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ V = TypeVar("V")
 
 
 class LruCache(Generic[K, V]):
-    """Values by key, of ``limit`` bytes at most together; the one put last is there whatever its size."""
+    """Values by key with a limit of their total size. The last added value stays, even if it exceeds the limit.
+
+    Args:
+        limit: largest size of all values together, in bytes.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -22,22 +26,28 @@ class LruCache(Generic[K, V]):
 
     @property
     def size(self) -> int:
-        """Bytes of all values together."""
+        """Size of all values together, in bytes."""
         return sum(size for _, size in self._entries.values())
 
     def room(self, size: int) -> bool:
-        """Return whether ``size`` more bytes fit without anything going."""
+        """Return whether a value of ``size`` bytes fits without dropping other values."""
         return self.size + size <= self._limit
 
     def get(self, key: K) -> V | None:
-        """Return the value of ``key``, or None if it is not there any more."""
+        """Return the value of ``key``, or None if the cache does not have the value."""
         if key not in self._entries:
             return None
         self._entries.move_to_end(key)
         return self._entries[key][0]
 
     def put(self, key: K, value: V, size: int) -> None:
-        """Keep ``value`` of ``size`` bytes, in place of one of the same key."""
+        """Add a value and drop the least recently used values while the limit is exceeded.
+
+        Args:
+            key: key of the value; an earlier value of this key is replaced.
+            value: the value.
+            size: size of the value in bytes.
+        """
         self._entries.pop(key, None)
         self._entries[key] = value, size
         while len(self._entries) > 1 and not self.room(0):

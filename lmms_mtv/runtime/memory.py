@@ -1,4 +1,4 @@
-"""The most memory that a block of code takes."""
+"""Peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ _OWN = Path("/proc/self")
 
 @dataclass
 class Peak:
-    """``bytes`` is known when the block is left: memory allocated on all GPUs, or without a GPU the resident memory of
-    the process. None where the system does not tell."""
+    """Peak memory of a :func:`peak` block.
+
+    Attributes:
+        bytes: memory allocated on all GPUs, or without a GPU the resident memory of the process, in bytes. None inside
+            the block, and after the block if the system does not measure it.
+    """
 
     bytes: int | None = None
 
 
 @contextmanager
 def peak(device: torch.device) -> Iterator[Peak]:
-    """Measure the block on ``device``; the weights that lie there already are part of it. Blocks do not nest."""
+    """Measure the peak memory of the block on ``device``, with memory allocated before. Blocks cannot be nested."""
     memory = Peak()
     if device.type == "cuda":
         gpus = range(torch.cuda.device_count())
@@ -38,9 +42,9 @@ def peak(device: torch.device) -> Iterator[Peak]:
 
 
 def _reset() -> bool:
-    """Let the system count the peak of resident memory anew; whether it can."""
+    """Reset the system's peak of the resident memory, and return whether the system can do so."""
     try:
-        # proc(5): 5 resets the peak resident set size.
+        # proc(5): writing 5 resets the peak resident set size.
         (_OWN / "clear_refs").write_text("5")
     except OSError:
         return False

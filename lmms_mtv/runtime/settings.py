@@ -1,4 +1,4 @@
-"""Settings that say what they mean."""
+"""Settings of methods with their descriptions."""
 
 from __future__ import annotations
 
@@ -7,5 +7,10 @@ from typing import Any
 
 
 def setting(default: Any, meaning: str) -> Any:
-    """Return a field of a dataclass of settings, with what it means in the metadata under ``help``."""
+    """Return a field for a dataclass of settings.
+
+    Args:
+        default: default value of the setting.
+        meaning: description of the setting, stored in the field's metadata under ``help``.
+    """
     return dataclasses.field(default=default, metadata={"help": meaning})

@@ -1,4 +1,4 @@
-"""What is stored: edits of a model, the card that says where they come from, and both as a file."""
+"""Task vectors: edits of a model, the card with the origin of the edits, and the file that holds both."""
 
 from lmms_mtv.vectors.card import Geometry, VectorCard
 from lmms_mtv.vectors.edit import (

@@ -1,4 +1,4 @@
-"""The record of where a task vector comes from."""
+"""The card of a task vector: the record of its origin."""
 
 from __future__ import annotations
 
@@ -21,22 +21,41 @@ SCHEMA: Final = 1
 """Version of the card's fields."""
 
 Geometry = tuple[tuple[int, str, int, int], ...]
-"""For each site: index of the block, name of the module, number of heads, size of a head."""
+"""Index of the block, name of the module, number of heads and size of a head, for each site."""
 
 
 @dataclass(frozen=True)
 class VectorCard:
-    """Where a task vector comes from.
+    """The origin of a task vector.
 
-    The fields up to ``parents`` are the recipe: they determine the vector, and its :attr:`id`. ``examples`` and
-    ``prompt`` are SHA-256 digests of the ids of the training examples and of the way a prompt is written. ``shots``
-    is the number of demonstrations in the prompts that the vector is made for. ``parents`` are the ids of the vectors
-    that it was combined of, with their weights, or whose heads it has. ``losses`` are lists of floats by name,
-    ``seconds`` is the time of the fit, ``stages`` how much of it each part took, by name, ``memory`` its peak in bytes
-    if known. ``replay`` says how the losses of edits were computed (:attr:`FitSession.replay`), if any were and if it
-    is known. ``accuracy`` says how a fit was tried on some training queries: the number of ``queries``, the share that
-    was answered right without the vector (``unedited``) and with it (``edited``), and the share of answers with it that
-    did not end (``endless``).
+    The fields up to ``parents`` are the recipe. The recipe determines the vector and its :attr:`id`.
+
+    Attributes:
+        model: name of the model.
+        revision: revision of the model, None if unknown.
+        dtype: dtype of the model.
+        geometry: the sites of the model.
+        task: name of the task.
+        split: name of the split with the training examples.
+        examples: SHA-256 of the ids of the training examples.
+        prompt: SHA-256 of the way a prompt is written.
+        shots: number of demonstrations in the prompts that the vector is made for.
+        seed: seed of the fit.
+        method: name of the method.
+        config: settings of the method.
+        parents: ids and weights of the vectors that this vector combines; or the id, with weight 1, of the vector whose
+            heads this vector has.
+        versions: versions of the libraries.
+        losses: lists of losses, by name.
+        seconds: time of the fit in seconds.
+        stages: seconds of each stage of the fit, by name.
+        memory: peak memory of the fit in bytes, None if unknown.
+        replay: the way in which the losses of edits were computed (:attr:`FitSession.replay`); None if there were no
+            such losses, or if the way is unknown.
+        accuracy: trial of the vector on some training queries: the number of ``queries``, the share of right answers
+            without the vector (``unedited``) and with the vector (``edited``), and the share of answers with the vector
+            that did not end (``endless``).
+        schema: version of the fields.
     """
 
     model: str
@@ -65,24 +84,31 @@ class VectorCard:
 
     @property
     def id(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of the recipe: the same recipe, the same id, on any machine.
+        """The first 16 hexadecimal digits of the SHA-256 of the recipe, which are the same on any machine.
 
-        Settings that are None do not count, so that a method may get another one and its vectors keep their ids.
+        Settings that are None do not count. So vectors keep their ids when their method gets a new setting.
         """
         recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in self._OUTCOME}
         recipe["config"] = {name: value for name, value in self.config.items() if value is not None}
-        if not recipe["parents"]:  # so that a fitted vector has the id that it had before there were parents
+        if not recipe["parents"]:  # vectors without parents keep the ids of versions without parents
             del recipe["parents"]
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
+        """Return the fields and the id as a JSON object."""
         return json.dumps(dataclasses.asdict(self) | {"id": self.id}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> VectorCard:
         """Return the card written by :meth:`to_json`. Unknown fields are left out with a warning.
 
-        Raises :class:`VectorFileError`, with ``source`` in the message, if a field is missing or has a wrong type.
+        Args:
+            text: the JSON object.
+            source: name of the card's source in messages.
+
+        Raises:
+            VectorFileError: the text is no JSON object, a required field is missing, a field has a wrong type, or the
+                card has a newer schema.
         """
         try:
             written = json.loads(text)
@@ -130,9 +156,10 @@ class VectorCard:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VectorCard:
-        """Return the card in a file written by :meth:`TaskVector.save`, whose tensors are neither read nor checked.
+        """Return the card in a file written by :meth:`TaskVector.save`. The tensors are neither read nor checked.
 
-        Raises :class:`VectorFileError` if there is no such file or no card in it.
+        Raises:
+            VectorFileError: the file does not exist, cannot be read, or has no valid card.
         """
         return cls._of(Path(path), files.metadata(Path(path)))
 
@@ -144,8 +171,6 @@ class VectorCard:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Return whether what JSON gave has more levels than that, which no method's settings have and no recursion
-    survives.
-    """
+    """Return whether a JSON value has ``levels`` or more levels. No method's settings do, and recursion would fail."""
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return levels == 0 or any(_deeper(one, levels - 1) for one in inner)

@@ -1,4 +1,4 @@
-"""Vectors of one model combined with weights into a new one."""
+"""Combination of vectors of one model, with weights, into a new vector."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ _ROUNDING = 1e-6
 def combined(
     vectors: Sequence[TaskVector], weights: Sequence[float] | None = None, *, task: str, any_sum: bool = False
 ) -> TaskVector:
-    """Return the vector whose edit gives the weighted sum of what the edits of ``vectors`` give; no weights: their
-    mean.
+    """Return the vector whose edit is the weighted sum of the edits of other vectors.
 
-    With ``y_i = keep_i * x + gain_i * value_i`` that is ``(sum w_i keep_i) * x + sum w_i gain_i value_i``, for each
-    head. Heads that no vector edits stay as they are if the weights sum to 1, which they must unless ``any_sum``;
-    otherwise they are scaled by the sum. Sums are taken in float64.
+    With ``y_i = keep_i * x + gain_i * value_i`` the sum is ``(sum w_i keep_i) * x + sum w_i gain_i value_i``, for each
+    head. Heads that no vector edits do not change if the weights sum to 1. Otherwise these heads are scaled by the sum
+    of the weights. Sums are computed in float64.
 
-    The card names ``task``, the ids of ``vectors`` with their weights as ``parents``, and what all cards agree in;
-    where they do not, split, examples and prompt are empty and the seed is 0.
+    The new card has ``task``, the ids of ``vectors`` with their weights as ``parents``, and the fields in which all
+    cards agree. Where the cards disagree, split, examples and prompt are empty and the seed is 0.
 
-    Raises :class:`GeometryError` unless all are of one model, revision, dtype, geometry and set of streams, and
-    without gates, :class:`ArgumentError` if the weights or the shots do not fit.
+    Args:
+        vectors: different vectors of one model.
+        weights: a weight for each vector; None for the mean of the vectors.
+        task: name of the task on the new card.
+        any_sum: True to allow weights that do not sum to 1.
+
+    Raises:
+        GeometryError: the vectors differ in model, revision, dtype, geometry, streams or edited positions, or an edit
+            has a gate, keeps norms or is for a batch.
+        ArgumentError: there are no vectors, a vector is given twice, the weights do not fit, or the vectors differ in
+            shots.
     """
     shares = _shares(vectors, weights, any_sum)
     cards = [vector.card for vector in vectors]
@@ -67,7 +75,7 @@ def combined(
 
 
 def _shares(vectors: Sequence[TaskVector], weights: Sequence[float] | None, any_sum: bool) -> list[float]:
-    """Return the weights, rid of a rounding error in their sum."""
+    """Return the weights without the rounding error of their sum."""
     if not vectors:
         raise ArgumentError("no vectors to combine")
     if len({vector.id for vector in vectors}) < len(vectors):
@@ -99,7 +107,7 @@ def _sum(edits: Sequence[Edit], shares: Sequence[float]) -> Edit:
     doubles = [tuple(part.to(device, torch.float64) for part in (edit.value, edit.keep, edit.gain)) for edit in edits]
     value = total([gain[..., None] * value for value, _, gain in doubles])
     keep = total([keep for _, keep, _ in doubles])
-    # Where gains cancel, values need not: a head has a gain if it has one in any edit.
+    # Gains may cancel where values do not: a head has a gain if the head has a gain in any edit.
     gain = torch.stack([share * gain for share, (_, _, gain) in zip(shares, doubles, strict=True)]).ne(0).any(0)
     return dataclasses.replace(edits[0], value=value.float(), keep=keep.float(), gain=gain.float())
 

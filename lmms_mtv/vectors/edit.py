@@ -1,9 +1,9 @@
-"""The one change that is made to a model, for its attention heads and for the other streams of its blocks.
+"""The edit: the only change of a model, for its attention heads and for the other streams of its blocks.
 
-The one primitive is ``x' = keep * x + gain * value``, for each attention head (MTV is ``keep`` 0 and ``gain`` 1 at the
-chosen heads; anything learned or scaled is another choice of the three tensors). The other streams of a block take the
-same form, as if each were one head of the model's width. A gate lets the query of a head say how much of its value is
-added.
+The primitive is ``x' = keep * x + gain * value``, for each attention head. MTV is ``keep`` 0 and ``gain`` 1 at the
+chosen heads. Learned and scaled edits are other choices of the three tensors. The edits of a block's other streams have
+the same form, as if a stream were one head of the model's width. With a gate, the query of a head determines how much
+of the head's value is added.
 """
 
 from __future__ import annotations
@@ -22,36 +22,44 @@ HEADS: Final = "heads"
 """Stream of the attention heads: the input of each block's attention output projection."""
 
 ATTENTION: Final = "attention"
-"""Stream of what self-attention adds to a block: the output of its module."""
+"""Stream of the term that self-attention adds to the hidden state: the output of the self-attention module."""
 
 MLP: Final = "mlp"
-"""Stream of what the MLP adds to a block: the output of its module."""
+"""Stream of the term that the MLP adds to the hidden state: the output of the MLP module."""
 
 RESIDUAL: Final = "residual"
 """Stream of the hidden state after each block."""
 
 STREAMS: Final = (HEADS, ATTENTION, MLP, RESIDUAL)
-"""What can be edited; names of the edits in :attr:`TaskVector.edits`."""
+"""The streams that can be edited, which are the names of the edits in :attr:`TaskVector.edits`."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """``x' = keep * x + gain * value`` for the heads of all layers, or for another stream of them.
+    """The change ``x' = keep * x + gain * value`` of the heads of all layers, or of another stream of all layers.
 
-    ``value`` is float32 [L, H, D], ``keep`` and ``gain`` are float32 [L, H]: L layers, H heads, D numbers a head. In a
-    stream other than the heads H is 1 and D the model's width. Each of the tensors may have a leading dimension K: then
-    row k of a batch of K rows gets edit k.
+    There are L layers, H heads and D numbers in a head. In a stream other than the heads, H is 1 and D is the model's
+    width. Each of the tensors may have a leading dimension K. Then row k of a batch of K rows gets edit k.
 
-    The edit is at the last real position of each row, or ``everywhere``, at all positions, or ``once``, at the last
-    token of the prompt and not at the tokens that follow it. ``renormed`` scales x' to the Euclidean norm of x, for
-    each head (ICV, arXiv 2311.06668; LIVE, arXiv 2406.13185).
+    The edit is at the last real position of each row by default.
 
-    A ``gate``, float32 [L, H, Q + 1] for queries of Q numbers, makes it ``x' = keep * x + mu * gain * value``, with
-    ``mu = Z1 / (Z1 + Z2)`` at each position and head: ``log Z1 = w . q + b`` of the head's query q, where w are the
-    first Q numbers and b is the last, and Z2 is the sum of the exponentials of the head's attention scores (MimIC, CVPR
-    2025). Heads alone have queries.
+    With a gate the edit is ``x' = keep * x + mu * gain * value``, with ``mu = Z1 / (Z1 + Z2)`` at each position and
+    head. ``log Z1 = w . q + b`` for the head's query q, with the first Q numbers of the gate as w and the last number
+    as b. Z2 is the sum of the exponentials of the head's attention scores (MimIC, CVPR 2025). Only heads have queries.
 
-    Raises :class:`GeometryError` if the shapes do not belong together, or if it is to be both everywhere and once.
+    Attributes:
+        value: floating point, usually float32, [L, H, D].
+        keep: floating point, usually float32, [L, H].
+        gain: floating point, usually float32, [L, H].
+        everywhere: True for an edit at all positions.
+        once: True for an edit at the last token of the prompt and not at the tokens after the prompt.
+        renormed: True to scale x' to the Euclidean norm of x, for each head (ICV, arXiv 2311.06668; LIVE, arXiv
+            2406.13185).
+        gate: floating point, usually float32, [L, H, Q + 1] for queries of Q numbers; None for no gate.
+
+    Raises:
+        GeometryError: the shapes do not fit each other, a tensor is not floating point, or the edit is both everywhere
+            and once.
     """
 
     value: Tensor
@@ -82,34 +90,39 @@ class Edit:
 
     @classmethod
     def replace(cls, value: Tensor, mask: Tensor) -> Edit:
-        """Replace the heads where ``mask`` ([L, H] or [K, L, H], bool or 0 and 1) is set by ``value`` [L, H, D]."""
+        """Return the edit that replaces heads by values.
+
+        Args:
+            value: values of all heads, [L, H, D].
+            mask: True or 1 for a head to replace, [L, H] or [K, L, H].
+        """
         gain = mask.to(torch.float32)
         return cls(value.to(torch.float32), 1 - gain, gain)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Layers, heads, size of a head."""
+        """Number of layers, heads of a layer, size of a head."""
         layers, heads, size = self.value.shape[-3:]
         return layers, heads, size
 
     @property
     def batch(self) -> int | None:
-        """K, or None for an edit that is the same for every row."""
+        """Number K of edits in a batch, None for an edit that is the same for every row."""
         return next(iter(self._leading), None)
 
     @property
     def of_rows(self) -> list[Tensor]:
-        """The tensors with a leading dimension K: what tells the edits of a batch apart."""
+        """The tensors with a leading dimension K, in which the edits of a batch may differ."""
         plain = ((self.value, 3), (self.keep, 2), (self.gain, 2), (self.gate, 3))
         return [t for t, dimensions in plain if t is not None and t.dim() > dimensions]
 
     @property
     def _leading(self) -> list[int]:
-        """The K of each tensor that has one."""
+        """The K of each tensor with a leading dimension K."""
         return [len(tensor) for tensor in self.of_rows]
 
     def taken(self, index: int | slice | Sequence[int]) -> Edit:
-        """Return some of a batch of K edits, or one of them; an edit without a batch is itself."""
+        """Return some edits of a batch of K edits, or one edit. An edit without a batch does not change."""
         return dataclasses.replace(
             self,
             value=self.value[index] if self.value.dim() > 3 else self.value,
@@ -128,14 +141,15 @@ class Edit:
 
 
 Edits = Mapping[str, Edit]
-"""Edits by the stream they belong to."""
+"""Edits by the name of their stream."""
 
 
 def by_stream(edits: Edit | Edits) -> Edits:
-    """``edits`` as a mapping; an edit alone is one of the heads.
+    """Return edits by the name of their stream. A single edit is an edit of the heads.
 
-    Raises :class:`GeometryError` for a stream that there is not, for a gate in one that has no queries, and for edits
-    that are for batches of different sizes.
+    Raises:
+        GeometryError: a stream does not exist, a stream other than the heads has a gate, or the edits are for batches
+            of different sizes.
     """
     by_name = {HEADS: edits} if isinstance(edits, Edit) else edits
     if unknown := sorted(by_name.keys() - set(STREAMS)):
@@ -150,23 +164,23 @@ def by_stream(edits: Edit | Edits) -> Edits:
 
 
 def rows_of(edits: Edits) -> int | None:
-    """Return the K of a batch of K edits, or None for edits that are the same for every row."""
+    """Return the number K of edits in a batch, or None for edits that are the same for every row."""
     return next((edit.batch for edit in edits.values() if edit.batch is not None), None)
 
 
 def taken(edits: Edits, index: int | slice | Sequence[int]) -> Edits:
-    """Return some of a batch of K edits, or one of them, in every stream."""
+    """Return some edits of a batch of K edits, or one edit, in every stream."""
     return {name: edit.taken(index) for name, edit in edits.items()}
 
 
 def distinct(edits: Edits) -> tuple[Edits, list[int]]:
-    """Return the different edits among a batch of K, and which of them each row is.
+    """Return the distinct edits of a batch, and the index of each row's edit among the distinct edits.
 
     Args:
-        edits: edits by stream, a batch of K of them.
+        edits: a batch of K edits, by stream.
 
     Returns:
-        The M different edits in the order in which they first appear, and K indices below M.
+        The M distinct edits in the order of their first rows, and K indices below M.
     """
     rows = torch.cat([tensor.flatten(1) for edit in edits.values() for tensor in edit.of_rows], 1)
     _, alike = torch.unique(rows, dim=0, return_inverse=True)

@@ -24,9 +24,11 @@ _FLAGS: Final = ("everywhere", "once", "renormed")
 
 @dataclass(frozen=True)
 class TaskVector:
-    """Edits by the stream they belong to, and the card that says where they come from.
+    """Edits by stream, and the card with their origin.
 
-    ``edits`` holds an :class:`Edit` under each of :data:`STREAMS` that is changed; it is empty for the method ``none``.
+    Attributes:
+        edits: an :class:`Edit` for each edited stream of :data:`STREAMS`; empty for the method ``none``.
+        card: the origin of the edits.
     """
 
     edits: Edits
@@ -34,11 +36,12 @@ class TaskVector:
 
     @property
     def id(self) -> str:
+        """Id of the recipe: :attr:`VectorCard.id`."""
         return self.card.id
 
     @property
     def heads(self) -> tuple[tuple[int, int], ...]:
-        """The (layer, head) pairs that are edited. ``layer`` counts sites; :attr:`VectorCard.geometry` names them."""
+        """The edited (layer, head) pairs. ``layer`` is an index of the sites in :attr:`VectorCard.geometry`."""
         return self.edits[HEADS].heads if HEADS in self.edits else ()
 
     @property
@@ -47,7 +50,7 @@ class TaskVector:
         return checksum("", self.tensors())
 
     def described(self) -> str:
-        """Return what is edited, in words: ``15 of 32 heads``, ``residual of 1 of 4 layers``."""
+        """Return a description of the edited parts: ``15 of 32 heads``, ``residual of 1 of 4 layers``."""
         parts = []
         for name, edit in self.edits.items():
             layers, heads, _ = edit.shape
@@ -57,9 +60,9 @@ class TaskVector:
         return ", ".join(parts) or "nothing"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a file of this vector holds: float32, on the CPU, by name."""
-        # Only what is set, so that a file without gate or flags is what it was before there were any; and copies, since
-        # a file takes no tensors that share memory, as keep and gain may.
+        """Return the tensors of this vector's file by name, float32 on the CPU."""
+        # Gates and flags are stored only if set, so files without them are the same as in versions without them. The
+        # tensors are copies, since a file takes no tensors that share memory, and keep and gain may share memory.
         parts = {
             f"{name}.{part}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
             for name, edit in self.edits.items()
@@ -70,7 +73,15 @@ class TaskVector:
         return parts | {flag: torch.ones(1) for flag in flags}
 
     def check(self, geometry: Geometry, model: str | None = None) -> None:
-        """Raise :class:`GeometryError` unless the vector was made for these sites and, if given, for ``model``."""
+        """Check that the vector was made for the given sites, and for the given model.
+
+        Args:
+            geometry: geometry of the model's sites.
+            model: name of the model, None for any model.
+
+        Raises:
+            GeometryError: the vector was made for other sites or another model, or its edits contradict its card.
+        """
         if model is not None and model != self.card.model:
             raise GeometryError(
                 f"vector {self.id} was fitted for model {self.card.model!r}, not for {model!r}: pass "
@@ -83,7 +94,7 @@ class TaskVector:
             )
         for name, edit in by_stream(self.edits).items():
             heads = geometry[0][2:] if geometry else (0, 0)
-            # The card does not tell the model's width: whoever has the model compares it.
+            # The card does not have the model's width. The code that has the model compares the width.
             expected = (len(geometry), *(heads if name == HEADS else (1, edit.shape[-1])))
             if edit.shape != expected:
                 raise GeometryError(
@@ -91,9 +102,10 @@ class TaskVector:
                 )
 
     def content(self) -> bytes:
-        """Return what :meth:`save` writes: safetensors with the card in its metadata.
+        """Return the content of the file that :meth:`save` writes: safetensors with the card in its metadata.
 
-        Raises :class:`NumericsError` on NaN.
+        Raises:
+            NumericsError: a tensor has NaN or infinity.
         """
         tensors = self.tensors()
         for name, tensor in tensors.items():
@@ -105,9 +117,11 @@ class TaskVector:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file with the card in its metadata. The file appears whole or not at all.
+        """Write one safetensors file with the card in its metadata, and return its path. The write is atomic.
 
-        Raises :class:`VectorFileError` if there is no room or no permission, :class:`NumericsError` on NaN.
+        Raises:
+            VectorFileError: the file cannot be written, as without room or permission.
+            NumericsError: a tensor has NaN or infinity.
         """
         path = Path(path)
         content = self.content()
@@ -122,9 +136,10 @@ class TaskVector:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskVector:
-        """Read a file written by :meth:`save`: a regular one, no link, and no larger than :data:`files.LIMIT` bytes.
+        """Return the vector in a file written by :meth:`save`: a regular file of at most :data:`files.LIMIT` bytes.
 
-        Raises :class:`VectorFileError` if there is no such file, if it is not a task vector or not an intact one.
+        Raises:
+            VectorFileError: the file does not exist, is a link, is too large, is no task vector, or is not intact.
         """
         path = Path(path)
         metadata, tensors = files.read(path)
@@ -158,7 +173,7 @@ def _described(geometry: Geometry) -> str:
 
 
 def checksum(card: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return SHA-256 of a card as it is written, and of the tensors."""
+    """Return the SHA-256 of the text of a card and of tensors by name."""
     digest = hashlib.sha256(card.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())

@@ -1,4 +1,4 @@
-"""The vector library: vectors kept in one place, found again by what they are, checked and shared."""
+"""The vector library: a folder in which vectors are stored, found by their recipe, checked and shared."""
 
 from lmms_mtv.vectors.library.entry import Entry, Problem
 from lmms_mtv.vectors.library.library import Library

@@ -1,4 +1,4 @@
-"""One vector of a library, and what can be wrong with a file in it."""
+"""Entries of a library, and problems with its files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from lmms_mtv.vectors import VectorCard
 
 @dataclass(frozen=True)
 class Entry:
-    """The file of a vector, what its card says, and its size in bytes. The tensors are not read yet."""
+    """A vector's file, whose tensors are not read yet.
+
+    Attributes:
+        path: path of the file.
+        card: the card in the file.
+        bytes: size of the file in bytes.
+    """
 
     path: Path
     card: VectorCard
@@ -19,18 +25,24 @@ class Entry:
 
     @property
     def id(self) -> str:
+        """Id of the recipe: :attr:`VectorCard.id`."""
         return self.card.id
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """What entries are sorted by."""
+        """Sort key of entries: model, task, method, shots, seed, id and path."""
         card = self.card
         return (card.model, card.task, card.method, card.shots, card.seed, self.id, str(self.path))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file or folder of a library, and what mends it."""
+    """A problem with a file or folder of a library.
+
+    Attributes:
+        path: path of the file or folder.
+        what: description of the problem, and of its remedy.
+    """
 
     path: Path
     what: str

@@ -1,4 +1,4 @@
-"""Vectors on the Hugging Face hub: a model repository with the vector's file and its page."""
+"""Vectors on the Hugging Face hub: model repositories with a vector's file and page."""
 
 from __future__ import annotations
 
@@ -25,19 +25,26 @@ from lmms_mtv.vectors.library import page
 from lmms_mtv.vectors.library.place import FILE, PAGE
 
 PREFIX: Final = "hub:"
-"""A reference to a vector on the hub is ``hub:<owner>/<name>`` or ``hub:<owner>/<name>@<revision>``."""
+"""Beginning of a reference to a vector on the hub: ``hub:<owner>/<name>`` or ``hub:<owner>/<name>@<revision>``."""
 
 _NAME: Final = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?", re.ASCII)
 
-# What a client raises that cannot connect: httpx's error, or that of whatever the library has put in its place.
+# The error of a client without a connection. The class is httpx's, or that of another library in other versions.
 _TRANSPORT: Final[type[BaseException]] = HfHubHTTPError.__bases__[0]
 
 
 def pushed(path: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a vector's file, as it is, and its page to ``owner/name``, which is made if need be. Returns its address.
+    """Upload a vector's file, unchanged, and its page in one commit, and return the address of the repository.
 
-    Both are one commit. Raises :class:`HubError` if the hub does not take it, :class:`ArgumentError` for another kind
-    of name, :class:`VectorFileError` if the file is not intact.
+    Args:
+        path: the vector's file.
+        repository: ``owner/name``; the repository is created if it does not exist.
+        private: True to create a private repository.
+
+    Raises:
+        HubError: the hub does not accept the upload.
+        ArgumentError: ``repository`` is no such name, or has a revision.
+        VectorFileError: the file is not intact.
     """
     name, revision = parsed(repository)
     if revision is not None:
@@ -55,9 +62,12 @@ def pushed(path: Path, repository: str, *, private: bool = False) -> str:
 def pulled(repository: str) -> TaskVector:
     """Return the vector of ``owner/name`` or ``owner/name@revision``.
 
-    Only its own file is downloaded, if it is not too large.
+    Only the vector's file is downloaded, and only if the file is not too large.
 
-    Raises :class:`HubError` if there is none or the hub does not give it, :class:`VectorFileError` if it is refused.
+    Raises:
+        ArgumentError: ``repository`` is no such name.
+        HubError: the repository does not exist, has no vector, or cannot be read.
+        VectorFileError: the file is too large, of unknown size, or no intact vector.
     """
     name, revision = parsed(repository)
     with (
@@ -83,7 +93,11 @@ def pulled(repository: str) -> TaskVector:
 
 
 def parsed(repository: str) -> tuple[str, str | None]:
-    """``owner/name`` and the revision, if there is one. Raises :class:`ArgumentError`."""
+    """Return ``owner/name``, and the revision or None.
+
+    Raises:
+        ArgumentError: ``repository`` is neither ``owner/name`` nor ``owner/name@revision``.
+    """
     match = _NAME.fullmatch(repository.removeprefix(PREFIX))
     if match is None:
         raise ArgumentError(f"{repository!r} is no repository of the hub: give owner/name or owner/name@revision")
@@ -92,9 +106,10 @@ def parsed(repository: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _told(repository: str, done: str, refused: str) -> Iterator[None]:
-    """What the hub's client raises, as an error that says what mends it.
+    """Turn the errors of the hub's client inside the block into :class:`HubError` with a remedy.
 
-    ``refused`` is what it may mean that the hub knows no such repository, or does not let in: it does not say which.
+    ``done`` is the attempted action in words. ``refused`` describes the possible causes if the hub knows no such
+    repository or denies access: the hub does not tell which.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""``<root>/<model>/<task>/<method>-<id>/``: a vector's file and a page that describes it."""
+"""The vector library: folders ``<root>/<model>/<task>/<method>-<id>/`` with a vector's file and its page."""
 
 from __future__ import annotations
 
@@ -24,29 +24,36 @@ _ELSEWHERE = f"choose another place by --library, library= or {VARIABLE}"
 
 
 class Library:
-    """The vectors below ``root``; None: the folder in ``LMMS_MTV_LIBRARY``, else the user's cache.
+    """The vectors below a root folder.
 
-    Nothing outside the root is read or written: names in cards and references are made safe or compared as texts, and
-    a link below the root is an error. Writing is done beside the place and renamed, so that a vector is there whole
-    or not at all, whatever is killed and however many processes write.
+    Names in cards and references cannot lead out of the root: they are made safe or compared as texts, and a link below
+    the root is an error. A vector is written to a temporary folder and renamed. So a vector is there whole or not at
+    all, even if processes are killed or several processes write.
 
-    Raises :class:`LibraryError` if the root cannot be read or written.
+    The methods raise :class:`LibraryError` if the root cannot be read or written.
+
+    Args:
+        root: the root folder; None for the folder in ``LMMS_MTV_LIBRARY``, else a folder in the user's cache.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = Path(os.path.abspath(os.path.expanduser(default_root() if root is None else root)))
 
     def folder(self, card: VectorCard) -> Path:
-        """Return where the vector of this recipe belongs. Vectors of different recipes never share a folder."""
+        """Return the folder for the vector of this recipe. Vectors of different recipes never share a folder."""
         return self.root / folder_name(card.model) / folder_name(card.task) / f"{folder_name(card.method)}-{card.id}"
 
     def add(self, vector: TaskVector) -> Path:
-        """Write the vector and its page, and return its file. If the same edits are there already, nothing is written.
+        """Write the vector and its page, and return the path of the vector's file.
 
-        A damaged file in its place is replaced, and so is another outcome of the same recipe.
+        Nothing is written if the library has a vector with the same recipe and the same edits. A damaged file of the
+        same recipe is replaced, and so is a vector of the same recipe with other edits.
 
-        Raises :class:`LibraryError` if there is no room or no permission; what was there before is then as it was.
-        Raises :class:`NumericsError` on NaN, :class:`GeometryError` if the edits are not of the card's geometry.
+        Raises:
+            LibraryError: the vector cannot be written, as without room or permission, or a link is in its place. The
+                earlier files are unchanged.
+            NumericsError: a tensor has NaN or infinity.
+            GeometryError: the edits do not fit the card's geometry.
         """
         vector.check(vector.card.geometry)
         folder = self._own(self.folder(vector.card))
@@ -70,15 +77,20 @@ class Library:
         return folder / FILE
 
     def check_writable(self) -> None:
-        """Raise :class:`LibraryError` if nothing can be added: better known before a fit than after it."""
+        """Check before a fit that vectors can be added after the fit.
+
+        Raises:
+            LibraryError: the root cannot be written.
+        """
         there = next(place for place in (self.root, *self.root.parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise LibraryError(f"the library {self.root} cannot be written to: {_ELSEWHERE}")
 
     def get(self, card: VectorCard) -> TaskVector | None:
-        """Return the vector of exactly this recipe, or None. A damaged one is a warning, and none.
+        """Return the vector of exactly this recipe, or None. A damaged file gives a warning and None.
 
-        Raises :class:`LibraryError` if a link is in its place.
+        Raises:
+            LibraryError: a link is in the vector's place.
         """
         path = self._own(self.folder(card)) / FILE
         vector = self._intact(path)
@@ -88,18 +100,20 @@ class Library:
         return vector
 
     def entries(self) -> list[Entry]:
-        """Return what is in the library, by model, task, method, shots and seed.
+        """Return the entries of the library, sorted by model, task, method, shots and seed.
 
-        Unreadable files are left out with a warning.
-
-        Only cards are read; :meth:`verify` reads all.
+        Only cards are read; :meth:`verify` reads whole files. Unreadable files are left out with a warning.
         """
         found = (self._readable(folder / FILE) for folder in self._folders())
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.order)
 
     @staticmethod
     def entry(path: Path) -> Entry:
-        """Return the entry of a vector's file, in the library or elsewhere. Raises :class:`VectorFileError`."""
+        """Return the entry of a vector's file, in the library or elsewhere.
+
+        Raises:
+            VectorFileError: the file cannot be read, or has no card.
+        """
         card = VectorCard.load(path)
         try:
             return Entry(path, card, path.stat().st_size)
@@ -115,13 +129,20 @@ class Library:
         seed: int | None = None,
         shots: int | None = None,
     ) -> Entry:
-        """Return the vector that a reference names.
+        """Return the entry of the vector that a reference names.
 
-        A reference is the path of a vector's file or of its folder, the first four or more digits of an id,
-        ``task/method``, or ``hub:owner/name`` with an optional ``@revision``, which is pulled first. If an id or a
-        ``task/method`` names several, they are narrowed by ``model``, ``task``, ``seed`` and ``shots``, in this order.
+        Args:
+            wanted: the path of a vector's file or of its folder, the first four or more digits of an id,
+                ``task/method``, or ``hub:owner/name`` with an optional ``@revision``, which is pulled first.
+            model: model of the vector, if an id or ``task/method`` names several vectors.
+            task: task of the vector, if several vectors are left.
+            seed: seed of the vector, if several vectors are left.
+            shots: shots of the vector, if several vectors are left.
 
-        Raises :class:`ArgumentError` if no vector is named, or several.
+        Raises:
+            ArgumentError: the reference names no vector, or several vectors.
+            VectorFileError: the file that the reference names cannot be read.
+            HubError: the vector cannot be pulled.
         """
         if wanted.startswith(hub.PREFIX):
             return self.pull(wanted.removeprefix(hub.PREFIX))
@@ -132,10 +153,13 @@ class Library:
         return reference.chosen(wanted, self.entries(), criteria, self.root)
 
     def pull(self, repository: str) -> Entry:
-        """Add the vector of ``owner/name`` or ``owner/name@revision`` of the hub.
+        """Add the vector of ``owner/name`` or ``owner/name@revision`` on the hub, and return its entry.
 
-        Raises :class:`HubError` if it cannot be had, :class:`VectorFileError` if what is there is refused, and
-        :class:`LibraryError` if the library has other edits of the same recipe, which it keeps.
+        Raises:
+            ArgumentError: ``repository`` is no such name.
+            HubError: the vector cannot be downloaded.
+            VectorFileError: the downloaded file is refused.
+            LibraryError: the library has other edits of the same recipe, which stay, or cannot be written.
         """
         vector = hub.pulled(repository)
         held = self.get(vector.card)
@@ -147,9 +171,10 @@ class Library:
         return self.entry(self.add(vector))
 
     def remove(self, entry: Entry) -> None:
-        """Remove a vector, its page, and the folders that are empty then.
+        """Remove a vector, its page, and the folders that are then empty.
 
-        Raises :class:`LibraryError` if it is not in this library, or cannot be removed.
+        Raises:
+            LibraryError: the vector is not in this library, or cannot be removed.
         """
         folder = self._own(entry.path.parent)
         if len(folder.relative_to(self.root).parts) != 3 or entry.path.name != FILE:
@@ -159,12 +184,12 @@ class Library:
             (folder / PAGE).unlink(missing_ok=True)
         except OSError as error:
             raise LibraryError(f"{entry.path} cannot be removed ({error.strerror or error})") from error
-        with contextlib.suppress(OSError):  # a folder with something else in it stays
+        with contextlib.suppress(OSError):  # a folder with other files stays
             for emptied in (folder, folder.parent, folder.parent.parent):
                 emptied.rmdir()
 
     def verify(self) -> list[Problem]:
-        """Return what is wrong in the library: every file is read, and compared with its checksum, card and place."""
+        """Return the problems of the library: each vector is read and compared with its checksum, card and folder."""
         problems = [*self._strays()]
         for folder in self._folders():
             try:
@@ -178,7 +203,7 @@ class Library:
         return sorted(problems, key=lambda problem: str(problem.path))
 
     def _readable(self, path: Path) -> Entry | None:
-        """Return the entry of a file, or None, with a warning, if it has no card."""
+        """Return the entry of a file, or None with a warning if the file has no readable card."""
         try:
             return self.entry(path)
         except VectorFileError as error:
@@ -186,7 +211,7 @@ class Library:
             return None
 
     def _intact(self, path: Path) -> TaskVector | None:
-        """Return the vector in a file, or None, with a warning if there is a file."""
+        """Return the vector in a file, or None. A damaged file gives a warning."""
         if not path.exists():
             return None
         try:
@@ -196,7 +221,7 @@ class Library:
             return None
 
     def _own(self, path: Path) -> Path:
-        """``path``, if it is below the root and no link is on the way. Raises :class:`LibraryError`."""
+        """Return ``path``; raise :class:`LibraryError` if the path leaves the root or leads over a link."""
         path = Path(os.path.normpath(path))
         if not path.is_relative_to(self.root):
             raise LibraryError(f"{path} is not in the library {self.root}")
@@ -208,7 +233,7 @@ class Library:
         return path
 
     def _folders(self) -> Iterator[Path]:
-        """Return the folders of the library that have a vector's file in them."""
+        """Yield the folders of the library with a vector's file."""
         for model in self._inside(self.root):
             for task in self._inside(model):
                 for folder in self._inside(task):
@@ -216,13 +241,13 @@ class Library:
                         yield folder
 
     def _inside(self, folder: Path) -> Iterator[Path]:
-        """Return the folders in a folder that are neither links nor hidden."""
+        """Yield the folders in a folder that are neither links nor hidden."""
         for path in self._listed(folder):
             if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
                 yield path
 
     def _strays(self) -> Iterator[Problem]:
-        """Links, what interrupted writes left, and places of vectors without one. Other hidden things pass."""
+        """Yield links, files of interrupted writes and vector folders without a vector; ignore other hidden files."""
         waiting = [self.root]
         while waiting:
             folder = waiting.pop()
@@ -249,7 +274,7 @@ class Library:
 
 
 def same_edits(one: TaskVector, other: TaskVector) -> bool:
-    """Return whether two vectors hold the very same numbers, in float32 as a file has them."""
+    """Return whether two vectors have exactly the same edits, in float32 as in a file."""
     if one.edits.keys() != other.edits.keys():
         return False
     left, right = one.tensors(), other.tensors()
@@ -257,7 +282,7 @@ def same_edits(one: TaskVector, other: TaskVector) -> bool:
 
 
 def _moved(made: Path, folder: Path) -> None:
-    """Rename a folder to its place, or its files if the place is taken."""
+    """Rename a folder to its place. If the place is a folder, move the files into that folder."""
     try:
         made.rename(folder)
     except OSError:

@@ -1,4 +1,4 @@
-"""The page of a vector: what it is, how to use it, and what it was made of, for a folder and for the hub."""
+"""The page of a vector, with its description, use and origin, for a folder of a library and for the hub."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def of(vector: TaskVector, repository: str | None = None) -> str:
-    """Return a Markdown page with the hub's metadata on top. ``repository``: where on the hub the vector is."""
+    """Return the Markdown page of a vector, which begins with the hub's metadata.
+
+    Args:
+        vector: the vector.
+        repository: ``owner/name`` of the vector on the hub, None for a vector of a library.
+    """
     card = vector.card
     wanted = f"hub:{repository}" if repository else card.id
-    # Quoted, since a card may come from anyone and this line is there to be copied into a shell.
+    # Quoted, since anyone may have written the card, and readers copy the line into a shell.
     arguments, task = shlex.quote(_line(f"pretrained={card.model},vector={wanted}")), shlex.quote(_line(card.task))
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts(vector))
     heads = set(vector.edits) <= {HEADS} and not any(edit.gate is not None for edit in vector.edits.values())
     what = "Activations that stand at some attention heads" if heads else "Changes of the hidden states"
-    # Only a vector of heads, without a gate, is one of that paper.
+    # The paper only has vectors of heads without a gate.
     paper = "\n([Multimodal Task Vectors](https://arxiv.org/abs/2406.15334))" if heads else ""
     return f"""{_metadata(card)}
 # Task vector: {_cell(card.method)} for {_cell(card.task)}
@@ -47,7 +52,7 @@ lmms-eval --model mtv --model_args {arguments} --tasks {task}
 
 
 def facts(vector: TaskVector) -> list[tuple[str, str]]:
-    """Return what is known of a vector, for a reader: names and values."""
+    """Return the facts of a vector as pairs of name and value, for a reader."""
     card = vector.card
     return [
         ("id", card.id),
@@ -71,7 +76,7 @@ def facts(vector: TaskVector) -> list[tuple[str, str]]:
 
 
 def _metadata(card: VectorCard) -> str:
-    """YAML front matter; a JSON text is a YAML text."""
+    """Return the YAML front matter. JSON texts in it are YAML texts too."""
     lines = ["library_name: lmms-mtv"]
     if _REPOSITORY.fullmatch(card.model):
         lines.append(f"base_model: {json.dumps(card.model)}")

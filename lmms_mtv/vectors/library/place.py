@@ -1,4 +1,4 @@
-"""Where a library is, and the names of what is in it."""
+"""The location of a library, and the names of its files and folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 VARIABLE: Final = "LMMS_MTV_LIBRARY"
-"""Environment variable with the root of the library."""
+"""Name of the environment variable with the root of the library."""
 
 FILE: Final = "vector.safetensors"
 PAGE: Final = "README.md"
@@ -21,13 +21,13 @@ _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{16}", re.DOTALL)
 
 
 def default_root() -> Path:
-    """Return the folder that ``LMMS_MTV_LIBRARY`` names, else ``lmms-mtv/library`` in the user's cache."""
+    """Return the folder in ``LMMS_MTV_LIBRARY``, else ``lmms-mtv/library`` in the user's cache."""
     given = os.environ.get(VARIABLE)
     return Path(given) if given else user_cache() / "library"
 
 
 def user_cache() -> Path:
-    """Return the folder of this package in the user's cache, where ``~`` is not yet expanded."""
+    """Return the folder of this package in the user's cache, without expanding ``~``."""
     if sys.platform == "darwin":
         cache = Path("~/Library/Caches")
     elif sys.platform == "win32":
@@ -38,10 +38,10 @@ def user_cache() -> Path:
 
 
 def folder_name(name: str) -> str:
-    """Return one component of a path for any ``name``, of at most 96 ASCII characters; no two names share one.
+    """Return a folder name for any ``name``, of at most 96 ASCII characters. Different names get different folders.
 
-    ``owner/model`` is ``owner--model``. A name that cannot be written like that keeps what is readable of it, and the
-    digest of the whole after a ``~``.
+    ``owner/model`` becomes ``owner--model``. A name that cannot be written this way becomes its readable characters, a
+    ``~`` and a digest of the whole name.
     """
     written = name.replace("/", "--")
     if _PLAIN.fullmatch(name) and "--" not in name and ".." not in name and len(written) <= _LONGEST:
@@ -52,7 +52,5 @@ def folder_name(name: str) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether something of this name is on its way to its real one, or was left there by a process that was
-    killed.
-    """
+    """Return whether ``name`` is the temporary name of an unfinished write, which may be running or interrupted."""
     return _TEMPORARY.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""How a vector is named on a command line, and which vector of a library that is."""
+"""References, which name vectors on a command line, and the search for the named vector."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FORMS: Final = "a path, four or more digits of an id, task/method, or hub:owner/
 
 
 def file(wanted: str) -> Path | None:
-    """Return the vector's file that a reference is the path of, itself or its folder; None if it is no path.
+    """Return the vector's file if a reference is the path of the file or of its folder, None for other references.
 
-    What ends in ``.safetensors`` or begins like a path is one, also where nothing is.
+    A reference that ends in ``.safetensors``, or that begins like a path, is a path even if there is no file.
     """
     path = Path(os.path.expanduser(wanted) if wanted.startswith("~/") else wanted)
-    # os.path and not Path: a reference that no path can be (too long, a zero byte) is none of a file.
+    # os.path and not Path: os.path answers False for texts that cannot be a path (too long, a zero byte).
     if os.path.isfile(path) or wanted.endswith(".safetensors"):
         return path
     if os.path.lexists(path / FILE) or wanted.startswith(("/", "./", "../", "~/")):
@@ -35,10 +35,19 @@ def file(wanted: str) -> Path | None:
 
 
 def chosen(wanted: str, entries: Sequence[Entry], criteria: Mapping[str, str | int | None], root: Path) -> Entry:
-    """Return the one of ``entries`` that an id prefix or ``task/method`` names.
+    """Return the entry that an id prefix or ``task/method`` names.
 
-    Several are narrowed by those ``criteria`` that are not None, one after the other, then to those without parents.
-    Raises :class:`ArgumentError` if none or several are left, or if a criterion leaves none.
+    If several entries match, the criteria select among them one after the other. Then entries without parents go before
+    entries with parents.
+
+    Args:
+        wanted: four or more first digits of an id, or ``task/method``.
+        entries: the entries of the library.
+        criteria: values of the card by field; None selects nothing.
+        root: the library's root, for messages.
+
+    Raises:
+        ArgumentError: no entry matches, a criterion leaves no entry, or several entries are left.
     """
     matches = [entry for entry in entries if _named(wanted, entry)]
     if not matches:
@@ -57,7 +66,7 @@ def chosen(wanted: str, entries: Sequence[Entry], criteria: Mapping[str, str | i
             )
         matches = narrowed
     if len(matches) > 1 and (fitted := [entry for entry in matches if not entry.card.parents]):
-        # What was made of other vectors is named by its id.
+        # A vector that was made of other vectors has to be named by its id.
         matches = fitted
     if len(matches) > 1:
         telling = [name for name in _TELLING if len({getattr(entry.card, name) for entry in matches}) > 1]
