@@ -21,6 +21,8 @@ from lmms_mtv.vectors import Geometry
 
 logger = logging.getLogger(__name__)
 
+# A name or class with one of these texts may be attention.
+_ATTENTION: Final = ("att",)
 _PROJECTION: Final = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "o")
 _HEAD_DIM: Final = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")
 _HEADS: Final = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -204,7 +206,10 @@ def _named_decoder(model: nn.Module, name: str) -> tuple[str, nn.Module, Blocks]
         raise DiscoveryError(f"decoder={name!r} is no module of {type(model).__name__}: {error}") from None
     lists = _block_lists(owner)
     if not lists:
-        raise DiscoveryError(f"decoder={name!r} holds no list of blocks with attention")
+        raise DiscoveryError(
+            f"decoder={name!r} holds no list of blocks with attention: {_first_block(owner)}; "
+            "docs/support-a-model.md says which names are known and how to add others"
+        )
     return name, owner, _nearest(name, lists)
 
 
@@ -230,9 +235,25 @@ def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
                 )
             return path, owner, blocks
     raise DiscoveryError(
-        f"no list of blocks with attention next to the token embedding of {type(model).__name__}: pass decoder= with "
-        "the dotted name of the module that holds the decoder's blocks"
+        f"no list of blocks with attention next to the token embedding of {type(model).__name__}: "
+        f"{_first_block(model)}. If its attention is among these modules, add its names as docs/support-a-model.md says; "
+        "else pass decoder= with the dotted name of the module that holds the decoder's blocks"
     )
+
+
+def _first_block(owner: nn.Module) -> str:
+    """Return in words the modules of the first block of the longest list of modules in ``owner``."""
+    lists = {
+        name: module for name, module in owner.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if not lists:
+        return f"{type(owner).__name__} holds no nn.ModuleList"
+    name = max(lists, key=lambda name: len(lists[name]))
+    inside = [
+        f"{child} ({', '.join([type(module).__name__, *dict(module.named_children())])})"
+        for child, module in lists[name][0].named_children()
+    ]
+    return f"{f'{name}.0'.removeprefix('.')} has {', '.join(inside) or 'no modules'}"
 
 
 def _nearest(name: str, lists: Mapping[str, nn.ModuleList]) -> Blocks:
@@ -243,7 +264,8 @@ def _nearest(name: str, lists: Mapping[str, nn.ModuleList]) -> Blocks:
             f"{name or 'the model'} holds several lists of blocks with attention ({', '.join(nearest)}): pass decoder= "
             "with the dotted name of the module that holds only the decoder's"
         )
-    return [(f"{nearest[0]}.{index}", block) for index, block in lists[nearest[0]].named_children()]
+    around = f"{nearest[0]}." if nearest[0] else ""
+    return [(f"{around}{index}", block) for index, block in lists[nearest[0]].named_children()]
 
 
 def _block_lists(owner: nn.Module) -> dict[str, nn.ModuleList]:
@@ -273,7 +295,7 @@ def _projection(name: str, module: nn.Module, hidden: int | None) -> str | None:
     """Return the name of the output projection if ``module`` is softmax self-attention, else None."""
     own_name, kind = name.rpartition(".")[2], type(module).__name__
     children = dict(module.named_children())
-    if "att" not in f"{own_name} {kind}".lower() or not any(map(_INPUT.search, children)):
+    if not any(text in f"{own_name} {kind}".lower() for text in _ATTENTION) or not any(map(_INPUT.search, children)):
         return None
     if CROSS.search(own_name) or "cross" in kind.lower():
         return None
@@ -340,7 +362,8 @@ def _heads(attention: nn.Module, module: nn.Module, name: str) -> tuple[int, int
     if size is None or size < 1 or width % size or (counts and width // size not in counts):
         raise DiscoveryError(
             f"the heads of {name} are not clear: its input is {width} wide, the size of a head is {size}, the number "
-            f"of heads is said to be {counts or 'nothing'}: pass decoder= if this is not the language decoder"
+            f"of heads is said to be {counts or 'nothing'}: add the attribute of the attention that has one of them to "
+            "_HEADS or _HEAD_DIM (docs/support-a-model.md), or pass decoder= if this is not the language decoder"
         )
     return width // size, size
 

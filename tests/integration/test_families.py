@@ -696,3 +696,42 @@ def test_blocks_that_share_one_attention_are_refused():
     model.model.layers[3].self_attn = model.model.layers[1].self_attn
     with pytest.raises(DiscoveryError, match=r"share one attention module.*decoder="):
         find_sites(model)
+
+
+class Mixer(torch.nn.Module):
+    """Attention under names that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split3, self.merge = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+
+
+def unknown_model(mixer: torch.nn.Module) -> torch.nn.Module:
+    """Return a model with ``mixer`` in the first of its two blocks, in a list that is itself the decoder."""
+    model = torch.nn.Module()
+    model.words = torch.nn.Embedding(9, 8)
+    model.trunk = torch.nn.Module()
+    model.trunk.stages = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
+    for stage in model.trunk.stages:
+        stage.mixer = mixer
+    return model
+
+
+@pytest.mark.parametrize("decoder", [None, "trunk", "trunk.stages"])
+def test_blocks_that_are_not_recognised_are_shown(decoder):
+    """The names that discovery lacks are in the message, and the page that says where to add them."""
+    with pytest.raises(
+        DiscoveryError, match=r"no list of blocks with attention.*0 has mixer \(Mixer, split3, merge\)"
+    ) as e:
+        find_sites(unknown_model(Mixer()), decoder)
+    assert "docs/support-a-model.md" in str(e.value)
+
+
+def test_unclear_heads_of_a_list_that_is_the_decoder_have_a_whole_name():
+    attention = torch.nn.Module()
+    attention.q_proj, attention.o_proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    model = unknown_model(Mixer())
+    for stage in model.trunk.stages:
+        stage.attention = attention
+    with pytest.raises(DiscoveryError, match=r"the heads of trunk\.stages\.0\.attention\.o_proj are not clear.*_HEADS"):
+        find_sites(model, "trunk.stages")
