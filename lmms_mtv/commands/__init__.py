@@ -1,5 +1,5 @@
 """The commands of ``lmms-mtv``, one file each.
 
-A command's module has ``add(commands)``, which adds its parser and sets ``run``, a function of the parsed arguments.
-What a command needs beyond its parser is imported when it runs.
+The module of a command has ``add(commands)``, which adds the parser of the command and sets ``run``, a function of the
+parsed arguments. All imports beyond the needs of the parser happen when the command runs.
 """

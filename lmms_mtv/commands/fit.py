@@ -20,7 +20,7 @@ _INSTEAD: Final = {
     "limit": "leave it out, nothing is evaluated",
     "reuse": "leave it out, a vector in the library is not fitted again",
 }
-"""Model arguments that are not for ``--model_args``, and what to do instead."""
+"""Model arguments that do not belong in ``--model_args``, with the advice that the error message gives."""
 
 
 def add(commands: Any) -> None:

@@ -221,9 +221,11 @@ def _size(count: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], width: int | None) -> str:
-    """Return the rows as text with aligned columns; the first row is the heading.
+    """Return the rows as text with aligned columns.
 
-    With a ``width``, the widest columns but the first are cut until the lines fit.
+    Args:
+        rows: the rows; the first row is the heading.
+        width: the largest width of a line, to which all columns but the first are cut; None cuts nothing.
     """
     cells = [[_plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -50,6 +50,10 @@ def source(task: str) -> Source:
 def documents(task: str, split: str) -> Dataset:
     """Return the rows of a split, from the folder in ``LMMS_MTV_DATA``, or from the hub if the variable is not set.
 
+    Args:
+        task: the name of the task.
+        split: the name of the split.
+
     Raises:
         DataError: the data cannot be loaded, or the number of rows is not the official number.
     """
@@ -71,6 +75,10 @@ def documents(task: str, split: str) -> Dataset:
 
 def image(task: str, reference: str) -> Image.Image:
     """Return the image that a row of ``task`` refers to, in RGB.
+
+    Args:
+        task: the name of the task.
+        reference: a path in the folder of the task, or a reference to an image on the hub.
 
     Raises:
         DocumentError: the image is missing or damaged.

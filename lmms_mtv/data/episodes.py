@@ -56,6 +56,10 @@ def row(episode: Mapping[str, str], references: Mapping[str, str]) -> Row:
     """Return the row of an episode: images and options in their order, and the letter of the query's class.
 
     The code of the authors draws the order of the options; here the names of the images determine the order.
+
+    Args:
+        episode: the names of the images ``pos``, ``neg`` and ``query``, and the labels ``pos_label`` and ``neg_label``.
+        references: the references to the images, by file name.
     """
     names = {key: PurePosixPath(episode[key]).name for key in ("pos", "neg", "query")}
     swapped = hashlib.sha256("/".join(names.values()).encode()).digest()[0] % 2
@@ -76,7 +80,7 @@ def validated(content: Any, data: EpisodeSet, split: str, where: str, counted: b
         data: the data set.
         split: name of the split.
         where: the file, for error messages.
-        counted: compare the numbers of episodes and classes with the official numbers.
+        counted: True compares the numbers of episodes and classes with the official numbers.
 
     Raises:
         DataError: the form or a number is not as expected.
@@ -99,6 +103,11 @@ def regenerated(classes: Classes, repeats: int, seed: int) -> list[dict[str, str
     """Return episodes drawn from the images of ``classes``, with each image as the query of ``repeats`` episodes.
 
     The positive image is another image of the query's class; the negative image is from a random other class.
+
+    Args:
+        classes: names of the images of each class.
+        repeats: number of episodes for each query image.
+        seed: seed of the draw.
 
     Raises:
         DataError: a class has fewer than two images, or there is no second class.

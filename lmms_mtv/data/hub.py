@@ -77,7 +77,7 @@ def texts(copy: Copy) -> Dataset:
 
 
 def _newest(path: str) -> str:
-    """Return the newest commit, so that a run records its data; empty if the hub does not tell the commit."""
+    """Return the newest commit, so that a run records its data; empty if the hub does not give the commit."""
     try:
         commit = str(HfApi().dataset_info(path).sha)
     except (OSError, ValueError, HfHubHTTPError):
@@ -112,6 +112,10 @@ def names(copy: Copy) -> list[str | None]:
 
 def downloaded(file: File, task: str) -> Path:
     """Return the path of a file from the web in the cache of the datasets library, after a check of its SHA-256.
+
+    Args:
+        file: the file.
+        task: the name of the task, for error messages.
 
     Raises:
         DataError: the file cannot be downloaded, or has another SHA-256.

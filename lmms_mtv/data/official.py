@@ -145,7 +145,11 @@ class Official:
             self._check_complete(file, path, missing, len(names))
 
     def _check_complete(self, file: File, path: Path, missing: set[str], expected: int) -> None:
-        """Raise :class:`DataError` if members are missing."""
+        """Check that no members are missing.
+
+        Raises:
+            DataError: members are missing.
+        """
         if missing:
             few = ", ".join(sorted(missing)[:3])
             raise DataError(
@@ -154,7 +158,11 @@ class Official:
             )
 
     def _check(self, file: File, path: Path) -> None:
-        """Record a file in ``used``, and raise :class:`DataError` if its checksum differs."""
+        """Record a file in ``used``, and check its checksum.
+
+        Raises:
+            DataError: the checksum differs from the official checksum.
+        """
         if str(path) in self.used:
             return
         if path.is_dir():
@@ -187,6 +195,11 @@ def checksum(path: Path, kind: str, progress: bool = False) -> str:
 def json_in(path: Path, name: str, url: str) -> Any:
     """Return the content of the JSON file ``name``: of ``path``, or of a member of an archive or a folder.
 
+    Args:
+        path: the JSON file, or an archive or folder that contains the file.
+        name: the name of the JSON file.
+        url: the address of the download, for error messages.
+
     Raises:
         DataError: there is no such member, or the content is not JSON.
     """
@@ -203,8 +216,12 @@ def json_in(path: Path, name: str, url: str) -> Any:
 def parsed(content: bytes, path: Path) -> Any:
     """Return ``content`` parsed as JSON.
 
+    Args:
+        content: the bytes of a file.
+        path: the path of the file, for error messages.
+
     Raises:
-        DataError: the content is not JSON; the message names ``path``.
+        DataError: the content is not JSON.
     """
     try:
         return json.loads(content)

@@ -23,9 +23,10 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def opened(path: object) -> Image.Image:
-    """Return the picture in a file in RGB, rotated as its EXIF data say.
+    """Return the picture in a file in RGB, rotated according to its EXIF data.
 
-    Raises one of the exceptions in :data:`UNREADABLE`.
+    Raises:
+        OSError, SyntaxError, DecompressionBombError: the picture is unreadable, see :data:`UNREADABLE`.
     """
     picture = Image.open(path)  # type: ignore[arg-type]
     return rgb(ImageOps.exif_transpose(picture) or picture)

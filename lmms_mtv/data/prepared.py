@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORM_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)
-"""The exceptions of reading a file whose form has changed since its publication."""
+"""Exceptions that show that the form of a file has changed since its publication."""
 
 _SCHEMA = 1
 
@@ -28,9 +28,13 @@ def prepare(source: Source, official: Official) -> dict[str, int]:
 
     The same call continues an interrupted conversion.
 
+    Args:
+        source: the data source of the task.
+        official: the official files, and the folder for the data.
+
     Raises:
         ArgumentError: ``regenerate`` is set for a task without drawn episodes.
-        DataError: a file is missing or has other content than expected, or a number of rows is not the official number.
+        DataError: a file is missing or has unexpected content, or a number of rows is not the official number.
     """
     if official.regenerate and not source.regenerates:
         raise ArgumentError(
@@ -75,6 +79,11 @@ def prepare(source: Source, official: Official) -> dict[str, int]:
 def rows(source: Source, root: Path, split: str) -> list[Row]:
     """Return the rows of a split in a prepared folder.
 
+    Args:
+        source: the data source of the task.
+        root: the folder with the prepared folders of all tasks.
+        split: the name of the split.
+
     Raises:
         DataError: the folder is missing or incomplete, or a file was altered.
     """
@@ -96,7 +105,11 @@ def rows(source: Source, root: Path, split: str) -> list[Row]:
 
 
 def _manifest(source: Source, folder: Path) -> Mapping[str, Any]:
-    """Return the manifest of a prepared folder, or raise :class:`DataError`."""
+    """Return the manifest of a prepared folder.
+
+    Raises:
+        DataError: the manifest is missing, or has another schema or another task.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(
@@ -112,7 +125,17 @@ def _manifest(source: Source, folder: Path) -> Mapping[str, Any]:
 
 
 def check_count(source: Source, split: str, count: int, where: str) -> None:
-    """Raise :class:`DataError` unless ``count`` is the official number of rows."""
+    """Check that ``count`` is the official number of rows of a split.
+
+    Args:
+        source: the data source of the task.
+        split: the name of the split.
+        count: the number of rows.
+        where: the place of the rows, for error messages.
+
+    Raises:
+        DataError: the number differs.
+    """
     if count != source.rows[split]:
         raise DataError(
             f"split {split} of task {source.task} has {count:,} rows in {where}, expected {source.rows[split]:,}: "

@@ -22,6 +22,10 @@ def split(pairs: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
     The proportions are those of the authors' code. A pair and its reverse stay in one split, so that the training split
     has no reversed pair of the test split.
+
+    Args:
+        pairs: the word pairs, each with ``input`` and ``output``.
+        seed: the seed of the order of the pairs.
     """
     groups: dict[frozenset[str], list[Row]] = {}
     for pair in pairs:

@@ -90,6 +90,11 @@ def write(folder: Path, cell: Cell, harness_results: Mapping[str, Any]) -> Path:
     """Write a cell with the results of the harness and a seal, and return the path of the file.
 
     The write is atomic: the file is complete or absent.
+
+    Args:
+        folder: the results folder.
+        cell: the cell.
+        harness_results: the harness's own results of the cell.
     """
     content = {**harness_results, "mtv": dataclasses.asdict(cell)}
     content["seal"] = seal(content)
@@ -100,6 +105,10 @@ def write(folder: Path, cell: Cell, harness_results: Mapping[str, Any]) -> Path:
 
 def read(folder: Path, key: CellKey) -> Cell | None:
     """Return the cell with ``key``, None if the folder has no such cell.
+
+    Args:
+        folder: the results folder.
+        key: the key of the cell.
 
     Raises:
         DataError: the file is damaged, was altered, or holds the cell of another key.

@@ -83,6 +83,10 @@ def stored(folder: Path) -> list[CellDifference]:
 def tables(folder: Path, pages: Sequence[Path]) -> list[CellDifference]:
     """Return the first difference of each page between its tables and the tables of the cells.
 
+    Args:
+        folder: the results folder.
+        pages: the files with tables of these results.
+
     Raises:
         DataError: the folder has no intact cells.
     """

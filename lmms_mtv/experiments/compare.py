@@ -90,7 +90,11 @@ def run(requested: Plan, output: Path, load: Callable[[Plan, Path], CellRunner])
 
 
 def _check_model(model: Mapping[str, Any], output: Path) -> None:
-    """Raise :class:`ArgumentError` if the folder has cells of another model: a table has only one model."""
+    """Check that the folder has only cells of this model: a table has only one model.
+
+    Raises:
+        ArgumentError: the folder has cells of another model.
+    """
     for cell in cells.read_all(output):
         if cells.described(cell.model) != cells.described(model):
             raise ArgumentError(
@@ -105,7 +109,11 @@ def _missing(requested: Plan, output: Path) -> list[CellKey]:
 
 
 def _check_agreement(stored: Plan, requested: Plan, output: Path) -> None:
-    """Raise :class:`ArgumentError` if the plans give different cells for the same key."""
+    """Check that the plans give the same cell for the same key.
+
+    Raises:
+        ArgumentError: the plans contradict each other.
+    """
     again = f"choose another --output, or delete {output}"
     for name in ("name", "model", "limit"):
         before, now = getattr(stored, name), getattr(requested, name)

@@ -64,7 +64,7 @@ class Plan:
         tolerance: largest accepted change of a number: ``score`` of a cell, absolute; ``values`` of a vector, relative
             to the largest value.
         x: x axis of the score plot.
-        groups: tasks of each task group, as soon as the harness has told the tasks.
+        groups: tasks of each task group, after the harness has listed the tasks.
         seeds_of: seeds of the arms that run with only some of the seeds.
 
     Raises:

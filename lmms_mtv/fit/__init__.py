@@ -1,1 +1,1 @@
-"""From training examples to activations and losses, and from losses to a choice."""
+"""Fitting: activations and losses of training examples, and the choices that are learned from losses."""

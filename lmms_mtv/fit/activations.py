@@ -1,4 +1,4 @@
-"""What heads and other streams do at the last token of prompts."""
+"""Activations of heads and other streams at the last token of prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ P = TypeVar("P")
 
 
 class ActivationReader(Generic[P]):
-    """Activations of prompts, ``batch_size`` rows of them in a forward, shared out among the processes."""
+    """A reader of activations, ``batch_size`` prompts in a forward. The processes share the prompts."""
 
     def __init__(self, context: Context[P], prefills: PrefillCache[P], batch_size: BatchSize) -> None:
         self._context = context
@@ -31,7 +31,7 @@ class ActivationReader(Generic[P]):
     @torch.no_grad()
     @counted
     def mean(self, episodes: Sequence[Episode], stream: str) -> Tensor:
-        """Return the mean over ``episodes``; see :meth:`FitSession.mean_activations`."""
+        """Return the mean activation over ``episodes``, float32 [L, H, D]; see :meth:`FitSession.mean_activations`."""
         context = self._context
         total = torch.zeros(shape(context.sites, stream), dtype=torch.float64)
         shard = context.ranks.shard(episodes)
@@ -49,7 +49,17 @@ class ActivationReader(Generic[P]):
     @torch.no_grad()
     @counted
     def each(self, episodes: Sequence[Episode], stream: str, layers: range, description: str) -> Tensor:
-        """Return the activations of each of N prompts in ``layers``, float32 [N, layers, H, D] on the CPU."""
+        """Return the activations of each of N prompts.
+
+        Args:
+            episodes: N queries with their demonstrations.
+            stream: the stream to read.
+            layers: the layers to return.
+            description: the text of the progress bar.
+
+        Returns:
+            float32 [N, layers, H, D], on the CPU.
+        """
         context = self._context
         _, heads, size = shape(context.sites, stream)
         activations = torch.zeros(len(episodes), len(layers), heads, size)
@@ -67,24 +77,44 @@ class ActivationReader(Generic[P]):
 
     @counted
     def head_contributions(self, means: Tensor, chosen: Tensor) -> Tensor:
-        """Return what the ``chosen`` heads add to the hidden state; see :meth:`FitSession.head_contributions`."""
+        """Return the part of each hidden state that the ``chosen`` heads add.
+
+        All heads have the values ``means``: a norm after attention depends on the output of all heads of a layer.
+
+        Args:
+            means: the values of all heads, float32 [L, H, D].
+            chosen: 1 for the heads that count, else 0, float32 [L, H].
+
+        Returns:
+            float32 [L, 1, width], on the CPU.
+        """
         context = self._context
         with receivers(context.sites) as norms:
-            # One prompt, to see where the output of attention goes.
+            # One prompt runs, to find the modules that receive the output of attention.
             self._of([Episode(0, ())], HEADS)
         return attention_outputs(context.sites, means * chosen.unsqueeze(-1), means, norms)
 
     @torch.no_grad()
     @counted
     def answered(self, episodes: Sequence[Episode], stream: str) -> tuple[Tensor, Tensor]:
-        """Return activations before and after the targets; see :meth:`FitSession.answered_activations`."""
+        """Return the activations before and after the target of each query.
+
+        Args:
+            episodes: N queries with their demonstrations.
+            stream: the stream to read.
+
+        Returns:
+            The activations at the last token of each prompt, and the activations at the last token of the target that
+            follows the prompt, both float32 [N, L, H, D] on the CPU. The target ends with the tokens that end an answer
+            in the prompt. In a stream other than the heads, H is 1 and D is the model's width.
+        """
         context = self._context
         before_and_after = torch.zeros(2, len(episodes), *shape(context.sites, stream))
         with context.ranks.raise_together(), single_row():
             for index in context.bar(context.ranks.shard(range(len(episodes))), "Extracting activations"):
                 prefill, target = self._prefills.get(episodes[index], lean=None)
                 context.verify(prefill, [stream])
-                # A forward runs the target without its last token, so the whole of it needs one more.
+                # A forward runs the target without the last token, so that the whole target needs one more token.
                 for side, following in enumerate((target.ids[:1], [*target.ids, target.ids[-1]])):
                     with record(context.sites, stream) as recording:
                         prefill.forward(context.model, context.sites, {}, following)

@@ -1,7 +1,7 @@
 """Calibration of replays: probes find the fastest way to run edits that equals full forwards.
 
-Each case of edits is calibrated once for prompts of about one length. The probe is made of the prompt's own
-activations, and is run by full forwards, from the cache in rows, and from the cache side by side. So the result depends
+Each case of edits is calibrated once for prompts of about the same length. The probe consists of activations of the
+prompt. The probe runs by full forwards, from the cache in rows, and from the cache side by side. So the result depends
 neither on the edits whose losses are computed first, nor on the order of calls.
 """
 
@@ -24,26 +24,27 @@ from lmms_mtv.vectors import Edit, Edits, taken
 logger = logging.getLogger(__name__)
 
 Replay = Literal["side by side", "rows", "full forwards"]
-"""How the losses of several edits are computed, from the fastest way to the slowest."""
+"""A way to compute the losses of several edits, from the fastest way to the slowest."""
 
 MAX_PACKED: Final = 1024
-"""Positions side by side at most: the attention mask grows with the square."""
+"""Largest number of positions side by side: the size of the attention mask grows with its square."""
 
 _PROBES: Final = 4
-"""Edits of which a probe consists."""
+"""Number of edits in a probe."""
 
 _SIDE_BY_SIDE: Final = 32
 """Number of edits that are compared side by side; the edits of the probe are repeated."""
 
 _APART: Final = 1e-4
-"""How much a loss may change with its neighbours, which count for exactly 0 where an attention mask hides them."""
+"""Largest accepted change of a loss with the neighbours, which an exact attention mask hides completely."""
 
 
 class ReplayCase(NamedTuple):
     """Edits and prompts that share a calibration.
 
-    ``streams`` are the edited streams, each with its flags; ``length`` is the number of binary digits of the prompt's
-    length in tokens.
+    Attributes:
+        streams: the edited streams, each with the flags ``once`` and ``renormed`` and with the presence of a gate.
+        length: the number of binary digits of the prompt's length in tokens.
     """
 
     streams: tuple[tuple[str, bool, bool, bool], ...]
@@ -57,9 +58,12 @@ class ReplayCase(NamedTuple):
 
 
 class Calibration:
-    """The ways to run edits that were found to be exact on this model.
+    """The ways to run edits that were found exact on this model.
 
-    ``way`` is one to take without a probe, for comparisons; with None probes decide.
+    Args:
+        context: the model, the examples and the processes of the fit.
+        runner: the computation of losses.
+        way: the way to take without a probe, for comparisons; None lets probes decide.
     """
 
     def __init__(self, context: Context[Any], runner: LossRunner, way: Replay | None) -> None:
@@ -73,14 +77,14 @@ class Calibration:
 
     @property
     def replays(self) -> bool | None:
-        """Whether losses come from replays, but for single prompts without a cache; None before the first loss."""
+        """True if losses come from replays, except for prompts without a cache; None before the first loss."""
         if not self._exact:
             return False if self._lacks_cache else None
         return all(self._exact.values())
 
     @property
     def way(self) -> Replay | None:
-        """The slowest way of all cases; None before the first loss."""
+        """Slowest way of all cases; None before the first loss."""
         if self.replays is None:
             return None
         if not self.replays:
@@ -89,7 +93,7 @@ class Calibration:
         return "side by side" if edited and all(edited) else "rows"
 
     def lean(self, prefill: Prefill) -> bool:
-        """Return whether a prompt needs nothing but the inputs of its replays."""
+        """Return whether a prompt needs only the inputs of its replays."""
         length = ReplayCase.of({}, prefill).length
         is_known = any(case.length == length for case in self._exact)
         return is_known and bool(self.replays) and prefill.cache is not None
@@ -105,7 +109,11 @@ class Calibration:
     def replays_unedited(self, prefill: Prefill, target: list[int]) -> bool:
         """Return whether a prompt without edits runs exactly from its cache.
 
-        Each process finds out for itself, since others may be at another prompt.
+        Each process decides for itself, since other processes may be at another prompt.
+
+        Args:
+            prefill: the prefilled prompt.
+            target: the token ids that follow the prompt.
         """
         if prefill.cache is None or self._fixed == "full forwards":
             return False
@@ -123,7 +131,14 @@ class Calibration:
         return not self._exact[case] or case in self._exact_side_by_side or not self._may_pack(prefill, edits, target)
 
     def calibrate(self, case: ReplayCase, prefill: Prefill, edits: Edits, target: list[int]) -> None:
-        """Find out, once for each case, how edits run exactly. The prompt has to be whole if the case is new."""
+        """Find, once for each case, the exact ways to run edits.
+
+        Args:
+            case: the case of the edits.
+            prefill: the prefilled prompt; a prompt with all inputs if the case is new.
+            edits: the edits to calibrate.
+            target: the token ids that follow the prompt.
+        """
         if self.is_settled(case, prefill, edits, target):
             return
         if prefill.cache is None:
@@ -144,21 +159,21 @@ class Calibration:
             )
 
     def _may_pack(self, prefill: Prefill, edits: Edits, target: list[int]) -> bool:
-        """Return whether as many edits as are compared side by side may stand in one row of this prompt."""
+        """Return whether the edits that are compared side by side may stand in one row of this prompt."""
         return bool(edits) and prefill.fits_one_row(self._context.model, edits, target, _number_compared(target))
 
     def _on_all_ranks(self, holds: Callable[[], bool]) -> bool:
-        """Return whether every process finds that it ``holds``."""
+        """Return whether the condition ``holds`` is true in every process."""
         with self._context.ranks.raise_together(), single_row(), torch.no_grad():
             here = holds()
         return self._context.on_all_ranks(here)
 
     def _probe(self, prefill: Prefill, edits: Edits) -> Edits:
-        """Return edits like ``edits`` that put activations of this prompt at other heads than those they come from."""
+        """Return edits like ``edits`` whose values are activations of this prompt, each at another head."""
         generator, probe = torch.Generator().manual_seed(0), {}
         for name, like in edits.items():
             with record(self._context.sites, name) as recording:
-                # The prompt and one more token; which token does not matter.
+                # The prompt and one more token run; any token serves.
                 prefill.forward(self._context.model, self._context.sites, {}, [0])
             activations = recording.last()[0].float().cpu()
             mask = (torch.rand(_PROBES, *activations.shape[:2], generator=generator) < 0.5).float()
@@ -169,7 +184,7 @@ class Calibration:
         return probe
 
     def _is_exact(self, prefill: Prefill, probe: Edits, target: list[int]) -> bool:
-        """Return whether replays equal full forwards on this model."""
+        """Return whether replays equal full forwards on this model, within the precision of the model."""
         full = self._runner.losses(prefill.forward, probe, target)
         replayed = self._runner.losses(prefill.replay, probe, target)
         gap = (full - replayed).abs().max().item()
@@ -193,7 +208,7 @@ class Calibration:
         differ = (in_rows - in_rows[0]).abs().max().item() > 10 * _APART
         try:
             packed = side_by_side(order)
-            # Every second edit is the same as in ``packed``, between other neighbours.
+            # Every second edit is the same as in ``packed``, with other neighbours.
             moved = side_by_side([index if place % 2 == 0 else 0 for place, index in enumerate(order)])
             halfway = side_by_side(order, prefill.halfway())
         except MtvError:
@@ -217,19 +232,19 @@ class Calibration:
         return False
 
     def _is_near(self, losses: Tensor, gap: float) -> bool:
-        """Return whether a difference of ``gap`` between ``losses`` and others is within the model's precision."""
+        """Return whether a difference of ``gap`` from ``losses`` is within the model's precision."""
         parameter = next(self._context.model.parameters())
         tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
         return gap <= tolerance * (1 + losses.abs().max().item())
 
 
 def _number_compared(target: Sequence[int]) -> int:
-    """Return how many edits are compared side by side for a target of this length."""
+    """Return the number of edits that are compared side by side for a target of this length."""
     return min(_SIDE_BY_SIDE, max(MAX_PACKED // len(target), _PROBES))
 
 
 def _is_of_this_package(error: BaseException) -> bool:
-    """Return whether code of this package raised ``error``, and not the model's code: the innermost frame tells."""
+    """Return whether code of this package raised ``error``, and not the model's code, by the innermost frame."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""What the parts of a fit share: the model, the examples, the processes, and a count of the work done."""
+"""The context that the parts of a fit share: model, examples, processes, and a count of forwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ Arguments = ParamSpec("Arguments")
 class Context(Generic[P]):
     """The model, the examples and the processes of one fit.
 
-    ``counter`` counts the model's forwards. ``verified`` are the streams whose hook points are verified.
+    Attributes:
+        runner: the model with its preprocessing.
+        sites: the hook points of the model.
+        examples: the training examples.
+        ranks: the processes that fit together.
+        progress: True shows progress bars.
+        verified: the streams whose hook points are verified.
+        counter: the counter of the model's forwards.
     """
 
     runner: Runner[P]
@@ -53,17 +60,17 @@ class Context(Generic[P]):
         return tqdm(items, **self.bar_options(description))
 
     def bar_options(self, description: str) -> dict[str, Any]:
-        """Return the arguments of a progress bar."""
+        """Return the arguments of tqdm for a progress bar."""
         return {"desc": description, "disable": not self.progress, "dynamic_ncols": True, "leave": False}
 
     def verify(self, prefill: Prefill, streams: Iterable[str]) -> None:
-        """Verify, once in a fit, the hook points of ``streams``."""
+        """Verify the hook points of ``streams``, each stream once in a fit."""
         for stream in sorted(set(streams) - self.verified):
             verify(self.model, self.sites, prefill.inputs, stream)
             self.verified.add(stream)
 
     def on_all_ranks(self, holds: bool) -> bool:
-        """Return whether a condition holds on every rank: all ranks have to do the same."""
+        """Return whether a condition ``holds`` on every rank, so that all ranks do the same."""
         return self.ranks.all_reduce(torch.tensor(float(holds))).item() == self.ranks.count
 
 
@@ -77,7 +84,7 @@ S = TypeVar("S", bound=_Part)
 
 
 def counted(method: Callable[Concatenate[S, Arguments], R]) -> Callable[Concatenate[S, Arguments], R]:
-    """Count the forwards that a method of a part of a fit runs. The hook that counts is gone when the method ends."""
+    """Count the forwards that a method of a part of a fit runs. The counting hook is removed when the method ends."""
 
     @functools.wraps(method)
     def counting(self: S, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> R:
@@ -89,7 +96,7 @@ def counted(method: Callable[Concatenate[S, Arguments], R]) -> Callable[Concaten
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Keep weights from taking gradients inside the block."""
+    """Turn ``requires_grad`` of all weights off inside the block."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Who is drawn: training queries and their demonstrations, each purpose with random numbers of its own."""
+"""Random draws of training queries and their demonstrations, with separate random numbers for each purpose."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from lmms_mtv.fit.examples import Episode
 
 
 class EpisodeSampler:
-    """Random queries and demonstrations of ``total`` training examples.
+    """Random queries and demonstrations from ``total`` training examples.
 
-    All randomness comes from ``seed`` and the purpose it is drawn for, so that nothing depends on the order of calls.
-    ``remarks`` has a line for each use of a training example that a larger training split would have spared.
+    Random draws depend only on ``seed`` and on the purpose of the draw, and so not on the order of calls.
+
+    Attributes:
+        remarks: a line for each repeated use of training examples that a larger training split would have avoided.
     """
 
     def __init__(self, total: int, seed: int) -> None:
@@ -24,17 +26,30 @@ class EpisodeSampler:
         self._seed = seed
 
     def random(self, purpose: str) -> Random:
-        """Return a generator for ``purpose``, independent of all others."""
+        """Return a generator of random numbers for ``purpose``, independent of the generators for other purposes."""
         return Random(f"{self._seed}/{purpose}")
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Return the same for torch, on the CPU."""
+        """Return a torch generator for ``purpose``, on the CPU."""
         return torch.Generator().manual_seed(self.random(purpose).getrandbits(63))
 
     def episodes(
         self, count: int, shots: int, purpose: str, pool: Sequence[int] | None, unlike: Iterable[Episode]
     ) -> list[Episode]:
-        """Return ``count`` random queries with demonstrations; see :meth:`FitSession.episodes`."""
+        """Return ``count`` random queries, each with ``shots`` random demonstrations.
+
+        A query is never among its own demonstrations. A query comes again only after all other queries.
+
+        Args:
+            count: the number of queries.
+            shots: the number of demonstrations of each query.
+            purpose: the name of the draw, which seeds the draw.
+            pool: indices of the training examples that may be demonstrations; None allows all examples.
+            unlike: episodes whose examples are not drawn as queries, if ``count`` other examples are left.
+
+        Raises:
+            DataError: the split has fewer than ``shots`` + 1 examples, or ``pool`` fewer than ``shots`` beside a query.
+        """
         rng = self.random(purpose)
         self._check_enough(shots)
         used = {index for episode in unlike for index in (episode.query, *episode.demonstrations)}
@@ -52,18 +67,27 @@ class EpisodeSampler:
         ]
 
     def with_other_demonstrations(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
-        """Return the queries of ``episodes``, each with ``shots`` other demonstrations."""
+        """Return the queries of ``episodes``, each with ``shots`` new random demonstrations.
+
+        Args:
+            episodes: the episodes whose queries are kept.
+            shots: the number of demonstrations of each query.
+            purpose: the name of the draw, which seeds the draw.
+
+        Raises:
+            DataError: the training split has fewer than ``shots`` + 1 examples.
+        """
         rng = self.random(purpose)
         self._check_enough(shots)
         return [self._drawn(episode.query, shots, rng) for episode in episodes]
 
     def order(self, queries: Sequence[Episode], steps: int) -> list[Episode]:
-        """Return one of ``queries`` at random for each step of a selection."""
+        """Return a random query out of ``queries`` for each step of a selection."""
         rng = self.random("order")
         return [queries[rng.randrange(len(queries))] for _ in range(steps)]
 
     def _drawn(self, query: int, shots: int, rng: Random) -> Episode:
-        """Return an episode whose demonstrations may be any example but the query."""
+        """Return an episode whose demonstrations may be any examples except the query."""
         drawn = rng.sample(range(self._total - 1), shots)
         return Episode(query, tuple(index + (index >= query) for index in drawn))
 

@@ -1,4 +1,4 @@
-"""What a fit is given: the training examples of a task, and a model that runs prompts made of them."""
+"""Inputs of a fit: the training examples of a task, and a model that runs prompts made of the examples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ P_co = TypeVar("P_co", covariant=True)
 P_contra = TypeVar("P_contra", contravariant=True)
 
 Tokens = Literal["first", "all"]
-"""Which tokens of the target count in a loss: up to the first that is not blank, or all."""
+"""Tokens of the target that count in a loss: all tokens, or the tokens up to the first token that is not blank."""
 
 
 class Episode(NamedTuple):
     """A training query and the demonstrations before it, as indices of training examples.
 
-    ``answers`` are the examples whose targets the demonstrations show, if not their own.
+    Attributes:
+        query: the index of the query.
+        demonstrations: the indices of the demonstrations, in the order of the prompt.
+        answers: the indices of the examples whose targets the demonstrations show; None shows their own targets.
     """
 
     query: int
@@ -26,7 +29,12 @@ class Episode(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What follows a prompt when its query is answered: token ids, of which the first ``lead`` are blank."""
+    """The token ids that follow a prompt when its query is answered.
+
+    Attributes:
+        ids: the token ids.
+        lead: the number of blank tokens at the beginning of ``ids``.
+    """
 
     ids: list[int]
     lead: int = 0
@@ -37,14 +45,15 @@ class Target(NamedTuple):
 
 
 class Examples(Protocol[P_co]):
-    """The training examples of a task, and how they become prompts."""
+    """The training examples of a task, and their conversion to prompts."""
 
     def __len__(self) -> int: ...
 
     def prompt(self, episode: Episode) -> P_co:
         """Return the prompt of an episode, with the query's target known to the runner.
 
-        Raises :class:`DataError` for an episode with ``answers`` where targets cannot be exchanged.
+        Raises:
+            DataError: the episode has ``answers``, and the targets of this task cannot be exchanged.
         """
         ...
 
@@ -56,13 +65,13 @@ class Runner(Protocol[P_contra]):
     def model(self) -> nn.Module: ...
 
     def run(self, prompts: Sequence[P_contra]) -> None:
-        """Run the prompts' forwards, with one row for each; the first tokens of answers may follow."""
+        """Run the forwards of the prompts, with one row for each prompt; the first tokens of answers may follow."""
         ...
 
     def lead_ids(self, prompt: P_contra) -> list[int]:
-        """Return the token ids of the blanks between the prompt and the query's target, which tell nothing of it."""
+        """Return the token ids of the blanks between prompt and target, which say nothing about the target."""
         ...
 
     def target_ids(self, prompt: P_contra) -> list[int]:
-        """Return the token ids of the query's target, as they follow the prompt and :meth:`lead_ids`."""
+        """Return the token ids of the query's target, as the ids follow the prompt and :meth:`lead_ids`."""
         ...

@@ -1,4 +1,4 @@
-"""What a model makes of training queries, edited, and the gradients of that with respect to what is learned."""
+"""Answers of the model to training queries, and gradients of losses of these answers by learned parameters."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ P = TypeVar("P")
 
 
 class Answer(NamedTuple):
-    """What a model makes of a query's target, T tokens of it.
+    """The model's prediction of a query's target of T tokens.
 
-    ``logits`` is float32 [T, vocabulary], and predicts ``target``, int64 [T]. ``states`` are float32 [T, L, H, D], of a
-    stream at the positions that predict them, or None if no stream was asked for.
+    Attributes:
+        logits: the logits that predict ``target``, float32 [T, vocabulary].
+        target: the token ids of the target, int64 [T].
+        states: activations of a stream at the positions that predict the target, float32 [T, L, H, D]; None if no
+            stream was asked for.
     """
 
     logits: Tensor
@@ -35,7 +38,10 @@ class Answer(NamedTuple):
 
 
 class GradientRunner(Generic[P]):
-    """Runs prompts whole and alone, for gradients; ``memory`` bytes of unedited answers are kept."""
+    """A runner of whole single prompts, for gradients.
+
+    ``memory`` is the limit in bytes of the unedited answers that are kept; a session passes half of its own limit.
+    """
 
     def __init__(self, context: Context[P], prefills: PrefillCache[P], replayer: Replayer[P], memory: int) -> None:
         self._context = context
@@ -47,7 +53,18 @@ class GradientRunner(Generic[P]):
     @torch.no_grad()
     @counted
     def answer(self, episode: Episode, tokens: Tokens, stream: str | None) -> Answer:
-        """Return what the unedited model makes of a target; see :meth:`FitSession.answer`."""
+        """Return the unedited model's answer to a query.
+
+        The answer is computed once, and kept as long as there is room.
+
+        Args:
+            episode: the query and its demonstrations.
+            tokens: the tokens of the target that the answer has.
+            stream: the stream whose activations are the states of the answer; None for no states.
+
+        Raises:
+            HookError: an edit is applied now, as in the function that ``loss`` of :meth:`gradients` returns.
+        """
         context = self._context
         if self._is_edited:
             raise HookError("the model is edited now: ask for its own answers in loss, before it gives its function")
@@ -79,7 +96,30 @@ class GradientRunner(Generic[P]):
         autocast: bool,
         checkpointing: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return losses, and the gradient of their sum; see :meth:`FitSession.gradients`."""
+        """Return the losses of the edited model's answers, and the gradient of the sum of the losses.
+
+        Each prompt runs whole and alone. No weight of the model takes a gradient.
+
+        Args:
+            episodes: N queries with their demonstrations.
+            parameters: the tensors to differentiate by.
+            edits: function of the index of an episode that makes the edits from ``parameters``.
+            loss: function of the index of an episode that returns the loss: a function from the :class:`Answer` of the
+                edited model to a number. ``loss`` asks for answers of the unedited model before it returns the
+                function.
+            tokens: the tokens of the target that the answers have.
+            stream: the stream whose activations are the states of the answers; None for no states.
+            autocast: True computes in bfloat16.
+            checkpointing: True keeps only the inputs of blocks. Blocks run again when gradients are computed.
+
+        Returns:
+            The losses, float32 [N], and the derivative of their sum by each parameter, float32 in the shape of the
+            parameter, all on the CPU.
+
+        Raises:
+            NumericsError: a loss or a gradient is NaN or infinite.
+            HookError: the model's own code turns gradients off, or the model cannot be checkpointed.
+        """
         context = self._context
         rows = torch.zeros(len(episodes), 1 + sum(parameter.numel() for parameter in parameters))
         with context.ranks.raise_together(), single_row():
@@ -95,7 +135,7 @@ class GradientRunner(Generic[P]):
                     edits_now = edits(index)
                     with torch.no_grad():
                         context.verify(prefill, edits_now)
-                    # Open to the end: what is checkpointed runs again, edited, when gradients are computed.
+                    # The edits stay to the end: checkpointed blocks run again, edited, when gradients are computed.
                     stack.enter_context(self._edited(edits_now, len(target)))
                     value = loss_of(self._answered(prefill, target, stream, autocast))
                     if not value.requires_grad:
@@ -104,7 +144,7 @@ class GradientRunner(Generic[P]):
                         raise NumericsError("a loss is NaN or infinite: use dtype=float32 or bfloat16")
                     slopes = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
                 rows[index] = torch.cat([part.detach().float().flatten().cpu() for part in (value, *slopes)])
-        # Added up in the order of the episodes, whichever process each of them was on.
+        # The sum goes in the order of the episodes, so that the split among the processes does not matter.
         rows = context.ranks.all_reduce(rows)
         if not rows.isfinite().all():
             raise NumericsError("a gradient is NaN or infinite: use dtype=float32 or bfloat16, or a smaller lr")
@@ -121,7 +161,7 @@ class GradientRunner(Generic[P]):
                 self._is_edited = False
 
     def _answered(self, prefill: Prefill, target: list[int], stream: str | None, autocast: bool) -> Answer:
-        """Return what the model makes of ``target``, with gradients, under the edits that are applied now."""
+        """Return the model's answer with gradients, under the edits that are applied now."""
         context = self._context
         inputs = prefill.whole(context.model, target)
         device = inputs["input_ids"].device

@@ -1,4 +1,4 @@
-"""One layer among all: the one at which an edit makes the losses smallest."""
+"""The choice of one layer: the layer at which an edit makes the losses smallest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from lmms_mtv.vectors import Edit
 def best_layer(
     losses: Callable[[Edit], Tensor], value: Tensor, keep: float, once: bool = False
 ) -> tuple[Edit, dict[str, list[float]]]:
-    """Return the edit ``keep * x + value``, ``once`` or not, of the layer where its loss is smallest.
+    """Return the edit ``keep * x + value`` of the layer where the loss of the edit is smallest.
 
-    ``value`` is float32 [L, 1, D]. ``losses`` gives the float [K] losses of a batch of K = L + 1 edits: of each layer
-    alone, and of none. Returns the edit, whose values elsewhere are 0, and the losses by name: ``layers``,
-    ``unedited`` and ``chosen``.
+    Args:
+        losses: function that returns the losses, float [K], of a batch of K = L + 1 edits: an edit of each layer alone,
+            and no edit.
+        value: the values to add, float32 [L, 1, D].
+        keep: the factor of the activation.
+        once: True edits only the last token of the prompt.
+
+    Returns:
+        The edit, whose values in all other layers are 0, and the losses by name: ``layers``, ``unedited`` and
+        ``chosen``.
     """
     layers = len(value)
     layer_masks = torch.cat([torch.eye(layers), torch.zeros(1, layers)]).unsqueeze(-1)

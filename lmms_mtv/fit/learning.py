@@ -1,4 +1,4 @@
-"""Learning edits from gradients through the frozen model: from how it answers after demonstrations, or from targets."""
+"""Learning of edits by gradients through the frozen model, from its answers after demonstrations or from targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from lmms_mtv.vectors import Edits
 
 
 class TrainingQuery(NamedTuple):
-    """One query of one epoch, counted within it."""
+    """A query of one epoch.
+
+    Attributes:
+        epoch: the number of the epoch.
+        number: the number of the query in the epoch.
+        episode: the query and its demonstrations.
+    """
 
     epoch: int
     number: int
@@ -29,28 +35,28 @@ class TrainingQuery(NamedTuple):
 
     @property
     def asked(self) -> Episode:
-        """The name of ``episode`` in version 0.1."""
+        """Name of ``episode`` in version 0.1."""
         return self.episode
 
 
 T = TypeVar("T")
 
 Make = Callable[[TrainingQuery | None], Edits]
-"""Returns the edits learned so far: for a training query, which may seed noise, or (None) for the vector."""
+"""Function that returns the edits so far: for a training query, which may seed noise, or (None) for the vector."""
 
 Loss = Callable[[TrainingQuery], Callable[[Answer], Tensor]]
-"""Returns, for a training query, the loss of what the edited model answers."""
+"""Function of a training query that returns the loss, a function of the edited model's answer."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What there is to learn from, and how often it is gone through: settings that several methods share.
+    """Settings of learning that several methods share: the queries, and the steps of the optimiser.
 
-    ``examples`` training queries are learned from, ``epochs`` times in a new order. ``accumulation`` of them make one
-    step of AdamW (weight decay ``weight_decay``), whose learning rates rise over the share ``warmup`` of the steps and
-    fall with a cosine. A ``loss`` is of ``all`` tokens of the target, their mean, or of the ``first`` alone. ``judges``
-    further training queries tell the loss with and without the edit. ``autocast`` computes in bfloat16 what gradients
-    go through, ``checkpointing`` saves memory for more time.
+    ``examples`` training queries are learned from, ``epochs`` times in a new order. ``accumulation`` queries make one
+    step of AdamW with weight decay ``weight_decay``. The learning rates rise over the share ``warmup`` of the steps and
+    fall with a cosine afterwards. ``loss`` says which tokens of the target count: the mean over ``all`` tokens, or the
+    ``first`` token alone. The loss with and without the edit is measured on ``judges`` further training queries.
+    ``autocast`` computes in bfloat16 where gradients flow. ``checkpointing`` saves memory and takes more time.
     """
 
     examples: int = setting(100, "training queries that are learned from")
@@ -77,11 +83,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Distillation(Schedule):
-    """A schedule whose queries are also shown to the model after demonstrations, to learn what it makes of them then.
+    """A schedule of distillation: the model without demonstrations learns its own answers after demonstrations.
 
-    Besides the settings of the schedule: prompts of ``fit_shots`` demonstrations teach. Each query has ``teachers`` of
-    them, with demonstrations of their own, which take turns from epoch to epoch: so more can be learned from than one
-    prompt holds.
+    Besides the settings of the schedule, prompts of ``fit_shots`` demonstrations teach. Each query has ``teachers``
+    such prompts, each with other demonstrations. The teachers take turns from epoch to epoch, so that a query is
+    learned from more demonstrations than one prompt holds.
     """
 
     fit_shots: int = setting(16, "demonstrations in each prompt that teaches")
@@ -97,11 +103,11 @@ class Distillation(Schedule):
 
 @dataclass(frozen=True)
 class Weighted(Distillation):
-    """A distillation into vectors that are added, each times a weight of its own.
+    """A distillation into vectors that are added, each times a learned weight.
 
-    Besides its settings: ``vector_lr`` and ``weight_lr`` are the learning rates of vectors and weights; vectors begin
-    as Gaussian noise of standard deviation ``spread``, weights at ``initial_weight``. ``supervision`` is the weight of
-    the target's cross-entropy beside what is learned from demonstrations.
+    Besides the settings of the distillation, ``vector_lr`` and ``weight_lr`` are the learning rates of vectors and
+    weights. Vectors begin as Gaussian noise of standard deviation ``spread``. Weights begin at ``initial_weight``.
+    ``supervision`` is the weight of the target's cross-entropy in the loss.
     """
 
     vector_lr: float = setting(0.03, "learning rate of the vectors")
@@ -120,20 +126,29 @@ def learn(
     *,
     stream: str | None = None,
 ) -> tuple[Edits, dict[str, list[float]]]:
-    """Learn ``parameters``, groups of float32 tensors on the CPU with their learning rates, in place.
+    """Learn ``parameters`` in place, and measure the loss with and without the edits.
 
-    Returns the edits to keep, without gradients, and losses by name: ``learning``, the mean of each step; ``unedited``
-    and ``chosen``, the cross-entropy of further training queries without and with the edits. ``stream`` is one whose
-    activations ``loss`` needs.
+    Args:
+        session: the fit.
+        schedule: the queries and the steps.
+        parameters: groups of float32 tensors on the CPU, each group with its learning rate.
+        edits: makes the edits from the parameters.
+        loss: makes the loss of an answer.
+        stream: the stream whose activations ``loss`` needs, or None.
 
-    Raises :class:`ArgumentError` for a learning rate that is not positive.
+    Returns:
+        The edits to keep, without gradients, and losses by name: ``learning``, the mean of each step; ``unedited`` and
+        ``chosen``, the cross-entropy of further training queries without and with the edits.
+
+    Raises:
+        ArgumentError: a learning rate is not positive.
     """
     if (lowest := min(rate for rate, _ in parameters)) <= 0:
         raise ArgumentError(f"a learning rate of {lowest}, expected above 0")
     queries = session.episodes(schedule.examples, session.shots, "learning")
     judges = session.episodes(schedule.judges, session.shots, "judging", unlike=queries)
     with session.stage("judging"):
-        # First, since it also settles whether answers can be replayed.
+        # This comes first, since it also settles whether answers can be replayed.
         unedited = session.mean_losses(judges, {}, schedule.loss, "Without the edit")
     with session.stage("learning"):
         history = _learned(session, schedule, queries, parameters, edits, loss, stream)
@@ -152,7 +167,7 @@ def _learned(
     loss: Loss,
     stream: str | None,
 ) -> list[float]:
-    """Return the mean loss of each step that changes the parameters."""
+    """Change the parameters in place, and return the mean loss of each step."""
     learned = [tensor.requires_grad_() for _, tensors in parameters for tensor in tensors]
     groups: list[dict[str, Any]] = [{"params": list(tensors), "lr": rate} for rate, tensors in parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
@@ -181,7 +196,7 @@ def _learned(
 
 
 def _of(make: Callable[[TrainingQuery], T], batch: Sequence[TrainingQuery], index: int) -> T:
-    """Return ``make`` of the training query with an index."""
+    """Return the result of ``make`` for the training query with an index."""
     return make(batch[index])
 
 
@@ -200,16 +215,30 @@ def _steps(session: FitSession[Any], schedule: Schedule, queries: Sequence[Episo
 def teacher_answer(
     session: FitSession[Any], settings: Distillation, example: TrainingQuery, stream: str | None = None
 ) -> Answer:
-    """Return what the unedited model makes of the query after demonstrations, with the activations of a ``stream``."""
+    """Return the unedited model's answer to the query after demonstrations.
+
+    Args:
+        session: the fit.
+        settings: the settings of the teaching prompts.
+        example: the training query; its epoch chooses the teacher.
+        stream: the stream whose activations are the states of the answer; None for no states.
+    """
     query, teacher = example.episode.query, example.epoch % settings.teachers
     (shown,) = session.with_other_demonstrations([example.episode], settings.fit_shots, f"teacher {teacher} of {query}")
     return session.answer(shown, settings.loss, stream)
 
 
 def mean_activation_norm(session: FitSession[Any], stream: str) -> Tensor:
-    """Return the root mean square of a stream's numbers at the last token of a few training queries, float32 [L, 1, 1].
+    """Return the root mean square of a stream's numbers at the last token of 8 training queries.
 
-    What is learned in this unit can have the same learning rate in all models and layers.
+    A parameter in this unit can have the same learning rate in all models and layers.
+
+    Args:
+        session: the fit.
+        stream: the stream to measure.
+
+    Returns:
+        float32 [L, 1, 1], on the CPU.
     """
     queries = session.episodes(8, session.shots, "typical")
     before, _ = session.answered_activations(queries, stream)
@@ -217,7 +246,15 @@ def mean_activation_norm(session: FitSession[Any], stream: str) -> Tensor:
 
 
 def pace(example: int, steps: int, warmup: float) -> float:
-    """Return the share of the learning rate at a step: a line up over ``warmup`` of the ``steps``, then a cosine."""
+    """Return the factor of the learning rate at a step.
+
+    The factor rises linearly over the share ``warmup`` of the ``steps``, and then falls with a cosine.
+
+    Args:
+        example: the number of the step, from 0.
+        steps: the number of all steps.
+        warmup: the share of the steps with a rising factor.
+    """
     rising = warmup * steps
     if example < rising:
         return (example + 1) / (rising + 1)
@@ -227,7 +264,12 @@ def pace(example: int, steps: int, warmup: float) -> float:
 def divergence(answer: Answer, teacher: Answer) -> Tensor:
     """Return KL(teacher || answer) of the next tokens, the mean over the tokens of the target.
 
-    Raises :class:`DataError` if the two are of different targets.
+    Args:
+        answer: the answer of the edited model.
+        teacher: the answer of the unedited model after demonstrations.
+
+    Raises:
+        DataError: the two answers have different targets.
     """
     comparable(answer, teacher)
     predicted, expected = (each.logits.log_softmax(-1) for each in (answer, teacher))
@@ -235,7 +277,15 @@ def divergence(answer: Answer, teacher: Answer) -> Tensor:
 
 
 def comparable(answer: Answer, teacher: Answer) -> None:
-    """Raise :class:`DataError` unless both answers are of the same tokens."""
+    """Check that two answers have the same target.
+
+    Args:
+        answer: the answer of the edited model.
+        teacher: the answer of the unedited model after demonstrations.
+
+    Raises:
+        DataError: the two answers have different targets.
+    """
     if not torch.equal(answer.target, teacher.target):
         raise DataError(
             f"a target is of tokens {answer.target.tolist()}, and after demonstrations of {teacher.target.tolist()}: "
@@ -244,5 +294,5 @@ def comparable(answer: Answer, teacher: Answer) -> None:
 
 
 def cross_entropy(answer: Answer) -> Tensor:
-    """Return the cross-entropy of the target, the mean over its tokens."""
+    """Return the cross-entropy of the target, the mean over the tokens."""
     return functional.cross_entropy(answer.logits, answer.target)

@@ -1,4 +1,4 @@
-"""Losses of edits of one prompt, and their gradients: several edits in a forward, as many as the memory takes."""
+"""Losses of edits of one prompt and their gradients, with as many edits in a forward as memory allows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Run = Callable[[nn.Module, Sites, Edits, Sequence[int]], Tensor]
 
 
 class LossRunner:
-    """Losses of K edits of one prompt.
+    """The computation of losses of K edits of one prompt.
 
-    The number of edits in a forward is halved each time the memory runs out, and stays so. It changes nothing but the
-    time.
+    The number of edits in a forward is halved each time the memory runs out, and stays halved. The number changes only
+    the time.
     """
 
     def __init__(self, context: Context[Any]) -> None:
@@ -32,7 +32,17 @@ class LossRunner:
         self._rows = BatchSize(sys.maxsize, automatic=True)
 
     def losses(self, run: Run, edits: Edits, target: Sequence[int], limit: int = sys.maxsize) -> Tensor:
-        """Return the loss of each edit, float32 [K], with at most ``limit`` edits in a forward."""
+        """Return the loss of each edit.
+
+        Args:
+            run: the way to run the prompt.
+            edits: K edits by stream, or edits without a batch dimension, which count as one edit.
+            target: the token ids that count.
+            limit: the largest number of edits in a forward.
+
+        Returns:
+            float32 [K].
+        """
 
         def losses_of(rows: Sequence[int]) -> Tensor:
             part = taken(edits, slice(rows[0], rows[-1] + 1))
@@ -42,14 +52,22 @@ class LossRunner:
         return torch.cat([losses for _, losses in batches])
 
     def finite_losses(self, prefill: Prefill, run: Run, edits: Edits, target: Sequence[int], limit: int) -> Tensor:
-        """Return :meth:`losses`.
+        """Return the losses of :meth:`losses`, all of them finite.
 
-        Raises :class:`NumericsError` on a loss that is not finite, with the layer where the first such number is.
+        Args:
+            prefill: the prefilled prompt.
+            run: the way to run the prompt.
+            edits: K edits by stream.
+            target: the token ids that count.
+            limit: the largest number of edits in a forward.
+
+        Raises:
+            NumericsError: a loss is not finite. The message names the layer of the first such number, if there is one.
         """
         try:
             return _finite(self.losses(run, edits, target, limit))
         except NumericsError:
-            # Once more, one by one, to name the layer if a layer is the cause.
+            # The edits run once more, one by one, to name the layer if a layer is the cause.
             again = prefill.forward if run == prefill.forward else prefill.replay
             with record(self._context.sites) as recording:
                 for row in range(rows_of(edits) or 1):
@@ -60,11 +78,18 @@ class LossRunner:
     def gradients(
         self, value: Tensor, mask: Tensor, target: Sequence[int], run: Run, limit: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the losses of ``mask`` [K, L, H], which mixes ``value`` [L, H, D] in, and their gradients.
+        """Return the losses of masks of the heads, and the gradients of the losses by the masks.
+
+        Args:
+            value: the activations to insert, float32 [L, H, D].
+            mask: K masks that mix ``value`` in, float32 [K, L, H].
+            target: the token ids that count.
+            run: the way to run the prompt.
+            limit: the largest number of masks in a forward.
 
         Returns:
-            The losses, float32 [K], and the derivative of each with respect to its own mask, float32 [K, L, H], both
-            on the CPU.
+            The losses, float32 [K], and the derivative of each loss by its own mask, float32 [K, L, H], both on the
+            CPU.
 
         Raises:
             HookError: the model's own code turns gradients off.
@@ -92,13 +117,17 @@ class LossRunner:
 def cross_entropy(logits: Tensor, target: Sequence[int]) -> Tensor:
     """Return the mean cross-entropy of the T tokens of ``target`` under ``logits`` [K, T, V], float32 [K]."""
     expected = torch.tensor(target, device=logits.device).repeat(logits.shape[0])
-    # Over the last dimension, which is contiguous: on a CPU ten times as fast as over another.
+    # The last dimension is contiguous: on a CPU the sum over it is ten times as fast as over another dimension.
     losses = functional.cross_entropy(logits.flatten(0, 1), expected, reduction="none")
     return losses.view(logits.shape[:2]).mean(1)
 
 
 def _finite(losses: Tensor) -> Tensor:
-    """Return ``losses``; raise :class:`NumericsError` if one is NaN or infinite."""
+    """Return ``losses``.
+
+    Raises:
+        NumericsError: a loss is NaN or infinite.
+    """
     if not losses.isfinite().all():
         raise NumericsError("NaN or infinity in the logits of an edited forward: use dtype=float32 or bfloat16")
     return losses

@@ -1,6 +1,9 @@
-"""Which heads to edit, as probabilities: learned from losses alone by REINFORCE (MTV, arXiv 2406.15334, section 3.2),
-or from their gradients through masks that are nearly 0 or 1 (concrete distribution, arXiv 1611.00712). And, by the same
-REINFORCE, which one of several values to put there."""
+"""Policies that choose heads, as probabilities, and policies that choose one of several values for each head.
+
+REINFORCE learns the probabilities of heads from losses alone (MTV, arXiv 2406.15334, section 3.2), and in the same way
+the choice among several values. The concrete distribution (arXiv 1611.00712) learns the probabilities of heads from
+gradients of losses through masks that are nearly 0 or 1.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from torch import Tensor
 from lmms_mtv.errors import NumericsError
 
 EDGE = 1e-3
-"""Probabilities are kept this far from 0 and 1, and the spread of losses from 0."""
+"""Least distance of probabilities from 0 and 1, and the constant that is added to the standard deviation of losses."""
 
 TEMPERATURE = 0.5
-"""Of the concrete distribution: the lower, the nearer masks are to 0 and 1, and the rougher gradients."""
+"""Temperature of the concrete distribution: a lower one brings masks nearer to 0 and 1, and makes gradients rougher."""
 
 
 P = TypeVar("P", "Policy", "Categorical")
@@ -31,26 +34,35 @@ class Policy:
 
     @property
     def probabilities(self) -> Tensor:
-        """float32 [L, H], clamped to [1e-3, 1 - 1e-3]."""
+        """Probability of each head, float32 [L, H], clamped to [1e-3, 1 - 1e-3]."""
         return self.logits.detach().sigmoid().clamp(EDGE, 1 - EDGE)
 
     def sample(self, count: int, generator: torch.Generator, floor: float = 0.0) -> Tensor:
-        """Return ``count`` masks, bool [count, L, H]. Heads less likely than ``floor`` are never chosen."""
+        """Return ``count`` random masks of heads.
+
+        Args:
+            count: the number of masks.
+            generator: the source of random numbers.
+            floor: heads with a lower probability are never chosen.
+
+        Returns:
+            bool [count, L, H].
+        """
         probabilities = self.probabilities
         likely = probabilities.where(probabilities >= floor, torch.zeros_like(probabilities))
         return torch.rand(count, *likely.shape, generator=generator) < likely
 
     def log_probability(self, masks: Tensor) -> Tensor:
-        """Return the log-probability of the bool [count, L, H] ``masks``, float32 [count], differentiable."""
+        """Return the log-probability of ``masks``, bool [count, L, H], as a differentiable float32 [count]."""
         probabilities = self.logits.sigmoid().clamp(EDGE, 1 - EDGE)
         return torch.where(masks, probabilities, 1 - probabilities).log().flatten(1).sum(1)
 
     def above(self, threshold: float) -> Tensor:
-        """Return the mask of the heads at least as likely as ``threshold``, bool [L, H]."""
+        """Return the mask, bool [L, H], of the heads whose probability is at least ``threshold``."""
         return self.probabilities >= threshold
 
     def top(self, count: int) -> Tensor:
-        """Return the mask of the ``count`` most likely heads, bool [L, H]; of equal ones the first."""
+        """Return the mask, bool [L, H], of the ``count`` most likely heads; among equal heads the first come first."""
         order = self.logits.detach().flatten().sort(descending=True, stable=True).indices
         mask = torch.zeros(self.logits.numel(), dtype=torch.bool)
         mask[order[:count]] = True
@@ -59,26 +71,26 @@ class Policy:
 
 @dataclass(frozen=True)
 class Categorical:
-    """Independent choices of one of M options each, for each of N heads. ``logits`` is float32 [N, M] on the CPU."""
+    """Independent choices, for each of N heads, of one of M options. ``logits`` is float32 [N, M] on the CPU."""
 
     logits: Tensor
 
     @property
     def probabilities(self) -> Tensor:
-        """float32 [N, M], with a sum of 1 for each head."""
+        """Probability of each option, float32 [N, M], with a sum of 1 for each head."""
         return self.logits.detach().softmax(1)
 
     @property
     def best(self) -> Tensor:
-        """The most likely option of each head, int64 [N]; of equal ones the first."""
+        """Most likely option of each head, int64 [N]; among equal options the first."""
         return self.logits.detach().sort(dim=1, descending=True, stable=True).indices[:, 0]
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return ``count`` options for each head, int64 [count, N]."""
+        """Return ``count`` random options for each head, int64 [count, N]."""
         return torch.multinomial(self.probabilities, count, replacement=True, generator=generator).T
 
     def log_probability(self, options: Tensor) -> Tensor:
-        """Return the log-probability of each row of int64 ``options`` [count, N], float32 [count], differentiable."""
+        """Return the log-probability of each row of ``options``, int64 [count, N]: float32 [count], differentiable."""
         return self.logits.log_softmax(1).gather(1, options.T).sum(0)
 
 
@@ -92,10 +104,23 @@ def reinforce(
     initial_logit: float,
     generator: torch.Generator,
 ) -> tuple[Policy, list[float]]:
-    """Learn a :class:`Policy` that makes ``losses`` small.
+    """Learn by REINFORCE a :class:`Policy` that makes ``losses`` small; see :func:`improved`.
 
-    ``losses(step, masks)`` gives the float [samples] losses of the bool [samples, L, H] masks. The rest is as
-    :func:`improved` has it, from ``initial_logit`` for each head.
+    Args:
+        losses: function of the number of a step and of masks, bool [samples, L, H], that returns losses, float
+            [samples].
+        shape: the numbers of layers and of heads.
+        steps: the numbers of the steps.
+        samples: the number of masks in a step, at least 2.
+        lr: the learning rate of Adam.
+        initial_logit: the logit of each head before the first step.
+        generator: the source of random numbers.
+
+    Returns:
+        The policy, and the mean loss of each step.
+
+    Raises:
+        NumericsError: a loss is not finite.
     """
     start = Policy(torch.full(shape, initial_logit))
     return improved(start, losses, steps=steps, samples=samples, lr=lr, generator=generator)
@@ -110,11 +135,23 @@ def improved(
     lr: float,
     generator: torch.Generator,
 ) -> tuple[P, list[float]]:
-    """Return the ``policy`` that REINFORCE makes of another one, to make ``losses`` small.
+    """Return a policy that REINFORCE improved, to make ``losses`` small.
 
-    ``losses(step, choices)`` gives the float [samples] losses of what was sampled from the policy. Each step minimises
-    the sum over samples of ``log p(choice) * (loss - mean) / (std + 1e-3)`` with Adam. Returns the policy and the mean
-    loss of each step. ``samples`` is at least 2. Raises :class:`NumericsError` on a loss that is not finite.
+    Each step minimises the sum over samples of ``log p(choice) * (loss - mean) / (std + 1e-3)`` with Adam.
+
+    Args:
+        policy: the policy to begin with, which is not changed.
+        losses: function of the number of a step and of samples of the policy that returns losses, float [samples].
+        steps: the numbers of the steps.
+        samples: the number of samples in a step, at least 2.
+        lr: the learning rate of Adam.
+        generator: the source of random numbers.
+
+    Returns:
+        The policy, and the mean loss of each step.
+
+    Raises:
+        NumericsError: a loss is not finite.
     """
     logits = policy.logits.clone().requires_grad_()
     learning = replace(policy, logits=logits)
@@ -127,12 +164,12 @@ def improved(
             raise NumericsError(f"a loss of selection step {step} is NaN or infinite: use dtype=float32 or bfloat16")
         advantage = (sample_losses - sample_losses.mean()) / (sample_losses.std() + EDGE)
         optimizer.zero_grad()
-        # Also where the caller evaluates and has turned gradients off.
+        # The caller may have turned gradients off for an evaluation.
         with torch.enable_grad():
             torch.autograd.backward((learning.log_probability(choices) * advantage).sum())
         if logits.grad is not None:
             # Where all samples chose alike the gradient is 0, since advantages sum to 0. Adam would make a whole step
-            # of the rounding error that is left, and of its sign, which depends on the batch size of the activations.
+            # of the remaining rounding error, whose sign depends on the batch size of the activations.
             logits.grad[(choices == choices[:1]).all(0)] = 0
         optimizer.step()
         history.append(sample_losses.mean().item())
@@ -149,13 +186,27 @@ def concrete(
     initial_logit: float,
     generator: torch.Generator,
 ) -> tuple[Policy, list[float]]:
-    """Learn a :class:`Policy` from gradients.
+    """Learn a :class:`Policy` from gradients of the losses by the masks.
 
-    ``loss_gradient(step, masks)`` gives the float [samples] losses of the float32 [samples, L, H] masks, and the
-    derivative of each with respect to its mask, float [samples, L, H]. Masks are drawn from the binary concrete
-    distribution, ``sigmoid((logit + noise) / 0.5)`` with logistic noise: more than one half just as often as the policy
-    would choose the head. Each step minimises their mean loss with Adam. Returns the policy and the mean loss of
-    each step, of mixed masks. Raises :class:`NumericsError` on a loss or derivative that is not finite.
+    Masks are drawn from the binary concrete distribution, ``sigmoid((logit + noise) / 0.5)`` with logistic noise. An
+    entry of a mask is above one half as often as the policy would choose the head. Each step minimises the mean loss of
+    the masks with Adam.
+
+    Args:
+        loss_gradient: function of the number of a step and of masks, float32 [samples, L, H]. The function returns the
+            losses, float [samples], and the derivative of each loss by its mask, float [samples, L, H].
+        shape: the numbers of layers and of heads.
+        steps: the numbers of the steps.
+        samples: the number of masks in a step.
+        lr: the learning rate of Adam.
+        initial_logit: the logit of each head before the first step.
+        generator: the source of random numbers.
+
+    Returns:
+        The policy, and the mean loss of the mixed masks of each step.
+
+    Raises:
+        NumericsError: a loss or a derivative is not finite.
     """
     logits = torch.full(shape, initial_logit, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=lr)

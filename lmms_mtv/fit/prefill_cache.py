@@ -1,4 +1,4 @@
-"""Prompts that are prefilled once and used many times, within a limit of memory."""
+"""Cache of prompts that are prefilled once and used many times, within a limit of memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lmms_mtv.runtime.lru_cache import LruCache
 P = TypeVar("P")
 
 Prompted = tuple[Prefill, Target]
-"""A prefilled prompt, and the target of its query."""
+"""A prefilled prompt, and the target of the query of the prompt."""
 
 
 class PrefillCache(Generic[P]):
-    """Prefilled prompts of ``memory`` bytes, and prompts to learn from of half as many."""
+    """Prefilled prompts of up to ``memory`` bytes, and prompts to learn from of up to half as many bytes."""
 
     def __init__(self, context: Context[P], memory: int) -> None:
         self._context = context
@@ -30,13 +30,14 @@ class PrefillCache(Generic[P]):
 
     @property
     def bytes(self) -> int:
-        """Memory of the prefilled prompts."""
+        """Memory of the prefilled prompts, in bytes."""
         return self._prefills.size
 
     def prompted(self, episode: Episode) -> Prompted:
-        """Run the prompt of an episode and return it as the model runs it now, with its target.
+        """Run the prompt of an episode, and return the prefilled prompt and its target.
 
-        Raises :class:`DataError` if the target has no tokens.
+        Raises:
+            DataError: the target has no tokens.
         """
         context = self._context
         prompt = context.examples.prompt(episode)
@@ -48,11 +49,14 @@ class PrefillCache(Generic[P]):
         return captured.prefill(), Target([*lead, *ids], len(lead))
 
     def get(self, episode: Episode, lean: Callable[[Prefill], bool] | None) -> Prompted:
-        """Return the prefilled prompt of an episode.
+        """Return the prefilled prompt of an episode, and its target.
 
         Args:
-            episode: what the prompt is made of.
-            lean: tells of a prompt whether its replays alone are needed; None if it has to run whole.
+            episode: the query and its demonstrations.
+            lean: function that says whether a prompt needs only its replays; None if the prompt has to run whole.
+
+        Raises:
+            DataError: the target has no tokens.
         """
         cached = self._prefills.get(episode)
         if cached is not None and not (lean is None and cached[0].tokens_only):
@@ -64,7 +68,7 @@ class PrefillCache(Generic[P]):
         return prefill, target
 
     def learner(self, episode: Episode) -> Prompted:
-        """Return the prompt of an episode to run whole, without its cache, and its target."""
+        """Return the prompt of an episode to run whole, without its cache, and the target of the prompt."""
         cached = self._learners.get(episode)
         if cached is None:
             prefill, target = self.prompted(episode)
@@ -74,7 +78,15 @@ class PrefillCache(Generic[P]):
 
     @counted
     def prefetch(self, episodes: Sequence[Episode], lean: Callable[[Prefill], bool]) -> None:
-        """Have prompts prefilled by several processes, each a share, for all of them; see FitSession.prefetch."""
+        """Prefill prompts for all processes, a share of the prompts in each process.
+
+        Prompts are prefilled as long as there is room. Nothing is prefilled for a model that is spread over several
+        devices, or with one process: a single process prefills a prompt when its losses are asked for.
+
+        Args:
+            episodes: the queries with their demonstrations.
+            lean: function that says whether a prompt needs only its replays.
+        """
         context, ranks = self._context, self._context.ranks
         devices = {parameter.device for parameter in context.model.parameters()}
         if ranks.count == 1 or len(devices) > 1:

@@ -1,4 +1,4 @@
-"""Losses of edits, by replaying the last token of a prompt wherever the replay is exact."""
+"""Losses of edits, by replays of the last token of a prompt wherever the replay is exact."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ P = TypeVar("P")
 
 
 class Replayer(Generic[P]):
-    """Runs the prompts of a fit with edits, each case of edits in the fastest way that is exact.
+    """A runner of prompts with edits, which runs each case of edits in the fastest way that is exact.
 
-    ``memory`` is how many bytes the copies of one prompt's cache may take in a replay. ``way`` is one to take without
-    a probe, for comparisons; with None probes decide.
+    Args:
+        context: the model, the examples and the processes of the fit.
+        prefills: the prefilled prompts.
+        memory: the limit in bytes of the copies of one prompt's cache in a replay.
+        way: the way to take without a probe, for comparisons; None lets probes decide.
     """
 
     def __init__(self, context: Context[P], prefills: PrefillCache[P], memory: int, way: Replay | None) -> None:
@@ -36,28 +39,42 @@ class Replayer(Generic[P]):
 
     @property
     def replays(self) -> bool | None:
-        """Whether losses come from replays, but for single prompts without a cache; None before the first loss."""
+        """True if losses come from replays, except for prompts without a cache; None before the first loss."""
         return self._calibration.replays
 
     @property
     def way(self) -> Replay | None:
-        """The slowest way of all cases; None before the first loss."""
+        """Slowest way of all cases; None before the first loss."""
         return self._calibration.way
 
     def lean(self, prefill: Prefill) -> bool:
-        """Return whether a prompt needs nothing but the inputs of its replays."""
+        """Return whether a prompt needs only the inputs of its replays."""
         return self._calibration.lean(prefill)
 
     @torch.no_grad()
     @counted
     def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens) -> Tensor:
-        """Return the loss of each of K edits; see :meth:`FitSession.losses`."""
+        """Return the loss of each of K edits.
+
+        Replays serve a kind of edit, and prompts of about the same length, once a probe has shown that replays equal
+        full forwards. If replays differ, the session uses full forwards and logs a warning. A probe also shows whether
+        all edits can be replayed in one row. Edits of all positions always take full forwards, one forward for each
+        edit. Equal edits run once.
+
+        Args:
+            episode: the query and its demonstrations.
+            edit: K edits of the heads, or K edits by stream.
+            tokens: the tokens of the target that count.
+
+        Returns:
+            float32 [K], on the CPU.
+        """
         context, edits, alike = self._context, by_stream(edit), None
         if rows_of(edits) is not None:
             edits, alike = distinct(edits)
         whole = any(each.everywhere for each in edits.values())
         prefill, target, case = self._calibrated(episode, edits, tokens, whole)
-        # Of all edits, so that the way does not depend on the number of ranks.
+        # The way is that of all edits together, so that the way does not depend on the number of ranks.
         run, limit = self._way_of(case, prefill, edits, target, whole)
         rows = rows_of(edits)
         if rows is None:
@@ -72,7 +89,24 @@ class Replayer(Generic[P]):
 
     @counted
     def loss_gradient(self, episode: Episode, value: Tensor, mask: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return losses and their derivatives with respect to masks; see :meth:`FitSession.loss_gradient`."""
+        """Return the losses of masks of the heads, and the derivative of each loss by its mask.
+
+        An entry m of a mask makes ``x' = (1 - m) * x + m * value`` of its head, so that entries between 0 and 1 mix.
+        Gradients reach the mask alone: no weight takes part, whatever its ``requires_grad``.
+
+        Args:
+            episode: the query and its demonstrations.
+            value: the activations to insert, float32 [L, H, D].
+            mask: K masks, float32 [K, L, H].
+            tokens: the tokens of the target that count.
+
+        Returns:
+            The losses, float32 [K], and the derivative of each loss by its own mask, float32 [K, L, H], both on the
+            CPU.
+
+        Raises:
+            HookError: the model's own code turns gradients off.
+        """
         context, mask = self._context, mask.detach()
         edits = by_stream(Edit.replace(value, mask))
         with torch.no_grad():
@@ -85,13 +119,13 @@ class Replayer(Generic[P]):
         return context.ranks.all_reduce(losses), context.ranks.all_reduce(gradient)
 
     def unedited(self, prefill: Prefill, target: list[int]) -> Run:
-        """Return how a whole prompt runs without edits: from its cache where a replay is exact."""
+        """Return the way to run a whole prompt without edits: a replay if replays are exact, else a full forward."""
         return prefill.replay if self._calibration.replays_unedited(prefill, target) else prefill.forward
 
     def _calibrated(
         self, episode: Episode, edits: Edits, tokens: Tokens, whole: bool
     ) -> tuple[Prefill, list[int], ReplayCase]:
-        """Return the prefill of ``episode``, the tokens that count, and the case of ``edits``, which is calibrated."""
+        """Return the prefill of ``episode``, the tokens that count, and the calibrated case of ``edits``."""
         context, calibration = self._context, self._calibration
         with context.ranks.raise_together(), single_row():
             lean = None if whole or not context.verified.issuperset(edits) else self.lean
@@ -114,16 +148,16 @@ class Replayer(Generic[P]):
         whole: bool = False,
         learning: bool = False,
     ) -> tuple[Run, int]:
-        """Return how a prompt runs with edits, and the most edits in a forward; ``learning`` keeps gradients."""
+        """Return the way to run a prompt with edits, and the most edits in a forward; ``learning`` keeps gradients."""
         calibration = self._calibration
         if whole or not calibration.replays_case(case, prefill):
-            # With gradients, whole prompts keep all that they computed.
+            # With gradients, a whole prompt keeps all intermediate results in memory.
             return prefill.forward, 1 if learning else sys.maxsize
         rows = rows_of(edits) or 1
-        # With gradients, keys are kept for each query head, which are eight for a key in many models.
+        # With gradients, keys are kept for each query head; many models have eight query heads for one key head.
         fits = rows * len(target) <= MAX_PACKED and (not learning or 8 * prefill.bytes <= self._memory)
         may_pack = rows > 1 and fits and calibration.packs_case(case)
         if may_pack and prefill.fits_one_row(self._context.model, edits, target):
             return prefill.replay_in_one_row, sys.maxsize
-        # A replay copies the cache for each of its rows; with gradients, at the worst, these are as large.
+        # A replay copies the cache for each of its rows; gradients take at most as much memory again.
         return prefill.replay, self._memory // max(prefill.bytes * (2 if learning else 1), 1)

@@ -1,4 +1,4 @@
-"""The selection of heads whose mean activations are inserted: settings and steps that several methods share."""
+"""Selection of the heads whose mean activations are inserted: settings and steps that several methods share."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import Edit
 
 LearnPolicy = Callable[[Sequence[Episode]], tuple[Policy, list[float]]]
-"""Returns the policy that is learned from training queries, and its mean loss at each step."""
+"""Function that learns a policy from training queries, and returns the policy and the mean loss of each step."""
 
 
 @dataclass(frozen=True)
 class Selection:
     """Settings of a selection of heads.
 
-    ``iterations`` prompts of ``fit_shots`` demonstrations are averaged (T and N of the MTV paper). ``steps`` learn a
-    policy, one probability for each head, from ``initial_logit`` on: each step draws ``samples`` masks, takes one of
-    ``examples`` training queries, and has learning rate ``lr``. ``loss`` is of the ``first`` answer token or the mean
-    over ``all``. ``candidates`` masks are drawn at the end; the mask with the lowest mean loss on
-    ``candidate_examples`` further training queries is the result. Probabilities below ``floor`` are set to 0 before
-    (0.8 in the authors' code for Idefics2).
+    ``iterations`` prompts of ``fit_shots`` demonstrations are averaged (T and N of the MTV paper). ``steps`` steps
+    learn a policy, a probability for each head, which begins at ``initial_logit``. Each step draws ``samples`` masks,
+    takes one of ``examples`` training queries, and has the learning rate ``lr``. ``loss`` says which answer tokens
+    count: the ``first`` token, or the mean over ``all``. At the end, ``candidates`` masks are drawn. The result is the
+    mask with the lowest mean loss on ``candidate_examples`` further training queries. Probabilities below ``floor`` are
+    set to 0 before the draw (0.8 in the authors' code for Idefics2).
 
-    The following settings are not the authors'; None is their way. ``threshold`` takes the heads that are at least as
-    likely, and ``top_k`` the given number of most likely heads, instead of candidates. ``diverse`` training examples,
-    chosen to represent all of them (facility location on
-    :meth:`~lmms_mtv.fit.session.FitSession.embeddings`), are the demonstrations of the prompts that are averaged.
+    The following settings are not in the authors' code; None is the behaviour of the authors' code. ``threshold`` takes
+    the heads whose probability is at least as large, and ``top_k`` takes this number of most likely heads, instead of
+    candidates. ``diverse`` is the number of training examples that are the demonstrations of the averaged prompts;
+    facility location on :meth:`~lmms_mtv.fit.session.FitSession.embeddings` chooses examples that represent all
+    examples.
     """
 
     iterations: int = setting(100, "prompts whose activations are averaged (T in the paper)")
@@ -80,7 +81,7 @@ class Selection:
             )
 
     def _check_final(self) -> None:
-        """Check the settings that say how the final mask follows from the policy."""
+        """Check the settings that derive the final mask from the policy."""
         if self.threshold is not None and self.top_k is not None:
             raise ArgumentError(f"threshold={self.threshold} and top_k={self.top_k}: pass one of them")
         if self.threshold is not None and not 0 < self.threshold <= 1 - EDGE:
@@ -94,7 +95,12 @@ class Selection:
 def mean_values(session: FitSession[Any], settings: Selection) -> Tensor:
     """Return the mean activation of each head over few-shot prompts, float32 [L, H, D] on the CPU.
 
-    Raises :class:`ArgumentError` for a ``top_k`` of more heads, or a ``diverse`` of more examples, than there are.
+    Args:
+        session: the fit.
+        settings: the number and the length of the prompts.
+
+    Raises:
+        ArgumentError: ``top_k`` is more than the number of heads, or ``diverse`` more than the number of examples.
     """
     layers, heads, _ = session.shape
     if settings.top_k is not None and settings.top_k > layers * heads:
@@ -105,7 +111,15 @@ def mean_values(session: FitSession[Any], settings: Selection) -> Tensor:
 
 
 def demonstration_pool(session: FitSession[Any], settings: Selection) -> list[int] | None:
-    """Return the training examples that demonstrations are drawn from, or None for all."""
+    """Return the indices of the training examples that may be demonstrations, or None for all examples.
+
+    Args:
+        session: the fit.
+        settings: the number of examples, ``diverse``.
+
+    Raises:
+        ArgumentError: ``diverse`` is more than the number of training examples.
+    """
     if settings.diverse is None:
         return None
     if settings.diverse > session.examples:
@@ -116,13 +130,13 @@ def demonstration_pool(session: FitSession[Any], settings: Selection) -> list[in
 def select(
     session: FitSession[Any], settings: Selection, value: Tensor, learn: LearnPolicy
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """Return the heads to replace, and the losses on the way.
+    """Return the heads to replace, and the losses of the selection.
 
     Args:
         session: the fit.
-        settings: how many queries there are, and how the final mask follows from the policy.
+        settings: the numbers of queries, and the way to derive the final mask from the policy.
         value: the activations to insert, float32 [L, H, D].
-        learn: learns the policy.
+        learn: learns the policy from the training queries.
 
     Returns:
         The mask, bool [L, H], and losses by name.
@@ -131,13 +145,13 @@ def select(
         ArgumentError: no head reaches the ``threshold``.
     """
     with session.stage("selection"):
-        # One draw for both, so that the queries that choose the final mask are not those of the policy, if there are
-        # enough of them.
+        # One draw serves both, so that the final mask is chosen by other queries than the queries of the policy, if
+        # there are enough queries.
         episodes = session.episodes(settings.examples + settings.candidate_examples, session.shots, "selection")
         queries, judges = episodes[: settings.examples], episodes[settings.examples :]
         policy, history = learn(queries)
         candidates = _candidates(session, settings, policy)
-        # The empty mask comes along, to know the loss without any edit.
+        # The last mask is empty and gives the loss without any edit.
         masks = torch.cat([candidates, torch.zeros_like(candidates[:1])])
         losses = session.mean_losses(judges, Edit.replace(value, masks), settings.loss, "Choosing the final heads")
     best = int(losses[:-1].argmin())
@@ -151,7 +165,7 @@ def select(
 
 
 def _candidates(session: FitSession[Any], settings: Selection, policy: Policy) -> Tensor:
-    """Return the masks of which the best is the result, bool [candidates, L, H]."""
+    """Return the candidate masks, bool [candidates, L, H]; the best candidate is the result."""
     if settings.top_k is not None:
         return policy.top(settings.top_k).unsqueeze(0)
     if settings.threshold is None:

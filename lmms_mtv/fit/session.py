@@ -1,4 +1,4 @@
-"""One fit: what every method needs of a model and a training split."""
+"""The fit session: the access of a method to a model and a training split."""
 
 from __future__ import annotations
 
@@ -29,16 +29,20 @@ T = TypeVar("T")
 
 
 class FitSession(Generic[P]):
-    """One fit: a model, the training examples of one task, a seed.
+    """One fit: a model, the training examples of one task, and a seed.
 
-    ``shots`` is the number of demonstrations in the prompts that the vector will be used with: losses are of such
-    prompts. ``batch_size`` is the rows of an extracting forward. ``memory`` is how many bytes of prefilled prompts
-    are kept (of prompts and answers that are learned from, half of it each), and how many the copies of one may take in
-    a replay. ``ranks`` are the processes that fit together, each with a session of its own: prompts and edits are
-    shared out among them, and all get the same results. All randomness comes from ``seed`` and the purpose it is drawn
-    for, so that nothing depends on the order of calls, on ``batch_size`` or on ``ranks``. ``replay`` is how losses of
-    edits are computed; None takes the fastest way that is found to be exact. ``stages`` has the seconds that each
-    :meth:`stage` of the fit took so far.
+    Random draws depend only on ``seed`` and on the purpose of the draw, not on the order of calls, ``batch_size`` or
+    ``ranks``. Shapes: L layers, H heads, D numbers a head; a ``stream`` other than the heads has H = 1, D = width.
+
+    Args:
+        runner, sites, examples: the model with its preprocessing, its hook points, and the training examples.
+        seed: the seed of all random draws.
+        shots: demonstrations in the prompts that the vector will be used with; methods take losses of such prompts.
+        batch_size: prompts in one forward that extracts activations.
+        memory: limit in bytes of the prefilled prompts that are kept, and of the copies of one prompt in a replay.
+        progress: True shows progress bars.
+        ranks: processes that share the work, each with its own session; all processes get the same results.
+        replay: the way to compute losses of edits; None takes the fastest way that a probe finds exact.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class FitSession(Generic[P]):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Layers, heads, size of a head."""
+        """Numbers of layers and of heads, and size of a head."""
         return self.sites.shape
 
     @property
@@ -79,43 +83,40 @@ class FitSession(Generic[P]):
 
     @property
     def forwards(self) -> int:
-        """Completed forwards of the model in this session's calls, its checks and probes among them."""
+        """Number of completed forwards of the model in this session's calls, with the forwards of checks and probes."""
         return self._context.counter.count
 
     @property
     def remarks(self) -> list[str]:
-        """A line for each use of a training example that a larger training split would have spared."""
+        """A line for each repeated use of training examples that a larger training split would have avoided."""
         return self._sampler.remarks
 
     @property
     def replays(self) -> bool | None:
-        """Whether losses come from replays; None before the first loss."""
+        """True if losses come from replays; None before the first loss."""
         return self._replayer.replays
 
     @property
     def replay(self) -> Replay | None:
-        """How the losses of several edits are computed: side by side, in rows, or by full forwards.
-
-        The first is the fastest, the last the slowest. None before the first loss.
-        """
+        """Slowest way that losses of several edits are computed, see :data:`Replay`; None before the first loss."""
         return self._replayer.way
 
     @property
     def prefilled_bytes(self) -> int:
-        """Memory of the prefilled prompts that are kept."""
+        """Memory of the prefilled prompts that are kept, in bytes."""
         return self._prefills.bytes
 
     def random(self, purpose: str) -> Random:
-        """Return a generator for ``purpose``, independent of all others."""
+        """Return a generator of random numbers for ``purpose``, independent of the generators for other purposes."""
         return self._sampler.random(purpose)
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Return the same for torch, on the CPU."""
+        """Return a torch generator for ``purpose``, on the CPU."""
         return self._sampler.generator(purpose)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A part of the fit: the wall-clock seconds of the block are added to ``stages[name]``."""
+        """Add the wall-clock seconds of the block, a part of the fit, to ``stages[name]``."""
         began = time.perf_counter()
         try:
             yield
@@ -134,24 +135,24 @@ class FitSession(Generic[P]):
         pool: Sequence[int] | None = None,
         unlike: Iterable[Episode] = (),
     ) -> list[Episode]:
-        """Return ``count`` random queries, each with ``shots`` random demonstrations, the query never among them.
+        """Return ``count`` random queries, each with ``shots`` random demonstrations that never include the query.
 
-        A query returns only after all others had their turn. Demonstrations come from the training examples in
-        ``pool``, or from all of them. Examples that are in ``unlike`` are no queries, if ``count`` others are left.
-        Raises :class:`DataError` when the training split has fewer than ``shots`` + 1 examples, or ``pool`` has fewer
-        than ``shots`` beside the query.
+        Args:
+            count, shots, purpose: two numbers, and the draw's name; a query comes again only after all other queries.
+            pool: indices of the training examples that may be demonstrations; None allows all examples.
+            unlike: episodes whose examples are not drawn as queries, if ``count`` other examples are left.
+
+        Raises:
+            DataError: the split has fewer than ``shots`` + 1 examples, or ``pool`` fewer than ``shots`` beside a query.
         """
         return self._sampler.episodes(count, shots, purpose, pool, unlike)
 
     def with_other_demonstrations(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
-        """Return the queries of ``episodes``, each with ``shots`` random demonstrations instead of its own.
-
-        Raises :class:`DataError` when the training split has fewer than ``shots`` + 1 examples.
-        """
+        """Return the queries of ``episodes``, each with ``shots`` random demonstrations; see :meth:`episodes`."""
         return self._sampler.with_other_demonstrations(episodes, shots, purpose)
 
     def random_queries(self, queries: Sequence[Episode], steps: int) -> list[Episode]:
-        """Return a random one of ``queries`` for each step of a selection, prefilled as :meth:`prefetch` does."""
+        """Return a random query out of ``queries`` for each step of a selection, prefilled by :meth:`prefetch`."""
         chosen = self._sampler.order(queries, steps)
         self.prefetch(chosen)
         return chosen
@@ -159,97 +160,94 @@ class FitSession(Generic[P]):
     def mean_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> Tensor:
         """Return the mean over ``episodes`` of each head's activation at the last token, float32 [L, H, D] on the CPU.
 
-        MTV, arXiv 2406.15334, section 3.1: ``mu_l = (1/T) sum_t z_l``. Another ``stream`` gives [L, 1, width].
+        Args:
+            episodes: T prompts.
+            stream: the stream to average; for heads MTV, arXiv 2406.15334, section 3.1: ``mu_l = (1/T) sum_t z_l``.
         """
         return self._reader.mean(episodes, stream)
 
     def activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> Tensor:
-        """Return each head's activation at the last token of N ``episodes``, float32 [N, L, H, D] on the CPU.
-
-        Another ``stream`` gives [N, L, 1, width].
-        """
+        """Return the activations of a stream at the last token of N ``episodes``, float32 [N, L, H, D] on the CPU."""
         return self._reader.each(episodes, stream, range(len(self.sites)), "Extracting activations")
 
     def embeddings(self) -> Tensor:
-        """Return what the model makes of each training query, float32 [examples, H * D] on the CPU.
+        """Return an embedding of each training query, float32 [examples, H * D] on the CPU, by one prompt for each.
 
-        The activations of the heads of the middle layer at the last token of the zero-shot prompt: late enough to
-        have seen question and image, early enough to tell more than the first token of the answer. One prompt is run
-        for each training example.
+        An embedding holds the activations of the middle layer's heads at the last token of the zero-shot prompt. Early
+        layers have not seen question and image yet. Late layers tell little more than the first token of the answer.
         """
         queries = [Episode(query, ()) for query in range(self.examples)]
         middle = len(self.sites) // 2
         return self._reader.each(queries, HEADS, range(middle, middle + 1), "Embedding queries").flatten(1)
 
     def head_contributions(self, means: Tensor, chosen: Tensor) -> Tensor:
-        """Return what the ``chosen`` heads add to the hidden state of each layer where all heads have their ``means``.
+        """Return the part of each hidden state that the ``chosen`` heads add, float32 [L, 1, width] on the CPU.
 
         Args:
             means: the values of all heads, float32 [L, H, D].
             chosen: 1 for the heads that count, else 0, float32 [L, H].
-
-        Returns:
-            float32 [L, 1, width], on the CPU.
         """
         return self._reader.head_contributions(means, chosen)
 
-    # The names of version 0.1, for methods of other packages.
+    # Names of version 0.1, which methods of other packages may use.
     redrawn, asked, written = with_other_demonstrations, random_queries, head_contributions
 
     def answered_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> tuple[Tensor, Tensor]:
-        """Return activations at the last token of each prompt, and at that of its query's target after it.
+        """Return activations at the last token of N prompts and of their targets, float32 [N, L, H, D] each on the CPU.
 
-        Both are float32 [N, L, H, D] for N ``episodes``, on the CPU; (H, D) is (1, width) in a ``stream`` other than
-        the heads. The target ends with what ends an answer in the prompt.
+        Args:
+            episodes: the queries with their demonstrations; a target ends with the tokens that end an answer.
+            stream: the stream to read.
         """
         return self._reader.answered(episodes, stream)
 
     def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens = "first") -> Tensor:
-        """Return the cross-entropy of the query's target under each of the K edits, float32 [K], on the CPU.
+        """Return the cross-entropy of the query's target under each of K edits, float32 [K] on the CPU.
 
-        ``edit`` is of the heads, or edits by stream. ``tokens`` is ``first`` for the first target token (with the
-        blanks before it, if the model writes any), or ``all`` for the mean over all of them. Replays are used for a
-        kind of edit and prompts of about a length once a probe has shown that they equal full forwards; if they
-        differ, this session uses full forwards and says so. In the same way it finds out whether all edits can be
-        replayed in one row. Edits of all positions always take full forwards, one for each of them. Equal edits run
-        once.
+        Args:
+            episode: the query and its demonstrations.
+            edit: K edits of the heads, or K edits by stream; see :meth:`Replayer.losses` for how the edits run.
+            tokens: ``first`` counts tokens up to the first one that is not blank, ``all`` counts all; the loss is the
+                mean.
         """
         return self._replayer.losses(episode, edit, tokens)
 
     def loss_gradient(
         self, episode: Episode, value: Tensor, mask: Tensor, tokens: Tokens = "first"
     ) -> tuple[Tensor, Tensor]:
-        """Return the losses of :meth:`losses` where ``mask`` replaces heads by ``value`` [L, H, D], and their gradient.
+        """Return K losses, float32 [K], and the derivative of each loss by its mask, float32 [K, L, H], on the CPU.
 
-        ``mask`` is float32 [K, L, H]; an entry m makes ``x' = (1 - m) * x + m * value`` of its head, so entries between
-        0 and 1 mix. Returns the losses, float32 [K], and the derivative of each with respect to its own mask, float32
-        [K, L, H], both on the CPU. It reaches the mask alone: no weight takes part, whatever its ``requires_grad``.
+        Args:
+            episode, tokens: as in :meth:`losses`.
+            value: the activations to insert, float32 [L, H, D].
+            mask: float32 [K, L, H]; an entry m makes ``x' = (1 - m) * x + m * value`` of its head.
 
-        Raises :class:`HookError` if the model's own code turns gradients off.
+        Raises:
+            HookError: the model's own code turns gradients off.
         """
         return self._replayer.loss_gradient(episode, value, mask, tokens)
 
     def mean_losses(
         self, episodes: Sequence[Episode], edit: Edit | Edits, tokens: Tokens = "first", description: str = "Choosing"
     ) -> Tensor:
-        """Return the mean over ``episodes`` of the losses of each edit, float32 [K] on the CPU."""
+        """Return the mean over ``episodes`` of the losses of each of K edits, float32 [K] on the CPU."""
         self.prefetch(episodes)
         bar = self.bar(episodes, description)
         return torch.stack([self.losses(episode, edit, tokens) for episode in bar]).mean(0)
 
     def prefetch(self, episodes: Sequence[Episode]) -> None:
-        """Have the prompts of ``episodes`` prefilled by several processes, each a share, for all of them.
-
-        As many as there is room for; not for a model that is spread over several devices. One process alone prefills a
-        prompt when its losses are asked for.
-        """
+        """Prefill the prompts of ``episodes`` for all processes, a share in each; see :meth:`PrefillCache.prefetch`."""
         self._prefills.prefetch(episodes, self._replayer.lean)
 
     def answer(self, episode: Episode, tokens: Tokens = "all", stream: str | None = None) -> Answer:
-        """Return what the unedited model makes of a target, with the activations of ``stream`` if one is given.
+        """Return the unedited model's answer, as logits of the target's tokens, with the states of ``stream`` if given.
 
-        It is worked out once, and kept as long as there is room. Raises :class:`HookError` where the model is edited:
-        in what the ``loss`` of :meth:`gradients` gives.
+        Args:
+            episode, tokens: as in :meth:`losses`; the answer is kept while there is room.
+            stream: the stream whose activations are the states of the answer.
+
+        Raises:
+            HookError: an edit is applied now, as in the function that ``loss`` of :meth:`gradients` returns.
         """
         return self._gradients.answer(episode, tokens, stream)
 
@@ -265,15 +263,18 @@ class FitSession(Generic[P]):
         autocast: bool = False,
         checkpointing: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the ``loss`` of what the edited model makes of each query's target, and the gradient of their sum.
+        """Return the losses of the edited model's answers, float32 [N], and the gradient of the sum of the losses.
 
-        For the i-th of N episodes ``edits(i)`` makes edits of ``parameters``, and ``loss(i)`` a function that gives a
-        number of the :class:`Answer` under them, with the activations of ``stream`` if one is given; what it needs of
-        the unedited model, ``loss`` asks for before. Returns the losses, float32 [N], and the derivative of their sum
-        with respect to each of the parameters, float32, all on the CPU. Weights take no gradient. Each prompt runs
-        whole and alone; with ``autocast`` in bfloat16, with ``checkpointing`` keeping what goes into a block only.
+        Args:
+            episodes: N episodes; each prompt runs whole and alone.
+            parameters: tensors to differentiate by; each has a gradient of its shape, float32 on the CPU.
+            edits: function of an episode's index that makes the edits from ``parameters``.
+            loss: function of an episode's index that returns the loss, a function of the edited :class:`Answer`.
+            tokens, stream: as in :meth:`answer`.
+            autocast, checkpointing: True computes in bfloat16; True keeps the inputs of blocks only, to save memory.
 
-        Raises :class:`NumericsError` on NaN or infinity, :class:`HookError` if the model's own code turns gradients off
-        or cannot be checkpointed.
+        Raises:
+            NumericsError: a loss or a gradient is NaN or infinite.
+            HookError: the model's own code turns gradients off, or the model cannot be checkpointed.
         """
         return self._gradients.gradients(episodes, parameters, edits, loss, tokens, stream, autocast, checkpointing)

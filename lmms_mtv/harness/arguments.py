@@ -1,4 +1,4 @@
-"""The model arguments: which are this plugin's, which the method's, and which go to the base."""
+"""The model arguments: arguments of this plugin, settings of the method, and arguments of the base."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ from lmms_mtv.vectors import HEADS, TaskVector
 class Arguments:
     """The plugin's own model arguments.
 
-    ``base``: the model that does the work. ``method``: how the task vector is fitted. ``shots``: demonstrations in
-    every evaluated prompt; None takes ``--num_fewshot``. ``vector``: a vector to use instead of fitting, a file or
-    whatever else :meth:`~lmms_mtv.vectors.library.Library.resolve` knows. ``heads``: a vector whose heads are taken,
-    while the values are this task's. ``library``: folder of the vector library; ``reuse``: whether a vector of the same
-    recipe is taken from there instead of fitting it again. ``wrong``: share of the demonstrations that get a wrong
-    answer. ``demonstrations``: split of the task's dataset, or ``path:split``, to fit on and to draw shots from; None
-    takes what the task declares. ``seed``: of everything random. ``decoder``: dotted name of the module with the
-    decoder's blocks, where it is not found. ``cache_gb``: memory for prefilled prompts during a fit, in GB.
+    Attributes:
+        base: the model that answers.
+        method: the name of the method that fits the task vector.
+        shots: demonstrations in every evaluated prompt; None takes ``--num_fewshot``.
+        vector: a vector to use instead of a fit: a file or another reference that
+            :meth:`~lmms_mtv.vectors.library.Library.resolve` knows.
+        heads: a vector whose heads are used, while the values are fitted for this task.
+        library: the folder of the vector library.
+        reuse: True takes a vector of the same recipe from the library instead of a new fit.
+        demonstrations: the split of the task's dataset, or ``path:split``, for the fit and for shots; None takes the
+            split that the task declares.
+        wrong: the share of the demonstrations that get a wrong answer.
+        seed: the seed of everything random.
+        decoder: the dotted name of the module with the decoder's blocks, for models where the module is not found.
+        cache_gb: memory for prefilled prompts during a fit, in GB.
     """
 
     base: str = "hf"
@@ -61,9 +68,10 @@ class Arguments:
 
 
 def validate(arguments: Arguments) -> None:
-    """Open the files that ``vector`` and ``heads`` name, if they name files: better known before a model is loaded.
+    """Open the files that ``vector`` and ``heads`` name, if they name files: an error shows before a model is loaded.
 
-    Raises :class:`VectorFileError` if one cannot be used.
+    Raises:
+        VectorFileError: a file cannot be used.
     """
     for reference in (arguments.vector, arguments.heads):
         if reference is not None and Path(reference).is_file():
@@ -81,11 +89,11 @@ _TEXT: Final = (
     "peft",
     "tokenizer",
 )
-"""Arguments that are text even if they look like a number, as an id of digits does."""
+"""Arguments that are text even if they look like a number, such as an id of digits."""
 
 
 def with_text_restored(parsed: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Return the model arguments of a command line, with the text of those that are text.
+    """Return the model arguments of a command line, with text arguments as text again.
 
     The harnesses make a number of any text that looks like a number: of the reference ``0012`` the number 12.
 
@@ -107,7 +115,7 @@ def field_names(config: type[Any]) -> tuple[str, ...]:
 
 
 class SplitArguments(NamedTuple):
-    """Model arguments by owner: of the plugin, the method with its settings, and of the base."""
+    """Model arguments by owner: the plugin, the method with its settings, and the base."""
 
     plugin: Arguments
     method: Method
@@ -131,7 +139,7 @@ def split_arguments(
     own = field_names(Arguments) if own is None else own
     arguments = Arguments(**{key: model_args[key] for key in own if key in model_args})
     method = methods.get(arguments.method)
-    # heads= passes the heads to a method that has such a setting.
+    # A method with a setting heads gets the heads of heads=.
     of_method = tuple(name for name in method.settings() if name not in own)
     known = {"mtv": own, f"method {method.name}": of_method, "base": base}
     method.refuse_moved(key for key in model_args if key not in (*own, *base))

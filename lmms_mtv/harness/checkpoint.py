@@ -1,4 +1,4 @@
-"""The identity of a checkpoint, from its contents: the folder and the way its path is written do not count."""
+"""The identity of a checkpoint, from its contents. The folder and the spelling of its path do not count."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmms_mtv.data.official import checksum
 from lmms_mtv.harness import gguf
 
 LOCAL: Final = "local/"
-"""Beginning of the name of a model that is a folder. Its digest follows."""
+"""Beginning of the name of a model that is a folder. The digest of the model follows."""
 
 _WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTERS: Final = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
@@ -33,7 +33,13 @@ _LONG, _PART = 10**9, 1 << 23
 
 
 class Identity(NamedTuple):
-    """The name of a model, its revision, and the digest of its text files (see :func:`text_files_of`)."""
+    """The identity of a loaded model.
+
+    Attributes:
+        name: the name of the model.
+        revision: the revision; None if unknown.
+        text_files: the digest of the text files, see :func:`text_files_of`; None if the revision covers these files.
+    """
 
     name: str
     revision: str | None
@@ -41,11 +47,11 @@ class Identity(NamedTuple):
 
 
 def identity(source: str, commit: str | None, gguf_file: str | None = None) -> Identity:
-    """Return which model was loaded.
+    """Return the identity of a loaded model.
 
     Args:
         source: a folder, or a name on the hub.
-        commit: the commit of the hub that was loaded, if one was.
+        commit: the commit of the hub that was loaded, if there is one.
         gguf_file: the GGUF file in ``source`` that was loaded. The file has weights and tokenizer, and counts alone.
     """
     if gguf_file is None:
@@ -59,13 +65,16 @@ def identity(source: str, commit: str | None, gguf_file: str | None = None) -> I
 
 
 def revision_of(source: str, commit: str | None) -> str | None:
-    """Return the commit on the hub; of a folder, a digest of its configuration and of its weights.
+    """Return the revision of a model: the commit on the hub, or for a folder a digest of its configuration and weights.
+
+    All weights are read.
 
     Args:
         source: a folder, or a name on the hub.
-        commit: the commit of the hub that was loaded, if one was.
+        commit: the commit of the hub that was loaded, if there is one.
 
-    All weights are read. None if ``source`` is no folder and there is no commit.
+    Returns:
+        The revision; None if ``source`` is no folder and there is no commit.
     """
     folder = Path(source)
     if commit is not None or not folder.is_dir():
@@ -75,14 +84,19 @@ def revision_of(source: str, commit: str | None) -> str | None:
 
 
 def adapter_of(source: str) -> str:
-    """Return a digest of an adapter of PEFT in a folder, its settings and weights; a name on the hub stays as it is."""
+    """Return a digest of the settings and weights of a PEFT adapter in a folder; a name on the hub stays unchanged."""
     folder = Path(source)
     files = sorted({path for pattern in _ADAPTERS for path in folder.glob(pattern)}) if folder.is_dir() else []
     return _digest(files, folder) if files else source
 
 
 def name_of(source: str, revision: str | None) -> str:
-    """Return the name of a model: as on the hub, or of a folder its digest, so that a folder may be moved or linked."""
+    """Return the name of a model: the name on the hub, or for a folder its digest, so that a folder may be moved.
+
+    Args:
+        source: a folder, or a name on the hub.
+        revision: the revision, see :func:`revision_of`.
+    """
     if revision is not None and Path(source).is_dir():
         return LOCAL + revision.removeprefix("sha256:")
     return source
@@ -91,8 +105,8 @@ def name_of(source: str, revision: str | None) -> str:
 def text_files_of(source: str) -> str | None:
     """Return a digest of the tokenizer, the processor, their templates and the code in a folder.
 
-    JSON counts by its entries, not by its layout. None if ``source`` is no folder: the commit of the hub, which
-    is the revision, tells these files too.
+    JSON files count by their entries, not by their layout. The result is None if ``source`` is no folder: the commit of
+    the hub, which is the revision, identifies these files too.
     """
     folder = Path(source)
     if not folder.is_dir():

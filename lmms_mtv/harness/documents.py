@@ -17,14 +17,14 @@ def documents(named: Dataset) -> Dataset:
     ``process_docs`` for the splits that it needs, so that other splits are not loaded.
 
     Args:
-        named: the stand-in: one row with the name of the data, in a split of the name of the wanted split. If the task
-            has a ``dataset_name``, that is the name of the data, and several tasks share a stand-in.
+        named: the stand-in: one row with the name of the data, in a split with the name of the wanted split. If the
+            task has a ``dataset_name``, this is the name of the data, and several tasks share a stand-in.
 
     Returns:
         The rows, each with the name of the data in the column ``data``.
 
     Raises:
-        DataError: ``named`` is no stand-in, or the rows cannot be had.
+        DataError: ``named`` is no stand-in, or the rows cannot be loaded.
     """
     if named.column_names != ["data"] or len(named) != 1:
         raise DataError(

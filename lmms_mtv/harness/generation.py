@@ -7,11 +7,11 @@ from typing import Any, Final
 from torch import nn
 
 GREEDY: Final[dict[str, Any]] = {"temperature": None, "top_p": None, "top_k": None}
-"""Settings of a greedy generation: a checkpoint's own settings of sampling would only give warnings."""
+"""Settings of a greedy generation; the checkpoint's own sampling settings would only cause warnings."""
 
 
 def attention_of(model: nn.Module) -> dict[str, str]:
-    """Return the attention implementation of a model, or nothing if it is the choice of transformers."""
+    """Return the attention implementation of a model, or an empty mapping for the default of transformers."""
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     default = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
     return {} if implementation in (None, default) else {"attn_implementation": str(implementation)}

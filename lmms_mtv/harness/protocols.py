@@ -17,7 +17,7 @@ P_contra = TypeVar("P_contra", contravariant=True)
 
 
 class Logger(Protocol):
-    """The harness's own logger: its messages are shown at the harness's command line."""
+    """The harness's own logger, whose messages are shown at the harness's command line."""
 
     def info(self, message: str, /) -> Any: ...
 
@@ -57,7 +57,7 @@ class Model(Runner[P_contra], Protocol[P_contra]):
         Args:
             prompts: a batch of prompts.
             new_tokens: the largest number of tokens of an answer.
-            edited: an edit is in place.
+            edited: True if an edit is applied.
         """
         ...
 
@@ -69,5 +69,5 @@ class Prompts(Examples[P_co], Protocol[P_co]):
     def training(self) -> Training: ...
 
     def digest(self) -> str:
-        """Return the SHA-256 of the training examples as they are shown."""
+        """Return the SHA-256 of the training examples in the form that the prompts show."""
         ...

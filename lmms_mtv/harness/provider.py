@@ -41,11 +41,11 @@ class TaskVectorProvider(Generic[P]):
         model: the model that the vectors are for.
         sites: the sites of the model.
         logger: the logger of the harness.
-        ranks: gives the processes that fit together, which are known when the first fit begins. Rank 0 alone writes
-            files and messages.
+        ranks: function that returns the processes that fit together, which are known when the first fit begins. Only
+            rank 0 writes files and messages.
 
     Raises:
-        ArgumentError: ``arguments.vector`` or ``arguments.heads`` names no vector, or several.
+        ArgumentError: ``arguments.vector`` or ``arguments.heads`` names no vector, or several vectors.
         GeometryError: the named vector was made for another model.
     """
 
@@ -77,7 +77,7 @@ class TaskVectorProvider(Generic[P]):
 
     @property
     def identity(self) -> str:
-        """Everything that the vectors of this run depend on beside the tasks, as text: the name of a run in a cache."""
+        """The inputs of this run's vectors besides the tasks, as text that names the run in a cache."""
         model, arguments = self._model, dataclasses.asdict(self._arguments)
         for name in ("library", "reuse", "cache_gb", "vector", "heads"):
             del arguments[name]
@@ -96,7 +96,7 @@ class TaskVectorProvider(Generic[P]):
     def of(self, prompts: Prompts[P], shots: int, folder: Path | None) -> tuple[TaskVector, TaskRecord]:
         """Return the vector of a task and its record.
 
-        The library gives a vector of the same recipe; otherwise the method fits a vector, which is added to the
+        The library gives a vector of the same recipe. Otherwise the method fits a vector, which is added to the
         library.
 
         Args:
@@ -129,7 +129,7 @@ class TaskVectorProvider(Generic[P]):
         )
 
     def recipe(self, prompts: Prompts[P], shots: int) -> VectorCard:
-        """Return the card of the vector that would be fitted for a task; nothing is fitted."""
+        """Return the card of the vector that a fit for a task would give. Nothing is fitted."""
         return self._recipe(prompts, shots, self._configured(prompts.training)[0])
 
     @property
@@ -137,7 +137,7 @@ class TaskVectorProvider(Generic[P]):
         return self._ranks().rank == 0
 
     def _named_vector(self, reference: str | None) -> TaskVector | None:
-        """Return the vector that an argument names, once it is certain that the vector is of this model."""
+        """Return the vector that an argument names, after a check that the vector is of this model."""
         if reference is None:
             return None
         arguments, model = self._arguments, self._model
@@ -195,7 +195,7 @@ class TaskVectorProvider(Generic[P]):
         )
 
     def _from_library(self, recipe: VectorCard) -> TaskVector | None:
-        """Return the vector of this recipe in the library, or None unless the vector is there for every process."""
+        """Return the vector of this recipe in the library, or None if a process lacks the vector."""
         if not self._arguments.reuse or not self._method.settings():
             return None
         vector, ranks = self._library.get(recipe), self._ranks()
@@ -212,7 +212,7 @@ class TaskVectorProvider(Generic[P]):
         return vector
 
     def _check_writable(self, folder: Path | None) -> None:
-        """Raise in every process if the library of a vector that is to be fitted cannot be written to."""
+        """Check in every process that the library of a vector that is to be fitted can be written to."""
         with self._ranks().raise_together():
             if self._method.settings() and self._leads:
                 self._library.check_writable()
@@ -224,7 +224,7 @@ class TaskVectorProvider(Generic[P]):
         if not vector.edits:
             return "nothing to fit"
         if self._leads:
-            # The library first: if the copy cannot be written, the fit is not lost.
+            # The library comes first: if the copy cannot be written, the fit is not lost.
             self._library.add(vector)
         if folder is not None and self._leads and record.unwritable(folder) is None:
             return str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
@@ -249,7 +249,7 @@ class TaskVectorProvider(Generic[P]):
         card = dataclasses.replace(
             recipe,
             versions=record.versions(),
-            # More digits would be noise, and most of the file.
+            # More digits would be noise, and would be most of the file.
             losses={name: [float(f"{loss:.6g}") for loss in losses] for name, losses in fitted.losses.items()},
             seconds=time.perf_counter() - began,
             stages={name: round(seconds, 3) for name, seconds in session.stages.items()},

@@ -21,8 +21,13 @@ P = TypeVar("P")
 def declared_settings(method: Method, training: Training, logger: Logger) -> dict[str, Any]:
     """Return the settings that a task declares for ``method``, or for the method of which ``method`` is a control.
 
-    A control has the settings class of its method, or a class derived from it. A wrong name or value is an error,
-    whichever method is used.
+    A control has the settings class of its method, or a class derived from this class. A wrong name or value is an
+    error for every method.
+
+    Args:
+        method: the method of the run.
+        training: the training examples of the task, with its declarations.
+        logger: the logger of the harness.
 
     Raises:
         ArgumentError: the task declares a method or a setting that does not exist.
@@ -40,7 +45,7 @@ def _is_control_of(method: Method, name: str, logger: Logger) -> bool:
     try:
         return issubclass(method.config, methods.get(name).config)
     except MethodError as error:
-        # The method in use is loaded already: another method that does not load stops nothing.
+        # The method in use is loaded already. A failure to load another method is no reason to stop.
         logger.warning(f"{error}; the task declares settings for it")
         return False
 
@@ -56,7 +61,7 @@ def vector_recipe(
     config: Any,
     heads: TaskVector | None,
 ) -> VectorCard:
-    """Return the card of a vector before the vector is fitted: the recipe alone.
+    """Return the card of a vector before the fit, which is the recipe alone.
 
     Args:
         model: the model that the vector is for.
@@ -64,9 +69,9 @@ def vector_recipe(
         prompts: the prompts of the task.
         shots: demonstrations in an evaluated prompt.
         seed: the seed of the fit.
-        method: the method; one without settings fits nothing, and its vector does not depend on the examples.
+        method: the method. A method without settings fits nothing, and its vector does not depend on the examples.
         config: the settings of the method.
-        heads: the vector whose heads are taken, if there is one.
+        heads: the vector whose heads are used, or None.
     """
     training, fits = prompts.training, bool(method.settings())
     return VectorCard(
@@ -87,7 +92,7 @@ def vector_recipe(
 
 
 def _prompt_digest(model: Model[P], prompts: Prompts[P]) -> str:
-    """Return the SHA-256 of one prompt with its target: it changes with everything that shapes a prompt."""
+    """Return the SHA-256 of one prompt with its target, which changes with everything that shapes a prompt."""
     example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
     parts: list[Any] = model.text_parts(example)
     if recipe := dict(model.recipe):

@@ -21,11 +21,17 @@ PACKAGES: Final = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """The figures of one evaluated task, over all processes but for ``seconds``, ``image_tokens`` and ``bytes``.
+    """The figures of one evaluated task, over all processes except for ``seconds``, ``image_tokens`` and ``bytes``.
 
-    ``requests``: number of requests; ``unreadable``: number of documents that could not be shown; ``cut_off``: number
-    of answers that reached ``max_new_tokens``. ``seconds``: time of the evaluation. ``input_tokens``,
-    ``image_tokens`` and ``output_tokens``: means over the requests, None if unknown. ``bytes``: peak of the memory.
+    Attributes:
+        requests: number of requests.
+        unreadable: number of documents that could not be shown.
+        cut_off: number of answers that reached ``max_new_tokens``.
+        seconds: time of the evaluation.
+        input_tokens: mean number of tokens of a prompt.
+        image_tokens: mean number of image tokens of a prompt; None if unknown.
+        bytes: peak of the memory; None if unknown.
+        output_tokens: mean number of tokens of an answer; None if unknown.
     """
 
     requests: int
@@ -42,11 +48,29 @@ class EvaluationRecord:
 class TaskRecord:
     """The record of one task.
 
-    ``source``: file or folder of the vector, or how the vector came about. ``reused``: the vector is from an earlier
-    run, and so are ``fit_seconds``, ``fit_stages`` and ``fit_bytes``. ``heads``: layer and head, where layers count
-    sites: blocks in the ``skipped`` of a :class:`ModelRecord` have no site. ``shots``: demonstrations in an evaluated
-    prompt. ``declared``: settings that the task declares and that were used. ``remarks``: remarks of the session on
-    the training split. ``evaluation``: None until the task is evaluated, and always None in lm-eval.
+    Attributes:
+        method: name of the method.
+        vector: id of the vector.
+        source: file or folder of the vector, or the origin of the vector in words.
+        reused: True if the vector is from an earlier run; then ``fit_seconds``, ``fit_stages`` and ``fit_bytes`` are
+            too.
+        heads: layer and head of each edited head. Layers count sites: blocks in the ``skipped`` of a
+            :class:`ModelRecord` have no site.
+        shots: demonstrations in an evaluated prompt.
+        seed: seed of the run.
+        settings: settings of the method.
+        fit_seconds: seconds of the fit.
+        fit_stages: seconds of each stage of the fit.
+        fit_bytes: peak memory of the fit; None if unknown.
+        fit_replay: way that losses were computed; None without losses.
+        fit_accuracy: accuracy of the trial after the fit.
+        loss: loss without the edit (``unedited``) and with the edit (``chosen``).
+        split: split of the training examples.
+        examples: digest of the training examples.
+        prompt: digest of a prompt.
+        declared: settings that the task declares and that were used.
+        remarks: remarks of the session on the training split.
+        evaluation: figures of the evaluation; None until the task is evaluated, and always None in lm-eval.
     """
 
     method: str
@@ -84,8 +108,13 @@ class UneditedRecord:
 class ModelRecord:
     """The record of the model of a run.
 
-    ``skipped``: blocks without softmax attention. ``base``: the configuration of the base. ``arguments``: the plugin's
-    own arguments.
+    Attributes:
+        name: name of the model.
+        revision: revision of the model; None if unknown.
+        dtype: precision of the weights.
+        skipped: blocks without softmax attention.
+        base: configuration of the base.
+        arguments: the plugin's own arguments.
     """
 
     name: str
@@ -106,7 +135,7 @@ def task_record(
     declared: Mapping[str, Any],
     remarks: Sequence[str],
 ) -> TaskRecord:
-    """Return the record of a task that is to be evaluated with ``vector``; the other arguments are its fields."""
+    """Return the record of a task before its evaluation with ``vector``; the other arguments are fields."""
     card = vector.card
     return TaskRecord(
         method=card.method,
@@ -132,7 +161,7 @@ def task_record(
 
 
 def as_json(record: TaskRecord | UneditedRecord | ModelRecord) -> dict[str, Any]:
-    """Return a record as values that JSON knows. A task without an evaluation has no such entry."""
+    """Return a record as values for JSON. The record of a task without an evaluation has no such entry."""
     entries = dataclasses.asdict(record)
     if entries.get("evaluation", ...) is None:
         del entries["evaluation"]
@@ -162,7 +191,7 @@ def unwritable(folder: Path) -> str | None:
 
 
 def write(folder: Path, model: ModelRecord, tasks: Mapping[str, TaskRecord]) -> Path:
-    """Write ``<time>_mtv.json`` into ``folder``, whole or not at all, and return the path of the file."""
+    """Write ``<time>_mtv.json`` into ``folder`` atomically, and return the path of the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{time.strftime('%Y%m%d_%H%M%S')}_mtv.json"
     content = {

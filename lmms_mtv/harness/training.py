@@ -1,4 +1,4 @@
-"""The training examples of a task of either harness: which split they come from, and its documents."""
+"""The training examples of a task of either harness: their split and their documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from datasets import Dataset
 from lmms_mtv.errors import ArgumentError, DataError, LeakageError
 
 _PART: Final = 1 << 16
-"""Bytes at the beginning, in the middle and at the end of a picture or film that tell it from others of its size."""
+"""Bytes at the beginning, in the middle and at the end of a picture or film that identify the picture or film."""
 
 _MEDIA: Final = (datasets.Image, datasets.Audio, datasets.Video)
 
@@ -55,9 +55,10 @@ class Training:
         return dict(metadata.get("mtv", {})) if isinstance(metadata, Mapping) else {}
 
     def settings(self, known: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Return the settings that the task declares, by the name of the method that they are for.
+        """Return the settings that the task declares, by the name of their method.
 
-        Raises :class:`ArgumentError` if a name is none of the methods in ``known``.
+        Raises:
+            ArgumentError: a name is none of the methods in ``known``.
         """
         declared = {name: value for name, value in self.declared.items() if name != "demonstrations"}
         for name, value in declared.items():
@@ -78,7 +79,9 @@ class Training:
     def split(self) -> str:
         """The split that demonstrations come from.
 
-        Raises :class:`DataError` if the task has none, :class:`LeakageError` if it is the one that is evaluated.
+        Raises:
+            DataError: the task has no such split.
+            LeakageError: the split is the evaluated split.
         """
         config = self._task.config
         declared = self.declared.get("demonstrations")
@@ -97,7 +100,11 @@ class Training:
 
     @property
     def documents(self) -> Any:
-        """The examples, a ``Dataset`` or a list. Raises :class:`DataError` if there is no such split or dataset."""
+        """The examples, a ``Dataset`` or a list.
+
+        Raises:
+            DataError: there is no such split or dataset.
+        """
         if self._documents is None:
             path, _, split = self.split.rpartition(":")
             splits = self._task.dataset if not path else _load(path)
@@ -107,9 +114,9 @@ class Training:
         return self._documents
 
     def digest(self) -> str:
-        """Return SHA-256 of the examples' contents; of media, wherever they are in a column, their encoded bytes.
+        """Return the SHA-256 of the examples' contents. Media count by their encoded bytes, anywhere in a column.
 
-        Of media of more than 192 KiB the size, the beginning, the middle and the end count. A path does not count.
+        Media of more than 192 KiB count by their size, beginning, middle and end. A path does not count.
         """
         bare, digest = self.documents, hashlib.sha256()
         if isinstance(bare, Dataset):
@@ -122,20 +129,21 @@ class Training:
         return digest.hexdigest()
 
     def target(self, doc: Mapping[str, Any]) -> str:
-        """Return the answer to a document, the first if there are several.
+        """Return the answer to a document, the first answer if there are several.
 
-        Raises :class:`DataError` if the task's ``doc_to_target`` is a plain name that is no column.
+        Raises:
+            DataError: the task's ``doc_to_target`` is a plain name that is no column, or the document has no answer.
         """
         named = self._task.config.doc_to_target
         if isinstance(named, str) and named not in doc and "{" not in named:
-            # The harness renders such a name as itself, and every demonstration would answer with that word.
+            # The harness renders such a name as itself, and every demonstration would answer with this word.
             raise DataError(
                 f"doc_to_target of task {self.name} is {named!r}, which is no column of its training examples "
                 f"({', '.join(doc)}): correct it in the task file"
             )
         target = self._task.doc_to_target(doc)
         if target is None or (target == "None" and isinstance(named, str) and None in doc.values()):
-            # As text it would be the word None, which a model would learn to answer.
+            # As text the answer would be the word None, and a model would learn this word.
             raise DataError(
                 f"a training example of task {self.name} has no answer (null): leave such examples out with "
                 "process_docs in the task file, or choose another split with demonstrations="
@@ -155,14 +163,14 @@ def _load(path: str) -> Any:
 
 
 def _add_media(digest: Any, column: Dataset, kind: Any) -> None:
-    """Add one column that has media somewhere in it to ``digest``, without decoding them."""
+    """Add a column that contains media to ``digest``, without decoding the media."""
     for table in column.with_format("arrow").iter(batch_size=1000):
         for value in table.column(0).to_pylist():
             _add_value(digest, value, kind)
 
 
 def _add_value(digest: Any, value: Any, kind: Any) -> None:
-    """Add a value as it is stored to ``digest``, with what tells lists, structs and media apart."""
+    """Add a stored value to ``digest``, with marks that distinguish lists, structs and media."""
     if isinstance(kind, _MEDIA) and isinstance(value, Mapping):
         content = value.get("bytes")
         if content is None and value.get("path"):
@@ -193,14 +201,14 @@ def _file(path: str) -> bytes:
 
 
 def _plain(value: Any) -> str:
-    """Return what JSON does not know, as text that is the same in every process."""
+    """Return a value that JSON cannot hold as text that is the same in every process."""
     if isinstance(value, PIL.Image.Image):
         return f"image {value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
     return str(value)
 
 
 def _has_media(kind: Any) -> bool:
-    """Return whether a feature of a dataset has images, sounds or films somewhere in it."""
+    """Return whether a feature of a dataset contains images, sounds or films."""
     if isinstance(kind, Mapping):
         return any(_has_media(inner) for inner in kind.values())
     if isinstance(kind, list):

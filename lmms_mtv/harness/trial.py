@@ -1,4 +1,4 @@
-"""The trial of a fitted vector: some training queries, answered without the vector and with it."""
+"""The trial of a fitted vector: training queries that are answered without the vector and with the vector."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ _QUERIES: Final = 16
 """Number of training queries that are answered after a fit."""
 
 _SPARE_TOKENS: Final = 8
-"""Tokens that an answer may have beyond the longest target, so that an answer that does not end shows."""
+"""Tokens that an answer may have beyond the longest target, so that an endless answer is noticed."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """The result of a trial.
 
-    ``accuracy``: see :class:`~lmms_mtv.vectors.VectorCard`; empty if nothing was tried. ``same_first_token``: all
-    targets begin with the same token, although they differ.
+    Attributes:
+        accuracy: see :class:`~lmms_mtv.vectors.VectorCard`; empty if nothing was tried.
+        same_first_token: True if all targets begin with the same token, although the targets differ.
     """
 
     accuracy: Mapping[str, float] = field(default_factory=dict)
@@ -44,11 +45,18 @@ class _Score:
 def run_trial(
     session: FitSession[P], model: Model[P], sites: Sites, prompts: Prompts[P], edits: Mapping[str, Edit]
 ) -> Trial:
-    """Return the result of answering some training queries without edits and with them.
+    """Return the result of answering some training queries without edits and with edits.
 
-    A loss can be small although answers are wrong: on the first token of a target alone, or past the end of the
-    target. No fit chooses anything by these answers. Nothing is tried without edits, or if the model scores targets
-    instead of generating answers.
+    A loss can be small although answers are wrong: the loss of the first token of a target ignores the other tokens,
+    and a loss ignores the text past the end of the target. No fit chooses anything by these answers. Nothing is tried
+    without edits, or if the model scores targets instead of generating answers.
+
+    Args:
+        session: the session of the fit, which draws the queries.
+        model: the model that answers.
+        sites: the sites of the model.
+        prompts: the training examples.
+        edits: the fitted edits by stream.
     """
     if not edits:
         return Trial()
@@ -90,11 +98,11 @@ def _cut(reply: Reply, stops: list[str]) -> Reply:
 
 
 def doubts(accuracy: Mapping[str, float], blind: bool) -> list[str]:
-    """Return the reasons to doubt a vector, whatever its loss, one line each.
+    """Return the reasons to doubt a vector whose loss may be small, a line for each reason.
 
     Args:
         accuracy: the ``accuracy`` of a :class:`Trial`, not empty.
-        blind: the loss saw nothing of the answers.
+        blind: True if the loss depended on no token in which the answers differ.
     """
     lines = []
     if blind:

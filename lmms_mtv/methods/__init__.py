@@ -1,6 +1,6 @@
-"""The methods: one file each, found by listing this folder and the entry points of the group ``lmms_mtv.methods``.
+"""The methods, one file each, found in this folder and in the entry points of the group ``lmms_mtv.methods``.
 
-A method's module has ``Config``, a frozen dataclass of its settings, and ``fit(session, config)``, which returns a
+The module of a method has ``Config``, a frozen dataclass of its settings, and ``fit(session, config)``, which returns a
 :class:`Fitted`.
 """
 
@@ -24,10 +24,10 @@ from lmms_mtv.vectors import Edit
 logger = logging.getLogger(__name__)
 
 GROUP = "lmms_mtv.methods"
-"""Entry-point group of methods from other packages: name of the method = its module."""
+"""Entry-point group of methods from other packages: the name of the method and its module."""
 
 _UNIONS = (types.UnionType, typing.Union)
-"""How ``X | None`` is written, with and without a Literal in it."""
+"""Types of ``X | None``, with and without a Literal in the union."""
 
 _FIRST = ("none", "mtv", "random")
 
@@ -37,14 +37,19 @@ _Points = dict[str, list[EntryPoint]]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit gives: edits by stream, and losses by name for the card."""
+    """The result of a fit.
+
+    Attributes:
+        edits: the edits by stream.
+        losses: the losses by name, for the card.
+    """
 
     edits: Mapping[str, Edit] = field(default_factory=dict)
     losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Setting(NamedTuple):
-    """A setting of a method: ``kind`` is the type in words."""
+    """A setting of a method. ``kind`` is the type in words."""
 
     name: str
     kind: str
@@ -56,8 +61,13 @@ class Setting(NamedTuple):
 class Method:
     """A registered method.
 
-    ``summary`` is the first line of its documentation, with the paper. ``moved`` are names of settings that the method
-    once had, with the arguments that replace them: the method's module has them as ``MOVED``, if there are any.
+    Attributes:
+        name: the name of the method.
+        config: the class of the settings.
+        fit: the function that fits a vector.
+        summary: the first paragraph of the documentation, with the paper.
+        moved: former settings of the method, with the arguments that replace them: ``MOVED`` of the method's module, if
+            the module has it.
     """
 
     name: str
@@ -67,11 +77,11 @@ class Method:
     moved: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self) -> tuple[str, ...]:
-        """Return the names of its configuration's fields."""
+        """Return the names of the settings, the fields of the configuration."""
         return tuple(f.name for f in dataclasses.fields(self.config))
 
     def described(self) -> list[Setting]:
-        """Return the settings with their types, their defaults and what they mean."""
+        """Return the settings with their types, defaults and meanings."""
         hints = typing.get_type_hints(self.config)
         return [
             Setting(f.name, _called(hints[f.name]), f.default, str(f.metadata.get("help", "")))
@@ -79,7 +89,11 @@ class Method:
         ]
 
     def refuse_moved(self, names: Iterable[str]) -> None:
-        """Raise :class:`ArgumentError` if one of ``names`` is a setting that the method no longer has."""
+        """Check that no name is a former setting of the method.
+
+        Raises:
+            ArgumentError: one of ``names`` is a former setting.
+        """
         for name in names:
             if name in self.moved:
                 raise ArgumentError(f"method {self.name} has no setting {name}= any more: pass {self.moved[name]}")
@@ -87,7 +101,8 @@ class Method:
     def configure(self, values: Mapping[str, Any]) -> Any:
         """Return the configuration with ``values`` for the fields that they name.
 
-        Raises :class:`ArgumentError` on a wrong name or type.
+        Raises:
+            ArgumentError: a name or a type is wrong.
         """
         self.refuse_moved(values)
         hints = typing.get_type_hints(self.config)
@@ -100,20 +115,23 @@ class Method:
 
 
 def names() -> list[str]:
-    """Return the registered methods: ``none``, ``mtv``, ``random``, then the others, none of which is loaded for it."""
+    """Return the names of the registered methods: ``none``, ``mtv``, ``random``, then the others. Load none of them."""
     return _names(_points())
 
 
 def own() -> list[str]:
-    """Return the methods of this package."""
+    """Return the names of the methods of this package."""
     return _names({})
 
 
 def get(name: str) -> Method:
-    """Return the method called ``name``. One of this package wins over another package's, and a warning says so.
+    """Return the method called ``name``.
 
-    Raises :class:`ArgumentError`, with the nearest name, if there is none, and :class:`MethodError` if the package
-    that it comes from cannot be used.
+    A method of this package wins over a method of another package with the same name, and a warning is logged.
+
+    Raises:
+        ArgumentError: there is no such method; the message has the nearest name.
+        MethodError: the package of the method cannot be used.
     """
     return _get(name, _points())
 
@@ -141,7 +159,7 @@ def _own() -> set[str]:
 
 
 def _points() -> _Points:
-    """Return the entry points of other packages, which takes a look at every installed one."""
+    """Return the entry points of other packages, by a search of all installed packages."""
     points: _Points = {}
     for point in entry_points(group=GROUP):
         points.setdefault(point.name, []).append(point)
@@ -153,7 +171,7 @@ def _origin(point: EntryPoint) -> str:
 
 
 def _loaded(name: str, points: Sequence[EntryPoint]) -> types.ModuleType:
-    """Return the module of a method of another package, once it has what a method has."""
+    """Return the module of a method of another package, after a check that the module has ``Config`` and ``fit``."""
     if len(points) > 1:
         origins = " and ".join(sorted(map(_origin, points)))
         raise MethodError(f"method {name} comes from {origins}: uninstall all but one of them")
@@ -161,11 +179,11 @@ def _loaded(name: str, points: Sequence[EntryPoint]) -> types.ModuleType:
     mend = "install a version of it that works with this lmms-mtv, or uninstall it"
     try:
         module: types.ModuleType = point.load()
-    # Whatever the code of another package raises.
+    # The code of another package may raise anything.
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise MethodError(f"method {name} of {_origin(point)} cannot be loaded ({told}): {mend}") from error
-    # A frozen dataclass has its parameters under this name.
+    # A dataclass has its parameters under this name.
     frozen = getattr(getattr(getattr(module, "Config", None), "__dataclass_params__", None), "frozen", False)
     lacking = [
         *(() if frozen else ["a frozen dataclass Config"]),

@@ -1,7 +1,8 @@
 """A control of MTV (arXiv 2406.15334): its selection made worse on purpose.
 
-Stored, Injected, Trained and Cost: as ``mtv``. Of the heads that MTV chose a share is dropped, or as many as a share
-of them are added, both drawn at random. It tells how much depends on exactly these heads.
+Stored, Injected, Trained and Cost: as ``mtv``. A share of the heads that MTV chose is dropped, or other heads are
+added, as many as a share of the chosen heads. Both are drawn at random. The control shows how much depends on exactly
+these heads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lmms_mtv.vectors import HEADS
 
 @dataclass(frozen=True)
 class Config(mtv.Config):
-    """The settings of the MTV fit, and the shares of its heads that are dropped (``drop``) and added (``add``)."""
+    """Settings of the MTV fit, and two shares of its heads: ``drop`` is left out, and ``add`` is added."""
 
     drop: float = setting(0.0, "share of MTV's heads that is left out")
     add: float = setting(0.0, "heads that are added, as a share of MTV's heads")
@@ -34,7 +35,12 @@ class Config(mtv.Config):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return MTV's fit with ``round(drop * n)`` of its n heads dropped and ``round(add * n)`` others added."""
+    """Return MTV's fit with ``round(drop * n)`` of its n heads dropped and ``round(add * n)`` other heads added.
+
+    Args:
+        session: the fit.
+        config: the settings.
+    """
     fitted = mtv.fit(session, config)
     edit, generator = fitted.edits[HEADS], session.generator("degraded heads")
     mask = edit.gain.flatten().bool()

@@ -1,17 +1,18 @@
 """Function vectors (Todd, Li, Sharma, Mueller, Wallace and Bau 2024, arXiv 2310.15213).
 
-Stored: the sum, over the ``top`` heads, of what each head's mean activation over few-shot prompts adds to the hidden
-state: the output projection of the head's slice, without the bias. The heads are those with the largest average
-indirect effect: how much more likely the first answer token gets when the head's mean replaces its activation, in
-prompts whose demonstrations do not tell the task. Injected: added to the hidden state after one block, at the last
-prompt token and at every generated token. Trained: nothing. Cost: ``iterations`` few-shot prefills; for each of
-``effect_examples`` prompts a replay of the last token of one row for each head of the model; for each of ``examples``
-queries one of a row for each layer.
+Stored: one vector, the sum over the ``top`` heads of the part that the mean activation of the head over few-shot
+prompts adds to the hidden state. This part is the output projection of the head's slice, without the bias. The heads
+have the largest average indirect effect: the increase of the probability of the first answer token when the head's mean
+replaces its activation, in prompts whose demonstrations do not show the task. Injected: the vector is added to the
+hidden state after one block, at the last prompt token and at every generated token. Trained: nothing. Cost:
+``iterations`` few-shot prefills; for each of ``effect_examples`` prompts a replay of the last token with a row for each
+head of the model; for each of ``examples`` queries a replay with a row for each layer.
 
-The choices that are ours: the layer is the one of the lowest loss among all, on training queries that the vector does
-not come from (about a third of the depth in the paper); the same prompts' demonstrations may be left out instead of
-shuffled, for tasks whose answers alone tell the task. Where a norm stands between attention and the hidden state (Gemma
-2 and 3), a layer's heads add the difference that they make to the norm of the mean output of all its heads.
+These choices are ours. The layer has the lowest loss among all layers, on training queries that the vector does not
+come from (about a third of the depth in the paper). The prompts may be without demonstrations instead of with shuffled
+answers, for tasks whose answers alone show the task. Where a norm stands between attention and the hidden state (Gemma
+2 and 3), the heads of a layer add the difference that they make to the norm of the mean output of all heads of the
+layer.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Config:
     """Settings of function vectors.
 
     The means are over ``iterations`` prompts of ``fit_shots`` demonstrations. Effects are averaged over
-    ``effect_examples`` prompts of as many demonstrations, which show each other's answers (``corrupted`` ``shuffled``),
-    or over bare queries (``bare``). ``top`` heads make the vector. ``examples`` training queries choose the layer, by
-    the ``loss`` of the ``first`` answer token or the mean over ``all``.
+    ``effect_examples`` prompts: prompts of as many demonstrations that show each other's answers (``corrupted``
+    ``shuffled``), or queries alone (``bare``). ``top`` heads make the vector. ``examples`` training queries choose the
+    layer by ``loss``: the loss of the ``first`` answer token, or the mean over ``all`` tokens.
     """
 
     iterations: int = setting(100, "prompts whose activations are averaged")
@@ -64,14 +65,19 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return the sum of what the heads with the largest effect add, and the layer after which to add it."""
+    """Return the sum of the parts that the heads with the largest effect add, and the layer for this sum.
+
+    Args:
+        session: the fit.
+        config: the settings.
+    """
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
     with session.stage("values"):
         means = session.mean_activations(prompts)
     corrupted = _corrupted(session, config)
     with session.stage("effects"):
         effects = _effects(session, means, corrupted)
-    # Heads of one model may be fewer than asked for.
+    # A model may have fewer heads than ``top``.
     chosen = torch.zeros(effects.numel())
     chosen[effects.flatten().topk(min(config.top, effects.numel())).indices] = 1
     vector = session.head_contributions(means, chosen.view_as(effects)).sum(0)
@@ -86,7 +92,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def _corrupted(session: FitSession[Any], config: Config) -> list[Episode]:
-    """Return prompts that do not say what the task is."""
+    """Return prompts that do not show the task."""
     if config.corrupted == "bare":
         return session.episodes(config.effect_examples, 0, "effects")
     rng = session.random("shuffled answers")
@@ -95,10 +101,10 @@ def _corrupted(session: FitSession[Any], config: Config) -> list[Episode]:
 
 
 def _effects(session: FitSession[Any], means: Tensor, episodes: Sequence[Episode]) -> Tensor:
-    """Return how much each head's mean adds to the probability of the first answer token, float32 [L, H]."""
+    """Return the increase of the probability of the first answer token by each head's mean, float32 [L, H]."""
     layers, heads, _ = session.shape
     each = torch.eye(layers * heads).view(-1, layers, heads)
-    # The empty mask comes along, to know the probability without any edit.
+    # The last mask is empty and gives the probability without any edit.
     edit = Edit.replace(means, torch.cat([each, torch.zeros_like(each[:1])]))
     bar = session.bar(episodes, "Measuring the effects of heads")
     likely = torch.stack([(-session.losses(episode, edit)).exp() for episode in bar]).mean(0)

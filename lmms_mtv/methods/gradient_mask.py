@@ -3,11 +3,11 @@
 Stored and Injected: as ``mtv``. Trained: one probability for each head; all weights are frozen. Masks between 0 and 1
 are drawn from the binary concrete distribution, so that a head is replaced in part, ``x' = (1 - m) * x + m * value``,
 and the derivative of the loss with respect to m reaches the probability. The final mask has whole heads. Cost:
-``iterations`` few-shot prefills, then ``steps`` replays of the last token of ``samples`` masks each, forwards and
+``iterations`` few-shot prefills, then ``steps`` replays of the last token with ``samples`` masks each, forwards and
 backwards.
 
-The method is ours, and takes a third of the time of ``mtv``. The heads it ends at are worse: a derivative is of heads
-replaced in part, and the loss of a whole head is not on that slope where heads work together (results/README.md).
+The method is ours, and takes a third of the time of ``mtv``. Its final heads are worse: the derivative is that of a
+head replaced in part, and does not predict the loss of a whole head where heads work together (results/README.md).
 ``steps``, ``samples`` and ``lr`` were chosen on training queries of shapes tasks.
 """
 
@@ -29,7 +29,7 @@ from lmms_mtv.vectors import HEADS, Edit
 
 @dataclass(frozen=True)
 class Config(Selection):
-    """Settings of gradient masks: those of the selection, with other defaults of ``steps``, ``samples`` and ``lr``."""
+    """Settings of gradient masks: settings of the selection. ``steps``, ``samples`` and ``lr`` have other defaults."""
 
     steps: int = setting(30, "steps that follow the gradient")
     samples: int = setting(8, "masks between 0 and 1 that are sampled in a step")
@@ -42,10 +42,15 @@ class Config(Selection):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return mean activations, and the heads to replace by them.
+    """Return mean activations, and the heads that they replace.
 
-    Raises :class:`ArgumentError` for a ``top_k`` or ``diverse`` of more than there are, and a ``threshold`` that no
-    head reaches; :class:`HookError` if the model's own code turns gradients off.
+    Args:
+        session: the fit.
+        config: the settings.
+
+    Raises:
+        ArgumentError: ``top_k`` or ``diverse`` is more than there are, or no head reaches ``threshold``.
+        HookError: the model's own code turns gradients off.
     """
     value = mean_values(session, config)
 

@@ -1,14 +1,14 @@
 """I2CL: implicit in-context learning (arXiv 2405.14660).
 
-Stored: for every layer the mean of what attention adds to the hidden state at the last token of demonstrations, each
-run alone with its answer, as much for the MLP, and two scalars for each of them. Injected: at all positions of all
-forwards, ``s1 * out + s0 * v`` in place of what attention or MLP gives. Trained: the four scalars of each layer, by the
+Stored: for every layer the mean output of attention at the last token of demonstrations, each demonstration run alone
+with its answer; as much for the MLP; and two scalars for each of these means. Injected: at all positions of all
+forwards, ``s1 * out + s0 * v`` replaces the output of attention or MLP. Trained: the four scalars of each layer, by the
 cross-entropy of training queries without demonstrations; all weights of the model are frozen. Cost: ``iterations``
 prompts of one demonstration run twice, and ``epochs`` forwards and backward passes for each of ``examples`` queries.
 
-The defaults are those of the authors' code. The choices that are ours: the queries are further training examples and
-not the demonstrations again; their number; and the noise, drawn anew for each forward, is Gaussian and as long as its
-share of the vector that it is added to.
+The defaults are those of the authors' code. These choices are ours: the queries are further training examples, not the
+demonstrations again; the number of queries; and the noise, drawn anew for each forward, is Gaussian and scaled to a
+share of the length of the vector that it is added to.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from lmms_mtv.vectors import ATTENTION, MLP, Edit
 
 @dataclass(frozen=True)
 class Config(Schedule):
-    """Settings of I2CL, besides those of the schedule.
+    """Settings of I2CL, besides the settings of the schedule.
 
-    Outputs are averaged over ``iterations`` demonstrations. The scalars begin at ``initial_weight`` (s0) and 1 (s1) and
-    are learned with ``weight_lr``. ``noise`` is the length of the noise, as a share of each vector's.
+    The schedule has other defaults of ``examples``, ``epochs`` and ``accumulation``. Outputs are averaged over
+    ``iterations`` demonstrations. The scalars begin at ``initial_weight`` (s0) and 1 (s1), and are learned with the
+    rate ``weight_lr``. ``noise`` is the length of the noise, as a share of the length of each vector.
     """
 
     examples: int = setting(10, "training queries that are learned from")
@@ -50,7 +51,12 @@ class Config(Schedule):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return mean outputs of attention and MLP, and the scalars that mix them in."""
+    """Return mean outputs of attention and MLP, and the scalars that mix them in.
+
+    Args:
+        session: the fit.
+        config: the settings.
+    """
     streams = (ATTENTION, MLP)
     shown = session.episodes(config.iterations, 0, "values")
     with session.stage("values"):
@@ -70,7 +76,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def _noisy(value: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Return ``value`` [L, 1, width] with noise that is ``share`` as long as each of its rows."""
+    """Return ``value``, [L, 1, width], plus noise in each row of ``share`` of the length of the row."""
     noise = torch.randn(value.shape, generator=generator)
     longer: Tensor = value.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     return value + share * longer * noise

@@ -1,18 +1,19 @@
 """In-context vectors (Liu, Ye, Xing and Zou 2024, arXiv 2311.06668).
 
 Stored: for each layer one direction, the first principal component of the differences that an answer makes to the
-hidden state of the last token, over training examples each on its own. Injected: added to the output of every MLP, at
-all positions of all forwards, and the output scaled to the norm it had. Trained: nothing. Cost: ``iterations`` prompts
-run four times. An evaluated forward is edited at every token of the prompt.
+hidden state of the last token, over single training examples. Injected: the direction is added to the output of every
+MLP, at all positions of all forwards, and the output is scaled to its former norm. Trained: nothing. Cost:
+``iterations`` prompts run four times. An evaluated forward is edited at every token of the prompt.
 
-The paper writes that hidden states are shifted. The authors' code puts the shift behind each MLP, where it is a share
-of what the layer adds; on the hidden states themselves the same strength adds up over the layers and leaves no answer.
+The paper writes that hidden states are shifted. The authors' code puts the shift behind each MLP, where the shift is a
+share of the layer's update. On the hidden states themselves the same strength adds up over the layers and leaves no
+answer.
 
-The choices that are ours: the component is that of the differences themselves, layer by layer, which are not centred,
-and points the way of their mean (the authors add the mean to the component of all layers together); it is as long as
-the outputs of the layer's MLP are on average, so that ``strength`` is a share of them, the same for all tokens (the
-authors make it up to twice as strong where an output points the other way); and the last token with the answer is the
-last of what ends an answer in the prompt.
+These choices are ours. The component is that of the uncentred differences of each layer, and points in the direction of
+their mean (the authors add the mean to the component of all layers together). The component is scaled to the average
+length of the outputs of the layer's MLP, so that ``strength`` is a share of these outputs, the same for all tokens (the
+authors make it up to twice as strong where an output points the other way). The last token with the answer is the last
+of the tokens that end an answer in the prompt.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from lmms_mtv.vectors import MLP, RESIDUAL, Edit
 class Config:
     """Settings of in-context vectors.
 
-    ``iterations`` prompts of ``fit_shots`` demonstrations (the paper: 0) are run with and without their answers.
-    ``strength`` is how long the added vector is, as a share of the mean norm of what the MLP of the layer gives.
+    ``iterations`` prompts of ``fit_shots`` demonstrations (the paper: 0) run with and without their answers.
+    ``strength`` is the length of the added vector, as a share of the mean norm of the outputs of the layer's MLP.
     """
 
     iterations: int = setting(100, "prompts that are run with and without their answers")
@@ -50,7 +51,12 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return the direction of the answers in each layer."""
+    """Return the direction of the answers in each layer.
+
+    Args:
+        session: the fit.
+        config: the settings.
+    """
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
     with session.stage("values"):
         before, after = session.answered_activations(prompts, RESIDUAL)
@@ -61,8 +67,9 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def _direction(differences: Tensor) -> Tensor:
-    """Return the unit vector [D] with the largest sum of squared products with ``differences`` [N, D], along their
-    mean.
+    """Return the unit vector, [D], with the largest sum of squared products with ``differences``, [N, D].
+
+    The sign of the vector is that of its product with the mean of the differences.
     """
     component: Tensor = torch.linalg.svd(differences.double(), full_matrices=False).Vh[0]
     along = differences.double().mean(0) @ component

@@ -1,15 +1,15 @@
 """LIVE: learnable in-context vectors (arXiv 2406.13185).
 
 Stored: a vector and a weight for every layer. Injected: the vector times its weight is added to the hidden state after
-every block, at all positions of all forwards, and the state scaled to the norm it had. Trained: vectors and weights, so
-that the model without demonstrations answers as it does after them; all weights of the model are frozen. Cost: for each
-of ``examples`` queries ``teachers`` few-shot prompts, run once, and ``epochs`` forwards and backward passes of a prompt
-without demonstrations.
+every block, at all positions of all forwards, and the state is scaled to its former norm. Trained: vectors and weights,
+so that the model without demonstrations answers as it does after demonstrations; all weights of the model are frozen.
+Cost: for each of ``examples`` queries ``teachers`` few-shot prompts, run once, and ``epochs`` forwards and backward
+passes of a prompt without demonstrations.
 
-The initial values, the losses and the kind of schedule are those of the authors' code. The choices that are ours: the
-numbers of queries, of demonstrations and of queries in a step, and vectors learned in the unit of the hidden states
-(``mean_activation_norm``), with learning rates chosen on training queries of shapes tasks (theirs are
-0.001 and 0.01, for many more steps).
+The initial values, the losses and the kind of schedule are those of the authors' code. These choices are ours: the
+numbers of queries, of demonstrations and of queries in a step; vectors that are learned in the unit of the hidden
+states (``mean_activation_norm``); and learning rates that were chosen on training queries of shapes tasks (the authors'
+rates are 0.001 and 0.01, for many more steps).
 """
 
 from __future__ import annotations
@@ -39,11 +39,16 @@ from lmms_mtv.vectors import RESIDUAL, Edit
 
 @dataclass(frozen=True)
 class Config(Weighted):
-    """Settings of LIVE: those of a distillation into weighted vectors."""
+    """Settings of LIVE: the settings of a distillation into weighted vectors."""
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return vectors and weights that were learned from few-shot prompts."""
+    """Return vectors and weights that were learned from few-shot prompts.
+
+    Args:
+        session: the fit.
+        config: the settings.
+    """
     value = torch.randn(shape(session.sites, RESIDUAL), generator=session.generator("vectors")) * config.spread
     unit = mean_activation_norm(session, RESIDUAL)
     gain = torch.full(value.shape[:2], config.initial_weight)

@@ -1,23 +1,24 @@
 """M2IV: learned vectors in place of demonstrations (arXiv 2504.04633).
 
 Stored: for every layer a vector and a weight for its attention, and as many for its MLP. Injected: each vector times
-its weight is added to what attention or MLP adds to the hidden state, at all positions of all forwards,
+its weight is added to the output of attention or MLP, at all positions of all forwards,
 ``h' = h + (a + alpha * v_a) + (m + beta * v_m)``. Trained: vectors and weights, so that the model without
-demonstrations answers as it does after them; all weights of the model are frozen. Cost: for each of ``examples``
-queries ``teachers`` few-shot prompts, run once, and ``epochs`` forwards and backward passes of a prompt without
-demonstrations.
+demonstrations answers as it does after demonstrations; all weights of the model are frozen. Cost: for each of
+``examples`` queries ``teachers`` few-shot prompts, run once, and ``epochs`` forwards and backward passes of a prompt
+without demonstrations.
 
-Three losses are added up: mimicry, the divergence of the next tokens at the answer from those after demonstrations;
-synergy, which draws the two vectors of a layer together and those of different layers apart; supervision, the
-cross-entropy of the target. Demonstrations beyond the context window: each of several ``teachers`` shows others.
+Three losses are added up: mimicry, the divergence of the next tokens at the answer from the next tokens after
+demonstrations; synergy, which draws the two vectors of a layer together and the vectors of different layers apart;
+supervision, the cross-entropy of the target. Several ``teachers`` use more demonstrations than the context window
+holds: each teacher shows other demonstrations.
 
-The paper's text was not available to us; losses and injection are as later papers describe them. The choices that are
-ours: vectors are learned in the unit of what they are added to (``mean_activation_norm``), with learning
-rates chosen on training queries of shapes tasks; the initial values and the kind of schedule are those of LIVE; queries
-are drawn at random instead of by clusters of their features, and no copy of a prompt with its demonstrations in another
-order is added; the synergy is of the cosines between layers, ``M = Z_a Z_m^T`` with rows of length 1, since divided by
-their number a cosine cannot become the 1 that it is drawn to. Where a block normalises what attention adds (Gemma 2 and
-3), the vector is added before that norm.
+The paper's text was not available to us. Losses and injection follow the descriptions in later papers. These choices
+are ours. Vectors are learned in the unit of the activations that they are added to (``mean_activation_norm``), with
+learning rates that were chosen on training queries of shapes tasks. The initial values and the kind of schedule are
+those of LIVE. Queries are drawn at random instead of by clusters of their features. No copy of a prompt with its
+demonstrations in another order is added. The synergy is of the cosines between layers, ``M = Z_a Z_m^T`` with rows of
+length 1: a cosine divided by the number of rows cannot reach its target of 1. Where a block normalises the output of
+attention (Gemma 2 and 3), the vector is added before this norm.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import ATTENTION, MLP, Edit
 
 _FAR = 1e-3
-"""How much the synergy counts the cosines between different layers."""
+"""Weight, in the synergy, of the cosines between different layers."""
 
 
 @dataclass(frozen=True)
 class Config(Weighted):
-    """Settings of M2IV, besides those of a distillation into weighted vectors.
+    """Settings of M2IV, besides the settings of a distillation into weighted vectors.
 
     ``mimicry`` and ``synergy`` are the weights of the other losses.
     """
@@ -62,7 +63,12 @@ class Config(Weighted):
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return vectors and weights that were learned from few-shot prompts."""
+    """Return vectors and weights that were learned from few-shot prompts.
+
+    Args:
+        session: the fit.
+        config: the settings.
+    """
     generator = session.generator("vectors")
     streams = (ATTENTION, MLP)
     values = [torch.randn(shape(session.sites, name), generator=generator) * config.spread for name in streams]
@@ -87,7 +93,12 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def synergy(attention: Tensor, mlp: Tensor) -> Tensor:
-    """``sum_i (M_ii - 1)^2 + 0.001 sum_{i != j} M_ij^2`` of the cosines M between the rows of two [L, width]."""
+    """Return ``sum_i (M_ii - 1)^2 + 0.001 sum_{i != j} M_ij^2`` of the cosines M between rows of two vectors.
+
+    Args:
+        attention: the vectors of attention, [L, width].
+        mlp: the vectors of the MLPs, [L, width].
+    """
     cosines = functional.normalize(attention, dim=-1) @ functional.normalize(mlp, dim=-1).T
     same = cosines.diagonal()
     return (same - 1).square().sum() + _FAR * (cosines.square().sum() - same.square().sum())

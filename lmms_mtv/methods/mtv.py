@@ -1,11 +1,11 @@
 """Multimodal Task Vectors (arXiv 2406.15334).
 
-Stored: the mean activation of every head at the last token of many few-shot prompts, and the set of heads found by
-REINFORCE. Injected: at those heads the mean replaces the activation, at the last prompt token and at every generated
-token. Trained: one probability for each head; all weights are frozen. Cost: ``iterations`` few-shot prefills, then
-``steps`` replays of the last token of ``samples`` masks each.
+Stored: the mean activation of every head at the last token of many few-shot prompts, and the set of heads that
+REINFORCE finds. Injected: at these heads the mean replaces the activation, at the last prompt token and at every
+generated token. Trained: one probability for each head; all weights are frozen. Cost: ``iterations`` few-shot prefills,
+then ``steps`` replays of the last token with ``samples`` masks each.
 
-The defaults are those of the authors' code. Differences from it are listed in docs/concepts.md.
+The defaults are those of the authors' code. Differences from the authors' code are listed in docs/concepts.md.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ MOVED: Final = {
 
 @dataclass(frozen=True)
 class Config(Selection):
-    """Settings of MTV, besides those of the selection.
+    """Settings of MTV, besides the settings of the selection.
 
-    ``heads``, as (layer, head), are taken as they are, and nothing is selected (heads of another task, section 4).
+    ``heads``, as (layer, head), are used as given, and nothing is selected (heads of another task, section 4).
     """
 
     heads: tuple[tuple[int, int], ...] | None = setting(
@@ -49,15 +49,19 @@ class Config(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 2:
-            # A single loss has no mean to be better than.
+            # A single loss cannot be better than its own mean.
             raise ArgumentError(f"samples={self.samples}, expected at least 2: masks are compared with each other")
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return mean activations, and the heads to replace by them.
+    """Return mean activations, and the heads that they replace.
 
-    Raises :class:`ArgumentError` for a ``top_k`` or ``diverse`` of more than there are, and a ``threshold`` that no
-    head reaches.
+    Args:
+        session: the fit.
+        config: the settings.
+
+    Raises:
+        ArgumentError: ``top_k`` or ``diverse`` is more than there are, or no head reaches ``threshold``.
     """
     value = mean_values(session, config)
     if config.heads is not None:
@@ -80,9 +84,13 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def reselected(fitted: Fitted, mask: Tensor) -> Fitted:
-    """Return a fit with its values at the heads of another ``mask`` [L, H], as controls need it.
+    """Return a fit with the same values at the heads of another mask, for controls.
 
-    The losses of MTV's own masks are left out: they are not those of these heads.
+    The losses of MTV's own masks are left out, since they are of other heads.
+
+    Args:
+        fitted: the fit of MTV.
+        mask: the heads to replace, [L, H].
     """
     names = ("policy", "probabilities", "unedited")
     losses = {name: fitted.losses[name] for name in names if name in fitted.losses}

@@ -1,6 +1,6 @@
 """No edit: the model as it is, for zero-shot and few-shot baselines (in-context learning, arXiv 2005.14165).
 
-Stored, Injected and Trained: nothing. Cost: none but that of the demonstrations in a prompt.
+Stored, Injected and Trained: nothing. Cost: only that of the demonstrations in a prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lmms_mtv.methods import Fitted
 
 @dataclass(frozen=True)
 class Config:
-    """Nothing to set."""
+    """No settings."""
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:

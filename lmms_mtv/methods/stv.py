@@ -1,18 +1,19 @@
 """Sensitivity-aware Task Vectors (STV, arXiv 2511.08246), after descriptions of it by others: the paper's own text and
 code were not at hand.
 
-Stored: at the heads whose activation demonstrations change most, one of the centroids that k-means finds among each
-head's activations over many few-shot prompts. Injected: as ``mtv``, the stored value replaces the activation, at the
-last prompt token and at every generated token. Trained: for each head a categorical choice among its centroids, by
-REINFORCE; all weights are frozen. Cost: ``iterations`` few-shot prefills and as many without the demonstrations, a
-replay of the last token of a row for each number of heads tried (at most 64) on each of ``candidate_examples`` queries,
-then ``steps`` replays of ``samples`` combinations each.
+Stored: one centroid at each of the heads whose activation demonstrations change most. K-means finds the centroids among
+the activations of the head over many few-shot prompts. Injected: as ``mtv``, the stored value replaces the activation,
+at the last prompt token and at every generated token. Trained: for each head a categorical choice among its centroids,
+by REINFORCE; all weights are frozen. Cost: ``iterations`` few-shot prefills and as many without the demonstrations; a
+replay of the last token with a row for each number of heads tried (at most 64) on each of ``candidate_examples``
+queries; then ``steps`` replays of ``samples`` combinations each.
 
-The choices that are ours: the prompt that a context is compared with has the demonstrations of the prompts that the
-vector is used with, so none if they are zero-shot; the number of heads, which the paper tunes (64 to 300 are told), is
-the one of the lowest loss among numbers up to half of all heads, evenly spaced on a logarithmic scale, with means for
-values, on training queries that neither the values nor the policy come from, where enough are left; the optimiser, its
-600 steps of 32 samples and its learning rate 0.1 are MTV's; the policy begins uniform.
+These choices are ours. The prompt that a context is compared with has the demonstrations of the prompts that the vector
+is used with, and so none if these prompts are zero-shot. The number of heads, which the paper tunes (64 to 300 are
+told), has the lowest loss among numbers up to half of all heads, evenly spaced on a logarithmic scale. This loss is
+measured with means for values, on training queries that neither the values nor the policy come from, where enough
+queries are left. The optimiser, its 600 steps of 32 samples and its learning rate 0.1 are MTV's. The policy begins
+uniform.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from lmms_mtv.vectors import HEADS, Edit
 class Config:
     """Settings of STV.
 
-    Sensitivities and centroids are of ``iterations`` prompts of ``fit_shots`` demonstrations. The ``top`` most
-    sensitive heads are edited; None chooses their number. Each has ``clusters`` centroids, or as many as there are
-    prompts. ``steps`` of REINFORCE sample ``samples`` combinations of centroids each and use learning rate ``lr``, on
-    one of ``examples`` training queries. ``candidate_examples`` others choose the number of heads. ``loss`` is of the
-    ``first`` answer token or the mean over ``all``.
+    Sensitivities and centroids come from ``iterations`` prompts of ``fit_shots`` demonstrations. The ``top`` most
+    sensitive heads are edited; None chooses their number. Each head has ``clusters`` centroids, or as many as there are
+    prompts. ``steps`` steps of REINFORCE with the learning rate ``lr`` each sample ``samples`` combinations of
+    centroids, on one of ``examples`` training queries. ``candidate_examples`` other queries choose the number of heads.
+    ``loss`` says which answer tokens count: the ``first`` token, or the mean over ``all``.
     """
 
     iterations: int = setting(100, "prompts that sensitivities and centroids come from")
@@ -68,10 +69,15 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return the most sensitive heads, and the centroid that replaces each.
+    """Return the most sensitive heads, and the centroid that replaces each activation.
 
-    Raises :class:`ArgumentError` for a ``top`` of more heads than there are, and for ``fit_shots`` that are not more
-    than the demonstrations in the prompts that the vector is used with.
+    Args:
+        session: the fit.
+        config: the settings.
+
+    Raises:
+        ArgumentError: ``top`` is more than the number of heads, or ``fit_shots`` is not more than the number of
+            demonstrations in the prompts that the vector is used with.
     """
     layers, heads, _ = session.shape
     if config.top is not None and config.top > layers * heads:
@@ -110,7 +116,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
 
 def _sensitivity(session: FitSession[Any], prompts: Sequence[Episode], contexts: Tensor) -> Tensor:
-    """Return how far the demonstrations move each head at the last token, mean Euclidean distance, float32 [L, H].
+    """Return the mean Euclidean distance by which demonstrations move each head at the last token, float32 [L, H].
 
     ``contexts`` are the activations of ``prompts``, [T, L, H, D].
     """
@@ -123,7 +129,7 @@ def _sensitivity(session: FitSession[Any], prompts: Sequence[Episode], contexts:
 def _located(
     session: FitSession[Any], config: Config, judges: Sequence[Episode], sensitivity: Tensor, means: Tensor
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """Return the heads to edit, bool [L, H], their number, and the loss with ``means`` of each number tried."""
+    """Return the heads to edit, bool [L, H], and by name their number and the loss with ``means`` of each number."""
     rank = sensitivity.flatten().argsort(descending=True, stable=True).argsort().view(sensitivity.shape)
     if config.top is not None:
         return rank < config.top, {"top": [float(config.top)]}
@@ -135,19 +141,19 @@ def _located(
 
 
 def _numbers(heads: int) -> list[int]:
-    """Return how many of ``heads`` are tried: up to half of them, every number of the first few and then ever fewer."""
+    """Return the numbers of heads to try, up to half of ``heads``: all small numbers, ever fewer larger numbers."""
     return sorted({round(max(heads // 2, 1) ** (power / 63)) for power in range(64)})
 
 
 def _bank(session: FitSession[Any], config: Config, contexts: Tensor) -> Tensor:
-    """Return the M centroids of each of N heads' activations ``contexts`` [T, N, D], float32 [N, M, D]."""
-    # Here, since every run imports every method and scikit-learn takes seconds.
+    """Return the M centroids of the activations ``contexts``, [T, N, D], of each of N heads, float32 [N, M, D]."""
+    # The import is here since every run imports every method, and scikit-learn takes seconds.
     from sklearn.cluster import KMeans
 
     rng, clusters = session.random("bank"), min(config.clusters, len(contexts))
     centroids = []
     for head in contexts.double().unbind(1):
-        # Without a tolerance it ends when no activation changes its cluster: then a centroid is the mean of its own.
+        # Without a tolerance k-means ends when no activation changes cluster: a centroid is the mean of its cluster.
         means = KMeans(clusters, n_init=1, tol=0, random_state=rng.getrandbits(32)).fit(head.numpy())
         centroids.append(torch.from_numpy(means.cluster_centers_).float())
     return torch.stack(centroids)
@@ -156,7 +162,7 @@ def _bank(session: FitSession[Any], config: Config, contexts: Tensor) -> Tensor:
 def _searched(
     session: FitSession[Any], config: Config, queries: Sequence[Episode], bank: Tensor, mask: Tensor
 ) -> tuple[Categorical, list[float]]:
-    """Return the choice among the centroids of each head, and its mean loss at each step."""
+    """Return the choice among the centroids of each head, and the mean loss of each step."""
     chosen = session.random_queries(queries, config.steps)
 
     def losses(step: int, options: Tensor) -> Tensor:
@@ -173,9 +179,9 @@ def _searched(
 
 
 def _inserted(bank: Tensor, options: Tensor, mask: Tensor) -> Tensor:
-    """Return the rows of ``bank`` [N, M, D] that ``options`` [count, N] name, at the N heads of ``mask``; 0 elsewhere.
+    """Return the chosen rows of ``bank`` at the N heads of ``mask``, and 0 at other heads, float32 [count, L, H, D].
 
-    float32 [count, L, H, D].
+    ``bank`` is [N, M, D], and ``options``, [count, N], are the indices of the chosen rows.
     """
     value = torch.zeros(len(options), *mask.shape, bank.shape[-1])
     value[:, mask] = bank[torch.arange(len(bank)), options]

@@ -1,12 +1,12 @@
 """Task vectors (Hendel, Geva and Globerson 2023, arXiv 2310.15916).
 
-Stored: the hidden state after one block, at the last token of demonstrations and a query. Injected: it replaces the
-hidden state after that block, once, at the last token of the prompt. Trained: nothing; the layer is the one of the
-lowest loss among all, on training queries that no stored state comes from. Cost: ``iterations`` few-shot
-prefills, then one replay of the last token, of as many rows as there are layers, for each of ``examples`` queries.
+Stored: the hidden state after one block, at the last token of demonstrations and a query. Injected: the stored state
+replaces the hidden state after this block, once, at the last token of the prompt. Trained: nothing; the layer has the
+lowest loss among all layers, on training queries that no stored state comes from. Cost: ``iterations`` few-shot
+prefills, then for each of ``examples`` queries one replay of the last token, with as many rows as there are layers.
 
-The choices that are ours: the loss instead of the accuracy chooses the layer; ``fit_shots`` as MTV has it; and the
-state may be a mean over several prompts.
+These choices are ours: the loss chooses the layer instead of the accuracy; the default of ``fit_shots`` is that of MTV;
+and the state may be a mean over several prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Config:
     """Settings of task vectors.
 
     The state is the mean over ``iterations`` prompts (the paper: 1) of ``fit_shots`` demonstrations. ``examples``
-    training queries choose the layer, by the ``loss`` of the ``first`` answer token or the mean over ``all``.
+    training queries choose the layer by ``loss``: the loss of the ``first`` answer token, or the mean over ``all``
+    tokens.
     """
 
     iterations: int = setting(1, "prompts over which the state is averaged (1 in the paper)")
@@ -45,7 +46,12 @@ class Config:
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
-    """Return the hidden states of few-shot prompts, and the layer where they stand in best for demonstrations."""
+    """Return the hidden state of few-shot prompts, and the layer where this state replaces demonstrations best.
+
+    Args:
+        session: the fit.
+        config: the settings.
+    """
     prompts = session.episodes(config.iterations, config.fit_shots, "values")
     with session.stage("values"):
         value = session.mean_activations(prompts, RESIDUAL)

@@ -1,6 +1,6 @@
 """The tasks of the shapes benchmark: the question about a scene, and the answers.
 
-The question does not name the attribute or the language, so only demonstrations or a task vector tell the task.
+The question does not name the attribute or the language, so only demonstrations or a task vector show the task.
 """
 
 from __future__ import annotations

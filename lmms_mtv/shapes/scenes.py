@@ -22,7 +22,7 @@ SIDE: Final = 128
 """Width and height of a drawn scene, in pixels."""
 
 SPLITS: Final = {"train": 400, "test": 200}
-"""Number of scenes of each split of the benchmark. No scene is in both."""
+"""Number of scenes of each split of the benchmark. The splits have no common scene."""
 
 SPLIT_SEED: Final = 2406
 
@@ -51,8 +51,14 @@ _CENTRE: Final = {"left": (28, 64), "right": (100, 64), "top": (64, 28), "bottom
 class Scene:
     """One object on a plain background.
 
-    ``color``, ``shape``, ``background`` and ``position`` are the English names in :mod:`lmms_mtv.shapes.words`;
-    ``dx``, ``dy`` (offset of the object) and ``radius`` are in pixels of a :data:`SIDE`-pixel square.
+    Attributes:
+        color: English name of the color of the object, see :mod:`lmms_mtv.shapes.words`.
+        shape: English name of the shape of the object.
+        background: English name of the color of the background.
+        position: English name of the position of the object.
+        dx: horizontal offset of the object from the centre of its position, in pixels of a :data:`SIDE`-pixel square.
+        dy: vertical offset of the object, in pixels.
+        radius: radius of the object, in pixels.
     """
 
     color: str
@@ -71,7 +77,7 @@ def sample(rng: random.Random) -> Scene:
 
 
 def distinct(rng: random.Random, exclude: Iterable[Scene] = ()) -> Iterator[Scene]:
-    """Yield endless different scenes that are not in ``exclude``."""
+    """Yield different scenes that are not in ``exclude``, without end."""
     previous = set(exclude)
     while True:
         scene = sample(rng)

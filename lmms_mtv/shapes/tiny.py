@@ -1,6 +1,7 @@
 """The tiny model: the Idefics3 (SmolVLM) architecture with 1.3 million parameters.
 
-The model has a processor, a tokenizer and a chat template, so the Auto classes load its checkpoint as any other.
+The model has a processor, a tokenizer and a chat template, so the Auto classes load its checkpoint as any other
+checkpoint.
 """
 
 from __future__ import annotations
@@ -125,6 +126,10 @@ def untrained(vocabulary: PreTrainedTokenizerFast, seed: int) -> Idefics3ForCond
 
     Every matrix starts from a normal distribution with variance ``1 / fan_in``; with the default of
     transformers (0.02 for all matrices), a model of this size barely learns to see.
+
+    Args:
+        vocabulary: the tokenizer of the model.
+        seed: the seed of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
     model = Idefics3ForConditionalGeneration(config(vocabulary)).float()

@@ -104,7 +104,10 @@ class Bank:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs and labels; ``labels`` is -100 outside the answers and their terminators."""
+    """Model inputs and labels, int64 [sequences, tokens] for token ids, mask and labels.
+
+    ``labels`` is -100 outside the answers and their terminators.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -121,6 +124,10 @@ def render(items: Sequence[tuple[str, str]], chat: bool) -> tuple[str, list[tupl
 
     The text is the prompt of the harness for the shapes tasks, as a raw prompt or with the chat template. A span
     [start, end) has the terminator of the answer: a line break, or the end of the turn.
+
+    Args:
+        items: the pairs of question and answer.
+        chat: True writes the text with the chat template.
     """
     text, spans = "", []
     for question, answer in items:
@@ -230,7 +237,13 @@ def accuracy(
 ) -> float:
     """Return the share of queries whose whole answer is the most likely answer after ``shots`` demonstrations.
 
-    ``answer`` is the task; with None, the query is a single image with a question that names the attribute.
+    Args:
+        model: the model.
+        processor: the processor of the model.
+        bank: the scenes of the queries and demonstrations.
+        answer: the task; None asks about single images, with a question that names the attribute.
+        shots: the number of demonstrations.
+        size: the number of queries.
     """
     rng = random.Random(f"accuracy-{shots}")
     if answer is None:
@@ -266,7 +279,11 @@ def evaluate(model: Idefics3ForConditionalGeneration, processor: Idefics3Process
 def train(config: TrainConfig, output: Path, until: int | None = None) -> Idefics3ForConditionalGeneration:
     """Train the tiny model and save the checkpoint in ``output``; a saved state in ``output`` continues.
 
-    ``until`` stops the run after this number of steps and saves the state, as an interruption would.
+    Args:
+        config: the settings of the run.
+        output: the folder of the checkpoint and of the state.
+        until: the number of steps after which the run stops and saves the state, as an interruption would; None trains
+            to the end.
     """
     output.mkdir(parents=True, exist_ok=True)
     processor = tiny.processor()

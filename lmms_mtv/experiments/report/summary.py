@@ -40,9 +40,12 @@ class Mean:
 
 
 def number(value: float, digits: int = 3, sign: bool = False) -> str:
-    """Return ``value`` with ``digits`` decimals.
+    """Return ``value`` with ``digits`` decimals. Values that differ only in the last bits give the same text.
 
-    Values that differ only in the last bits give the same text.
+    Args:
+        value: the number.
+        digits: the number of decimals.
+        sign: True writes a plus sign before a positive number.
     """
     rounded = round(round(value, 9), digits) + 0.0
     return f"{rounded:{'+' if sign else ''}.{digits}f}"

@@ -1,4 +1,4 @@
-"""The model arguments of ``mtv`` in lm-eval: of the plugin, of the method, and of lm-eval's model ``hf``."""
+"""The model arguments of ``mtv`` in lm-eval: arguments of the plugin, of the method, and of lm-eval's model ``hf``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ELSEWHERE: Final = {
     "base": "the base is lm-eval's model hf: leave it out",
 }
 _PLUGIN: Final = tuple(name for name in field_names(Arguments) if name not in _ELSEWHERE)
-# HFLM passes unknown arguments to from_pretrained; these are the ones in use.
+# HFLM passes unknown arguments to from_pretrained; these arguments are in use.
 _LOADING: Final = (
     "attn_implementation",
     "device_map",
@@ -33,10 +33,10 @@ _BASE: Final = (
 
 
 def split_lm_eval_arguments(model_args: Mapping[str, Any]) -> SplitArguments:
-    """Return model arguments by owner: see :func:`~lmms_mtv.harness.arguments.split_arguments`.
+    """Return model arguments by owner; see :func:`~lmms_mtv.harness.arguments.split_arguments`.
 
     Raises:
-        ArgumentError: an argument is unknown, or belongs to lm-eval, or there is no model.
+        ArgumentError: an argument is unknown or belongs to lm-eval, or there is no model.
     """
     for name, instead in _ELSEWHERE.items():
         if name in model_args:

@@ -1,4 +1,4 @@
-"""lm-eval's own command line, with the model ``mtv`` and this package's text tasks in it."""
+"""The command line of lm-eval with the model ``mtv`` and this package's text tasks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Put ``arguments`` into ``sys.argv``: lm-eval reads its arguments there alone."""
+    """Put ``arguments`` into ``sys.argv``, the only place where lm-eval reads its arguments."""
     before, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:
         yield
@@ -64,7 +64,7 @@ def _model(options: Namespace) -> Any:
 def _folders(options: Namespace) -> list[str]:
     """Return the folder of this package's text tasks, then the folders of ``--include_path``, whose tasks win.
 
-    lm-eval documents several folders with colons between them, but takes the whole text for one name.
+    lm-eval documents several folders with colons between them, but takes the whole text as one name.
     """
     folders = options.include_path or _configured(options).get("include_path") or ()
     if isinstance(folders, str):
@@ -76,7 +76,7 @@ def _folders(options: Namespace) -> list[str]:
 
 def _evaluation(options: Namespace) -> Evaluation:
     config = EvaluatorConfig.from_cli(options)
-    # Better known before lm-eval has read all of its task files.
+    # An error shows before lm-eval reads all of its task files.
     split_lm_eval_arguments(config.model_args)
     return Evaluation(
         task=_tasks(config),
@@ -88,9 +88,9 @@ def _evaluation(options: Namespace) -> Evaluation:
 
 
 def _tasks(config: Any) -> Callable[[str], Any]:
-    """Return a function that gives the task of a name, loaded and set up as lm-eval does.
+    """Return a function that returns the task of a name, loaded and set up as in lm-eval.
 
-    The tasks are loaded with the first call: lm-eval does not pass a model the tasks that it loaded itself.
+    The first call loads the tasks: lm-eval does not pass its loaded tasks to a model.
     """
 
     @functools.cache
@@ -98,7 +98,7 @@ def _tasks(config: Any) -> Callable[[str], Any]:
         manager = config.process_tasks(config.metadata)
         tasks: Mapping[str, Any] = manager.load(config.tasks)["tasks"]
         for task in tasks.values():
-            # A task that says 0 keeps it.
+            # A task with 0 demonstrations keeps this number.
             if task.config.num_fewshot != 0 and config.num_fewshot is not None:
                 task.set_config(key="num_fewshot", value=config.num_fewshot)
         return tasks

@@ -1,4 +1,4 @@
-"""The evaluation that a model of lm-eval takes part in: lm-eval does not pass it, and a fit needs it."""
+"""The evaluation that a model of lm-eval takes part in. A fit needs the evaluation, and lm-eval does not pass it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmms_mtv.errors import DataError
 
 
 class Tasks(TaskManager):  # type: ignore[misc]
-    """A ``TaskManager`` that keeps what it loads: ``Tasks().of`` gives the very tasks that are evaluated."""
+    """A ``TaskManager`` that keeps its loaded tasks: ``Tasks().of`` returns exactly the evaluated tasks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -27,7 +27,11 @@ class Tasks(TaskManager):  # type: ignore[misc]
         return loaded
 
     def of(self, name: str) -> Any:
-        """Return the task that was last loaded as ``name``. Raises :class:`DataError` if none was."""
+        """Return the task that was last loaded as ``name``.
+
+        Raises:
+            DataError: no task was loaded as ``name``.
+        """
         if name not in self._loaded:
             raise DataError(f"task {name} was not loaded by the task manager that mtv was given: evaluate with it")
         return self._loaded[name]
@@ -37,8 +41,12 @@ class Tasks(TaskManager):  # type: ignore[misc]
 class Evaluation:
     """An evaluation by lm-eval.
 
-    ``task`` gives the harness's task of a name. ``system_instruction``, ``apply_chat_template`` and
-    ``fewshot_as_multiturn`` are those of ``simple_evaluate``. ``folder`` is where fitted vectors are saved.
+    Attributes:
+        task: function that returns the harness's task of a name.
+        system_instruction: argument of ``simple_evaluate``.
+        apply_chat_template: argument of ``simple_evaluate``.
+        fewshot_as_multiturn: argument of ``simple_evaluate``.
+        folder: the folder for fitted vectors; None for no folder.
     """
 
     task: Callable[[str], Any]
@@ -53,7 +61,7 @@ _CURRENT: ContextVar[Evaluation | None] = ContextVar("evaluation", default=None)
 
 @contextmanager
 def evaluating(evaluation: Evaluation) -> Iterator[None]:
-    """Let models that lm-eval itself creates inside the block belong to ``evaluation``."""
+    """Make ``evaluation`` the evaluation of the models that lm-eval creates inside the block."""
     token = _CURRENT.set(evaluation)
     try:
         yield
@@ -62,5 +70,5 @@ def evaluating(evaluation: Evaluation) -> Iterator[None]:
 
 
 def current() -> Evaluation | None:
-    """Return the evaluation of the innermost :func:`evaluating` block, if there is one."""
+    """Return the evaluation of the innermost :func:`evaluating` block, or None."""
     return _CURRENT.get()

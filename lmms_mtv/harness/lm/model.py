@@ -32,28 +32,30 @@ from lmms_mtv.runtime.attention import check_attention
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.vectors import TaskVector
 
-# A child of the harness's logger: its command line shows no others.
+# A child of the harness's logger: its command line shows only such loggers.
 logger = logging.getLogger("lm_eval.mtv")
 
 NAME: Final = "mtv"
 """The model's name in lm-eval."""
 
 _CACHE_OWNER: Final = "lmms-mtv"
-"""Key of the entry in a cache of answers that says whose answers they are."""
+"""Key of the entry in a cache of answers that names the owner of the answers."""
 
 A = TypeVar("A")
 
 
 @register_model(NAME)
 class LmEvalMtv(HFLM):  # type: ignore[misc]
-    """MTV and its controls on lm-eval's ``hf`` model; with ``method=none`` it is that model.
+    """MTV and its controls on lm-eval's ``hf`` model. With ``method=none`` the model is ``hf`` itself.
 
-    ``records`` has the record of each task, by the name of the task; ``hf_arguments`` are the arguments of ``hf``.
+    Attributes:
+        records: the record of each task, by the name of the task.
+        hf_arguments: the arguments of ``hf``.
 
     Args:
         evaluation: the evaluation that the model takes part in; the command ``lmms-mtv lm-eval`` passes it.
-        model_args: model arguments by name: those of ``hf``, of the method, and of
-            :class:`~lmms_mtv.harness.arguments.Arguments` but for ``base``, ``shots`` and ``wrong``.
+        model_args: model arguments by name: arguments of ``hf`` and of the method, and the arguments in
+            :class:`~lmms_mtv.harness.arguments.Arguments` except ``base``, ``shots`` and ``wrong``.
 
     Raises:
         ArgumentError: an argument is unknown, the model cannot be loaded, or its heads cannot be edited.
@@ -99,7 +101,12 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> LmEvalMtv:
-        """Return the model that arguments in one string describe."""
+        """Return the model that the arguments in a string describe.
+
+        Args:
+            arg_string: the model arguments, ``name=value,name=value``.
+            additional_config: flags of the command line; model arguments win over flags.
+        """
         return cls.create_from_arg_obj(
             with_text_restored(simple_parse_args_string(arg_string), arg_string), additional_config
         )
@@ -109,7 +116,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         return self._by_task(requests, super().loglikelihood, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return log-likelihoods of whole texts, edited at every position, as each predicts a scored token."""
+        """Return log-likelihoods of whole texts, edited at every position: all positions predict scored tokens."""
         return self._by_task(requests, super().loglikelihood_rolling, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -117,11 +124,13 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         return self._by_task(requests, super().generate_until, disable_tqdm)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Cache answers only in a file of this very model, method and vector.
+        """Cache answers only in a file of this model, method and vector.
 
-        lm-eval caches answers under their prompts alone. An entry of this package in the file has the owner.
+        lm-eval caches answers by their prompts alone. An entry of this package in the file names the owner of the
+        answers.
 
-        Raises :class:`ArgumentError` if the file has answers of another run.
+        Raises:
+            ArgumentError: the file has answers of another run.
         """
         if (cached := cache_hook.dbdict) is not None:
             own = None if self._plain else self._provider.identity
@@ -136,10 +145,10 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the library's entries of the results, and under ``mtv`` method, vector, heads and settings of each
-        task.
+        """Return the library's entries of the results, and an entry ``mtv``.
 
-        ``skipped`` are the blocks without softmax attention, or None without edits, when no block is looked at.
+        The entry ``mtv`` has method, vector, heads and settings of each task. ``skipped`` in this entry lists the
+        blocks without softmax attention, or is None without edits, when no block is inspected.
         """
         skipped = None if self._plain else list(self._sites.skipped)
         tasks = {name: record.as_json(task_record) for name, task_record in self.records.items()}
@@ -147,7 +156,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         return info | {"mtv": {"versions": record.versions(), "skipped": skipped, "tasks": tasks}}
 
     def finished(self, chat_history: Turns) -> str:
-        """Return a conversation as text, its last turn ended, without a system turn where the template has none."""
+        """Return a conversation as text, with its last turn ended. Drop system turns if the template has none."""
 
         def as_text(turns: Turns) -> str:
             options = {"tokenize": False, "add_generation_prompt": False, **self.chat_template_args}
@@ -162,7 +171,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
     def _by_task(
         self, requests: list[Instance], answer: Callable[[list[Instance], bool], list[A]], disable_tqdm: bool
     ) -> list[A]:
-        """Return answers in the order of the requests, each task's with its own vector."""
+        """Return answers in the order of the requests, each task with its own vector."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(request.task_name, []).append(index)
@@ -208,7 +217,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
 
     @contextmanager
     def _editing(self, vector: TaskVector | None) -> Iterator[None]:
-        """Edit the forwards inside the block; with None, or a vector without edits, they are the library's."""
+        """Edit the forwards inside the block; with None, or a vector without edits, leave the forwards unedited."""
         before, expected = self._edit, self._expected
         self._edit, self._expected = vector if vector is not None and vector.edits else None, deque()
         try:
@@ -256,7 +265,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
             real[index, : len(row.tokens)] = 1
         if not torch.equal(padded, inps) or max(len(row.tokens) for row in rows) != inps.shape[1]:
             raise reordered()
-        # The rows are padded on the right and no mask is passed on, so the edit is told where it belongs.
+        # The rows are padded on the right and no mask is passed on, so the edit needs the positions.
         tail = torch.tensor([row.scored for row in rows], device=inps.device)
         with applied(self._sites, self._edit, tail=tail, real=real) as fired:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)

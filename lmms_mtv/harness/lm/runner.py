@@ -1,4 +1,4 @@
-"""The runner of a fit in lm-eval: it runs prompts through lm-eval's model ``hf``."""
+"""The runner of a fit in lm-eval, which runs prompts through lm-eval's model ``hf``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lmms_mtv.harness.prompts import Reply, blanks
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.runtime.compat import unwrapped
 
-# Arguments of hf that change neither tokens nor results, or that a card has elsewhere: the weights, the precision, the
-# adapter, and everything that shapes the text of a prompt. All other arguments are part of a recipe.
+# Arguments of hf that change neither tokens nor results, or that a card has elsewhere: weights, precision, adapter, and
+# everything that shapes the text of a prompt. All other arguments are part of a recipe.
 _NOT_IN_RECIPE: Final = (
     *("pretrained", "gguf_file", "revision", "dtype", "peft", "delta", "tokenizer", "attn_implementation"),
     *("device", "device_map", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan"),
@@ -29,7 +29,7 @@ _NOT_IN_RECIPE: Final = (
 
 
 class LmRunner:
-    """lm-eval's model ``hf`` as a fit runs it: the same tokens as in the evaluation, padded on the left.
+    """The model ``hf`` of lm-eval for a fit, with the same tokens as in the evaluation, padded on the left.
 
     Args:
         lm: the model.
@@ -47,7 +47,7 @@ class LmRunner:
         self.dtype = str(lm.model.dtype).removeprefix("torch.")
         self.device: torch.device = lm.device
         self.recipe = _recipe(lm, arguments, text_files)
-        # An automatic batch size is one of evaluation; activations do not depend on it.
+        # An automatic batch size is a batch size of evaluation; activations do not depend on the batch size.
         self.batch_size = BatchSize(lm.batch_size if isinstance(lm.batch_size, int) else 1)
 
     def text_parts(self, prompt: LmPrompt) -> list[str]:
@@ -56,14 +56,17 @@ class LmRunner:
 
     @torch.no_grad()
     def run(self, prompts: Sequence[LmPrompt]) -> None:
-        """Run the first forward of a generation, which works out the positions of padded rows."""
+        """Run the first forward of a generation, which computes the positions of padded rows."""
         self._generated_ids(prompts, 1)
 
     @torch.no_grad()
     def greedy_replies(self, prompts: Sequence[LmPrompt], new_tokens: int, edited: bool) -> list[Reply]:
-        """Return greedy answers of at most ``new_tokens`` tokens, or an empty list if a target is scored.
+        """Return greedy answers, or an empty list if a target is scored.
 
-        See :class:`~lmms_mtv.harness.prompts.Reply`.
+        Args:
+            prompts: a batch of prompts.
+            new_tokens: the largest number of tokens of an answer.
+            edited: True if an edit is applied; nothing here depends on it.
         """
         if any(prompt.scored for prompt in prompts):
             return []
@@ -95,7 +98,7 @@ class LmRunner:
     def target_ids(self, prompt: LmPrompt) -> list[int]:
         """Return the ids of the scored tokens, or of a generated target and the end of an answer.
 
-        They follow the context and :meth:`lead_ids`.
+        The ids follow the context and :meth:`lead_ids`.
         """
         ids = self._tokens(prompt)[1]
         return ids[blanks(ids, self._lm.tok_decode) :]
@@ -103,7 +106,8 @@ class LmRunner:
     def _tokens(self, prompt: LmPrompt) -> tuple[list[int], list[int]]:
         """Return the token ids of the context and of the target, split as lm-eval splits them.
 
-        Raises :class:`ContextLengthError` if lm-eval would cut the beginning off.
+        Raises:
+            ContextLengthError: lm-eval would cut the beginning of the prompt off.
         """
         before, after = self._scored(prompt) if prompt.scored else self._generated(prompt)
         if len(before) + len(after) > self._lm.max_length + 1:
@@ -131,7 +135,7 @@ class LmRunner:
 
 
 def _recipe(lm: Any, arguments: Mapping[str, Any], text_files: str | None) -> dict[str, Any]:
-    """Return the settings that differ from the default of ``hf`` and change tokens or what is computed of them."""
+    """Return the settings that differ from the default of ``hf`` and change tokens or the results for tokens."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(HFLM).parameters.items()}
     recipe = {
         name: value

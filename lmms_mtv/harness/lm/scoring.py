@@ -1,4 +1,4 @@
-"""The rows of the forwards in which lm-eval scores tokens: which row comes when, and which positions are edited."""
+"""The rows of the forwards in which lm-eval scores tokens: their order, and their edited positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rounds_of_distinct_inputs(requests: Sequence[Request]) -> list[list[int]]:
     """Return indices of requests in rounds. In a round, equal inputs have equal numbers of scored tokens.
 
     lm-eval runs requests with the same input once. For edited requests this is right only if the same positions are
-    edited: nearly always, and then there is one round.
+    edited. Nearly always the positions are the same, and there is one round.
     """
     by_input: dict[tuple[int, ...], dict[int, list[int]]] = {}
     for index, (_, context, continuation) in enumerate(requests):
@@ -45,7 +45,7 @@ def rows_of(requests: Sequence[Request], limit: int, once: bool) -> list[Row]:
     Args:
         requests: the requests of one round.
         limit: the largest number of input tokens.
-        once: lm-eval runs equal inputs once.
+        once: True if lm-eval runs equal inputs once.
     """
     firsts: dict[Any, Request] = {}
     for index, request in enumerate(requests):

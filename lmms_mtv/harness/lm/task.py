@@ -1,4 +1,4 @@
-"""A task of lm-eval as a source of prompts, written by the task's own code as the harness writes them."""
+"""A task of lm-eval as a source of prompts, which the task's own code writes as in the harness."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ Turns = list[dict[str, str]]
 class LmPrompt:
     """A prompt of lm-eval and the target of its query.
 
-    ``context`` and ``delimiter + target`` are the texts of a request. ``ending`` is the text that ends an answer.
-    ``scored``: the likelihood of the target is asked for, the target is not generated.
+    Attributes:
+        context: the text before the target, as in a request.
+        delimiter: the text between context and target; ``delimiter + target`` is a text of a request.
+        target: the target of the query.
+        ending: the text that ends an answer.
+        scored: True if the likelihood of the target is asked for, False if the target is generated.
     """
 
     context: str
@@ -37,7 +41,7 @@ class LmPrompt:
 
     @property
     def continuation(self) -> str:
-        """The target as it follows the context."""
+        """The target with the delimiter, as it follows the context."""
         return self.delimiter + self.target
 
 
@@ -45,20 +49,31 @@ class Chat(Protocol):
     """A model's chat template."""
 
     def apply_chat_template(self, chat_history: Turns, add_generation_prompt: bool = True) -> str:
-        """Return the turns as text, ready for the next turn, or without a generation prompt for more of the last."""
+        """Return the turns as text, ready for the next turn.
+
+        Args:
+            chat_history: the turns.
+            add_generation_prompt: True ends the text with the beginning of an answer. False leaves the text ready for
+                more of the last turn.
+        """
         ...
 
     def finished(self, chat_history: Turns) -> str:
-        """Return the turns as text, the last one ended."""
+        """Return the turns as text, with the last turn ended."""
         ...
 
 
 class LmPrompts:
-    """The prompts of one task of lm-eval, in the form that ``evaluation`` writes them.
+    """The prompts of one task of lm-eval, in the form of an evaluation.
 
-    ``demonstrations``: see :class:`Training`.
+    Args:
+        task: the task of the harness.
+        demonstrations: the split of the training examples, see :class:`Training`.
+        evaluation: the evaluation, which decides the form of the prompts.
+        chat: the chat template of the model.
 
-    Raises :class:`DataError` if the task is not one that a task file describes.
+    Raises:
+        DataError: the task is a separate class without a task file.
     """
 
     def __init__(self, task: Any, demonstrations: str | None, evaluation: Evaluation, chat: Chat) -> None:
@@ -75,25 +90,25 @@ class LmPrompts:
 
     @property
     def shots(self) -> int:
-        """Demonstrations in every evaluated prompt: ``--num_fewshot``, or what the task says."""
+        """Demonstrations in every evaluated prompt: ``--num_fewshot``, or the number of the task."""
         return int(self._task.config.num_fewshot or 0)
 
     def same(self, other: LmPrompts) -> bool:
-        """Return whether both are of one and the same task of the harness."""
+        """Return whether both have the same task object of the harness."""
         return self._task is other._task
 
     def __len__(self) -> int:
         return len(self.training.documents)
 
     def digest(self) -> str:
-        """Return SHA-256 of the training examples."""
+        """Return the SHA-256 of the training examples."""
         return self.training.digest()
 
     def prompt(self, episode: Episode) -> LmPrompt:
         """Return the prompt of a training query, with its target.
 
-        Raises :class:`DataError` if the task has no target, or names one that is none of its choices, and for an
-        episode with ``answers``.
+        Raises:
+            DataError: the task has no target, or a target that is none of its choices, or the episode has ``answers``.
         """
         if episode.answers is not None:
             raise DataError(
@@ -116,9 +131,10 @@ class LmPrompts:
         return LmPrompt(context, delimiter, target, self._ending(doc, shown, context, delimiter + target), False)
 
     def check(self, requests: Sequence[Instance]) -> None:
-        """Make sure that the harness evaluates this very task, and writes its prompts in the same way.
+        """Check that the harness evaluates this task, and writes the prompts in the same way.
 
-        Raises :class:`DataError` for a request that is not this task's, demonstrations aside.
+        Raises:
+            DataError: a request differs from the request of this task in more than the demonstrations.
         """
         doc: Doc | None = None
         for request in requests:
@@ -199,7 +215,7 @@ class LmPrompts:
             return self._chat.finished([*before, {"role": "assistant", "content": begun + answer}])
 
         whole = self._context(doc, demonstrations, answered)
-        # A template that rewrites the answer does not say what ends it.
+        # A template that rewrites the answer does not show the end of the answer.
         return whole[len(context + answer) :].rstrip() if whole.startswith(context + answer) else ""
 
 

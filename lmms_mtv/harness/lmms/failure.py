@@ -1,9 +1,9 @@
 """Errors at the command line of the harness.
 
-lmms-eval catches every exception of an evaluation, prints a traceback and exits with status 0, so that a failed run
-looks like a good one to a script. lmms-eval does not catch a ``SystemExit``, which prints one line and gives status 1.
+lmms-eval catches every exception of an evaluation, prints a traceback and exits with status 0, so that a script takes a
+failed run for a good run. lmms-eval does not catch a ``SystemExit``, which prints one line and gives status 1.
 :func:`fail_with_status` turns exceptions of the model into a ``SystemExit``. :func:`end_failed_runs` listens to the
-errors that the harness logs itself, as for a task or a metric.
+errors that the harness logs itself, for example for a task or a metric.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ VERBOSITY: Final = "VERBOSITY"
 
 
 def fail_with_status(function: Callable[A, R]) -> Callable[A, R]:
-    """Let an exception end the run with status 1 when the harness was started from its command line.
+    """End the run with status 1 after an exception, if the harness was started from its command line.
 
-    An :class:`MtvError` is printed as one line, any other exception with its traceback. The exception stays as it is
-    when the function is called from Python, or when ``--verbosity`` is ``DEBUG``: the harness then raises it too.
+    An :class:`MtvError` is printed as one line, any other exception with its traceback. The exception stays unchanged
+    if the function is called from Python, or if ``--verbosity`` is ``DEBUG``: the harness raises the exception then
+    too.
     """
 
     @functools.wraps(function)
@@ -55,7 +56,7 @@ def fail_with_status(function: Callable[A, R]) -> Callable[A, R]:
 
 @functools.cache
 def end_failed_runs() -> None:
-    """Let an error that the harness's command line logs end the run with status 1.
+    """End the run with status 1 after an error that the harness's command line logs.
 
     Errors of other modules, and of a harness that was called from Python, end nothing. The harness's own handler comes
     first and prints the message.
@@ -72,7 +73,7 @@ def end_failed_runs() -> None:
 def caches_answers() -> bool:
     """Return whether the evaluation that called this function caches answers (``--use_cache``).
 
-    lmms-eval does not tell its models about the cache: ``simple_evaluate`` has to be looked for among the callers.
+    lmms-eval does not inform its models about the cache, so this function searches the callers for ``simple_evaluate``.
     """
     frame = inspect.currentframe()
     while frame is not None:

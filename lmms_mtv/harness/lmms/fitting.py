@@ -33,10 +33,10 @@ def fit_vectors(
     Args:
         arguments: the model arguments by name, without the arguments below.
         tasks: names of tasks or of groups of tasks.
-        seeds: seeds; the first alone if the arguments fit nothing that depends on a seed.
+        seeds: the seeds; only the first seed is used if the arguments fit nothing that depends on a seed.
         batch_size: rows of a forward, or ``auto``.
         library: folder of the vector library; None is the default folder.
-        reuse: take a vector of the same recipe from the library.
+        reuse: True takes a vector of the same recipe from the library.
 
     Raises:
         ArgumentError: a task or an argument is unknown.

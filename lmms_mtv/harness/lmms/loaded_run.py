@@ -24,8 +24,11 @@ _PATIENCE: Final = timedelta(hours=24)
 class LoadedRun:
     """A loaded model with tasks.
 
-    ``tasks`` has the single tasks by their names, ``groups`` the names of the single tasks in each group, ``manager``
-    the harness's index of tasks.
+    Attributes:
+        model: the model.
+        manager: the harness's index of tasks.
+        tasks: the single tasks by their names.
+        groups: the names of the single tasks in each group.
     """
 
     model: LmmsEvalMtv
@@ -43,7 +46,7 @@ def load_run(
     library: Path | None,
     reuse: bool,
 ) -> LoadedRun:
-    """Return a model and tasks, loaded.
+    """Load a model and tasks, and return them.
 
     Args:
         names: the names of tasks or of groups of tasks.
@@ -51,14 +54,14 @@ def load_run(
         arms: further model arguments of each arm, which are only checked.
         batch_size: rows of a forward, or ``auto``.
         library: folder of the vector library; None is the default folder.
-        reuse: take a vector of the same recipe from the library.
+        reuse: True takes a vector of the same recipe from the library.
 
     Raises:
         ArgumentError: a task or an argument is unknown.
-        DataError: a data set of this package cannot be had.
+        DataError: a data set of this package cannot be loaded.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # As lmms-eval's own command does: the processes find each other.
+        # The processes find each other, as in lmms-eval's own command.
         Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
     register_tasks()
     manager = TaskManager("ERROR")
@@ -80,11 +83,11 @@ def load_run(
 
 
 def _load(name: str, manager: TaskManager, kind: str) -> dict[str, Any]:
-    """Return the single tasks behind the name of a task or group, by their names."""
+    """Return the single tasks of the name of a task or group, by their names."""
     try:
         return _single_tasks(get_task_dict([name], manager, kind))
     except RetryError as error:
-        # The harness asks for a data set several times, and says how often instead of why.
+        # The harness asks for a data set several times, and reports the number of attempts instead of the reason.
         if isinstance(reason := error.last_attempt.exception(), MtvError):
             raise reason from error
         raise

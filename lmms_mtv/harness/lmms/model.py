@@ -1,4 +1,4 @@
-"""The lmms-eval model ``mtv``: it fits a task vector for each task, then evaluates with it."""
+"""The lmms-eval model ``mtv``, which fits a task vector for each task and evaluates with the vector."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ from lmms_mtv.vectors import TaskVector
 class LmmsEvalMtv(lmms):  # type: ignore[misc]
     """MTV, its controls and its baselines as one model of lmms-eval.
 
-    ``vectors`` and ``records`` have the vector and the record of each evaluated task, by the name of the task.
-    ``prompts`` is None, or a mapping that is filled with digests of the prompts, by task and by document.
+    Attributes:
+        vectors: the vector of each evaluated task, by the name of the task.
+        records: the record of each evaluated task, by the name of the task.
+        prompts: None, or a mapping that is filled with digests of the prompts, by task and by document.
 
     Args:
-        loaded: a loaded base. Without one, the base that the arguments describe is loaded.
+        loaded: a loaded base; None loads the base that the arguments describe.
         model_args: model arguments by name: :class:`~lmms_mtv.harness.arguments.Arguments`, settings of the method, and
-            arguments of the base. Beside a loaded base they change the arguments that the base was loaded with.
+            arguments of the base. For a loaded base they change the arguments that the base was loaded with.
 
     Raises:
         ArgumentError: an argument is unknown or wrong, or belongs to a base that is loaded already.
@@ -52,7 +54,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         arguments, method, settings, _ = self._loaded.split({})
         self._arguments = arguments
         if (harness_model := self.base.harness_model) is not None:
-            # The harness asks as it asks the base: a simple one with a text and its images, a chat one with messages.
+            # The harness asks in the form of the base: text and images for a simple base, messages for a chat base.
             self.is_simple = harness_model.is_simple
             harness_model.share(self)
         self._provider = TaskVectorProvider[Prompt](
@@ -67,8 +69,10 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> LmmsEvalMtv:
         """Return the model that the command line describes.
 
-        ``--batch_size`` and ``--device`` come as ``additional_config``, even if nobody passed them: the model arguments
-        win.
+        Args:
+            arg_string: the model arguments, ``name=value,name=value``.
+            additional_config: ``--batch_size`` and ``--device``, even if the user did not pass them: the model
+                arguments win.
         """
         flags = {key: value for key, value in (additional_config or {}).items() if value is not None}
         model = cls(**flags | with_text_restored(simple_parse_args_string(arg_string), arg_string))
@@ -76,14 +80,19 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         return model
 
     def arm(self, model_args: Mapping[str, Any]) -> LmmsEvalMtv:
-        """Return the same loaded model under changed arguments of the plugin or of a method.
+        """Return the same loaded model with changed arguments of the plugin or of a method.
 
-        Raises :class:`ArgumentError` for an argument of the base, which is loaded already, or an unknown one.
+        Raises:
+            ArgumentError: an argument is unknown, or belongs to the base, which is loaded already.
         """
         return LmmsEvalMtv(self._loaded, **model_args)
 
     def check(self, model_args: Mapping[str, Any]) -> None:
-        """Raise :class:`ArgumentError` unless :meth:`arm` takes ``model_args``."""
+        """Check that :meth:`arm` takes ``model_args``.
+
+        Raises:
+            ArgumentError: an argument is unknown, or belongs to the base, which is loaded already.
+        """
         self._loaded.split(model_args)
 
     @property
@@ -93,12 +102,12 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Name, revision and dtype of the loaded model, as records and cells have them."""
+        """Name, revision and dtype of the loaded model, as in records and cells."""
         return {"name": self.base.name, "revision": self.base.revision, "dtype": self.base.dtype}
 
     @property
     def edits(self) -> bool:
-        """Whether the answers are those of an edited model."""
+        """True if the answers come from an edited model."""
         return self._arguments.vector is not None or self._arguments.method != "none"
 
     @property
@@ -106,18 +115,18 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         return self.base.device
 
     def fit(self, task: Any) -> TaskVector:
-        """Return the vector of a task of the harness, fitted or reused, without evaluating."""
+        """Return the vector of a task of the harness, fitted or reused, without an evaluation."""
         vector, _ = self._provider.of(self._prompts_of(task), self._shots(task), None)
         return vector
 
     def clean(self) -> None:
-        """Free the model. The harness calls this method once all answers are there."""
+        """Free the model. The harness calls this method after the last answer."""
         del self._loaded, self._provider
         super().clean()
 
     @fail_with_status
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Return answers in the order of the requests. The vector of each task is fitted when its turn comes."""
+        """Return answers in the order of the requests. The vector of a task is fitted before the task is answered."""
         self._check_uncached()
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -142,7 +151,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         raise only_generation(requests)
 
     def _evaluate(self, task: Any, requests: Sequence[Instance], output: str | None) -> list[GenerationResult]:
-        """Return the answers to all requests of a task, in their order."""
+        """Return the answers to all requests of a task, in the order of the requests."""
         wrapped = self.base.harness_model is not None
         if wrapped and (own := task_for_model(task, self.base.config.name)) is not task:
             task, requests = own, task_requests(own, requests)
@@ -180,7 +189,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         """Return the number of demonstrations in an evaluated prompt."""
         shots, of_harness = self._arguments.shots, task.config.num_fewshot or 0
         if shots is not None and of_harness not in (0, shots):
-            # A task file can say so too, and the model cannot tell a task file from the command line.
+            # A task file can have the number too, and the model cannot tell a task file from the command line.
             logger.warning(f"shots={shots} is used, not the {of_harness} of --num_fewshot or of the task file")
         return of_harness if shots is None else shots
 
@@ -196,7 +205,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             path = record.write(self._folder(output), model, self.records)
             logger.info(f"methods, vectors, heads and settings: {path}")
         except OSError as error:
-            # The answers are there, and the harness still shows their scores.
+            # The answers exist, and the harness still shows their scores.
             logger.error(f"the record of this run is not written ({error}): choose another --output_path")
 
     def _folder(self, output: str) -> Path:
@@ -204,7 +213,11 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         return Path(output, sanitize_model_name(self._loaded.model_args.get("pretrained", "")))
 
     def _check_uncached(self) -> None:
-        """Raise :class:`ArgumentError` if the harness would cache the answers of an edited model."""
+        """Check that the harness does not cache the answers of an edited model.
+
+        Raises:
+            ArgumentError: the harness would cache the answers.
+        """
         if self.edits and caches_answers():
             raise ArgumentError(
                 "--use_cache knows a model by the text of its arguments, and would give the answers of another vector "

@@ -31,7 +31,7 @@ class PlanRunner:
     Args:
         plan: the plan.
         library: folder of the vector library; None is the default folder.
-        reuse: take a vector of the same recipe from the library.
+        reuse: True takes a vector of the same recipe from the library.
 
     Raises:
         ArgumentError: a task or an argument of any arm is unknown. Nothing has run then.
@@ -45,12 +45,12 @@ class PlanRunner:
 
     @property
     def groups(self) -> Mapping[str, Sequence[str]]:
-        """The single tasks of the names in the plan that are groups."""
+        """The single tasks of each task group in the plan."""
         return self._run.groups
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the results."""
+        """True if this process writes the results."""
         return distributed.current().rank == 0
 
     @property
@@ -63,10 +63,10 @@ class PlanRunner:
         return dataclasses.replace(self._plan, groups=self.groups).cell_keys()
 
     def run(self, key: CellKey) -> tuple[Cell, dict[str, Any]] | None:
-        """Return a cell and the harness's own figures of it, or None on all processes but the first."""
+        """Return a cell and the harness's own figures of the cell; None on all processes except the first."""
         arguments = dict(self._plan.arms[key.arm])
         arm = self._run.model.arm({**arguments, "seed": key.seed})
-        # The harness lets the model free what it holds before it gives its results.
+        # The harness frees the model before it returns its results, so the references are taken now.
         task_records, vectors, base = arm.records, arm.vectors, self._run.model.base
         prompts: dict[str, dict[int, str]] = {}
         arm.prompts = prompts
@@ -139,7 +139,7 @@ def _gathered(own: Mapping[int, str]) -> dict[int, str]:
 
 
 def _metric(higher_is_better: Mapping[str, bool | None]) -> tuple[str, bool]:
-    """Return the first metric of a task, and whether more of it is better."""
+    """Return the first metric of a task, and True if a higher value is better."""
     metric, higher = next(iter(higher_is_better.items()))
     return metric, higher is not False
 
@@ -178,7 +178,7 @@ def _vector(vector: TaskVector) -> dict[str, Any] | None:
 
 
 def _thinned(losses: Sequence[float]) -> list[float]:
-    """Return at most 100 means of ``losses``, each over equally many neighbours."""
+    """Return at most 100 means of ``losses``, each over the same number of neighbours."""
     width = max(math.ceil(len(losses) / 100), 1)
     return [round(statistics.mean(losses[begin : begin + width]), 4) for begin in range(0, len(losses), width)]
 

@@ -1,4 +1,4 @@
-"""The plugin of lmms-eval, loaded through its entry point: the model ``mtv``, and this package's tasks."""
+"""The plugin of lmms-eval, loaded through its entry point: the model ``mtv`` and this package's tasks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ NAME: Final = "mtv"
 
 
 def manifest() -> ModelManifest:
-    """Return the model, for the entry-point group ``lmms_eval.models``, and make the tasks known.
+    """Return the model for the entry-point group ``lmms_eval.models``, and register the tasks.
 
-    lmms-eval calls this function while it starts. If the command line asks for the model and a library around it
-    cannot work, the run ends here, with one line and exit status 1. Other models of lmms-eval run on with a warning.
+    lmms-eval calls this function while it starts. If the command line asks for the model and a required library cannot
+    work, the run ends here with one line and exit status 1. Other models of lmms-eval run on with a warning.
     """
     libraries, used = environment.libraries(), names_model(sys.argv[1:])
     if (line := environment.problem(libraries)) is not None:
@@ -42,7 +42,7 @@ def manifest() -> ModelManifest:
 
 
 def names_model(arguments: Sequence[str]) -> bool:
-    """Return whether a command line of lmms-eval asks for the model ``mtv``, itself or in its ``--config`` file."""
+    """Return whether a command line of lmms-eval asks for the model ``mtv``, directly or in its ``--config`` file."""
     joined = dict(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
     flags = joined | dict(itertools.pairwise(arguments))
     if flags.get("--model") == NAME:
@@ -51,18 +51,19 @@ def names_model(arguments: Sequence[str]) -> bool:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
     except (OSError, ValueError, yaml.YAMLError):
-        # The harness reads the file again, and tells what is wrong with it.
+        # The harness reads the file again, and reports the error.
         return False
     entries = entries if isinstance(entries, list) else [entries]
     return any(isinstance(entry, dict) and entry.get("model") == NAME for entry in entries)
 
 
 def register_tasks() -> None:
-    """Let every ``TaskManager`` index this package's tasks.
+    """Add this package's tasks to the index of every ``TaskManager``.
 
-    lmms-eval has entry points for models but none for tasks, so its index is extended here: the one place where this
-    package changes another. The harness's own tasks and those of ``--include_path`` keep precedence. A manager made
-    for the model ``mtv`` is the first sign of its evaluation: from there on an error of the harness ends the run.
+    lmms-eval has entry points for models but none for tasks, so this function extends its index. This is the only place
+    where this package changes another package. The harness's own tasks and the tasks of ``--include_path`` keep
+    precedence. A manager made for the model ``mtv`` is the first sign of its evaluation: from then on an error of the
+    harness ends the run.
     """
     from lmms_eval.tasks import TaskManager
 

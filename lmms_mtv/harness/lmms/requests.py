@@ -13,9 +13,10 @@ from lmms_mtv.errors import DataError
 
 
 def task_of(request: Instance) -> Any:
-    """Return the harness's task behind a request: the owner of its bound ``doc_to_messages`` or ``doc_to_visual``.
+    """Return the harness's task of a request: the owner of its bound ``doc_to_messages`` or ``doc_to_visual``.
 
-    Raises :class:`DataError` if the request is not one of ``generate_until``.
+    Raises:
+        DataError: the request is not a request of ``generate_until``.
     """
     for argument in request.args[1:3]:
         if isinstance(task := getattr(argument, "__self__", None), Task):
@@ -38,7 +39,7 @@ def document_of(request: Instance) -> tuple[int, str]:
 
 
 def groups_of_equal_settings(requests: Sequence[Instance]) -> list[list[int]]:
-    """Return the positions of requests, in groups that share their generation settings, as a batch has to."""
+    """Return the positions of requests, in groups with the same generation settings, as a batch needs them."""
     groups: dict[str, list[int]] = {}
     for position, request in enumerate(requests):
         groups.setdefault(json.dumps(settings_of(request), sort_keys=True, default=str), []).append(position)

@@ -1,4 +1,4 @@
-"""A task of the harness as a source of prompts: its queries, and the training examples for demonstrations."""
+"""A task of the harness as a source of prompts, with its queries and its training examples for demonstrations."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ Doc = Mapping[str, Any]
 
 
 class TaskPrompts:
-    """The prompts of one task of lmms-eval.
+    """The prompts of one task of lmms-eval. Nothing is loaded before it is needed.
 
-    ``demonstrations``: see :class:`~lmms_mtv.harness.training.Training`. ``as_sent`` leaves the description where the
-    harness puts it for its own models; by default every prompt begins with it. Nothing is loaded before it is needed.
-    ``wrong`` is the share of training examples that show another example's answer when they are demonstrations, drawn
-    by ``seed``; a query keeps its own.
+    Args:
+        task: the task of the harness.
+        demonstrations: the split of the training examples, see :class:`~lmms_mtv.harness.training.Training`.
+        as_sent: True leaves the description where the harness puts it for its own models; by default every prompt
+            begins with the description.
+        wrong: the share of training examples that show another example's answer when they are demonstrations. A query
+            keeps its own answer.
+        seed: the seed that draws the examples with wrong answers.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class TaskPrompts:
         self.name = self.training.name
 
     def _processed(self, documents: Dataset) -> Dataset:
-        """Return documents after the task's ``process_docs``; the harness itself does so for the splits of a task."""
+        """Return documents after the task's ``process_docs``; the harness itself processes the splits of a task."""
         config = self._task.config
         processed_splits = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
         if config.process_docs is None or any(documents is self._task.dataset.get(split) for split in processed_splits):
@@ -55,7 +59,7 @@ class TaskPrompts:
         return len(self.training.documents)
 
     def digest(self) -> str:
-        """Return SHA-256 of the training examples, and of which of them show a wrong answer."""
+        """Return the SHA-256 of the training examples, and of the choice of examples with a wrong answer."""
         digest = self.training.digest()
         if not self._wrong:
             return digest
@@ -73,9 +77,20 @@ class TaskPrompts:
         return dataclasses.replace(prompt, demonstrations=tuple(shown))
 
     def evaluation(self, doc_id: int, split: str, shots: int, seed: int) -> Prompt:
-        """Return the prompt of an evaluated document after ``shots`` demonstrations.
+        """Return the prompt of an evaluated document.
 
-        They depend on the seed, the task and the document alone: not on batches, on other requests or on processes.
+        The demonstrations depend only on the seed, the task and the document: not on batches, other requests or
+        processes.
+
+        Args:
+            doc_id: the number of the document.
+            split: the split of the document.
+            shots: the number of demonstrations.
+            seed: the seed of the demonstrations.
+
+        Raises:
+            DataError: the task has fewer training examples than ``shots``.
+            DocumentError: an image of the prompt does not open.
         """
         chosen: Sequence[int] = ()
         if shots:
@@ -102,7 +117,7 @@ class TaskPrompts:
         )
 
     def _shown(self, index: int) -> Demonstration:
-        """Return a training example as a demonstration, with a wrong answer if it was drawn for one."""
+        """Return a training example as a demonstration, with a wrong answer if the draw says so."""
         own = self._demonstration("training", self.training.documents, index)
         rng = random.Random(f"{self._seed}/{self.name}/wrong/{index}")
         if rng.random() >= self._wrong:
@@ -118,13 +133,13 @@ class TaskPrompts:
         return Demonstration(messages, self.training.target(documents[index]))
 
     def _messages(self, label: str, documents: Dataset, index: int) -> list[Message]:
-        """Return the question of a document as the task puts it, its images opened and converted to RGB."""
+        """Return the question of a document in the form of the task, with its images opened and converted to RGB."""
         try:
             doc = documents[index]
             if self._writes_messages:
                 messages = self._task.doc_to_messages(doc)
             else:
-                # Not the task's own doc_to_messages: for text it would add demonstrations of its own choice.
+                # The task's own doc_to_messages would add other demonstrations to a text.
                 visuals = self._task.doc_to_visual(doc) if self._task.config.doc_to_visual is not None else ()
                 content = [{"type": "image", "url": visual} for visual in visuals or ()]
                 content.append({"type": "text", "text": self._task.doc_to_text(doc)})
@@ -134,17 +149,17 @@ class TaskPrompts:
         except (*UNREADABLE, DocumentError, SystemExit) as error:
             if isinstance(error, SystemExit) and not isinstance(error.__cause__, DocumentError):
                 raise
-            # A task of ours ends a command, whichever model runs it. This model can go on.
+            # A task of this package ends a command with every model. This model can go on.
             reason = error.__cause__ if isinstance(error, SystemExit) else error
             raise DocumentError(f"an image of {label} of task {self.name} does not open: {reason}") from error
 
     @property
     def _writes_messages(self) -> bool:
-        """Whether the task makes messages with a function of its own, for a chat model."""
+        """True if the task makes messages with its own function, for a chat model."""
         return isinstance(self._task, ConfigurableMessagesTask) and callable(self._task.config.doc_to_messages)
 
     def _task_description(self, doc: Doc) -> str:
-        """Return the description of the task, as the harness writes it."""
+        """Return the description of the task, as the harness writes the description."""
         return str(apply_template(self._task.config.description or "", doc))
 
     def _description(self, doc: Doc) -> str:
@@ -153,15 +168,18 @@ class TaskPrompts:
         if not self._as_sent or not isinstance(self._task, ConfigurableMessagesTask):
             return description
         if self._writes_messages:
-            # The harness's messages have it only if the task's own function puts it there.
+            # The harness's messages have the description only if the task's own function adds it.
             content = self._task.doc_to_messages(doc)[0]["content"]
             return description if content and content[0] == {"type": "text", "text": description} else ""
         return description if self._task.config.doc_to_visual is None else ""
 
 
 def task_for_model(task: Any, model: str) -> Any:
-    """Return the task as the harness loads it for ``--model`` ``model``: with the prompts and settings that the task
-    file has for that model.
+    """Return the task with the prompts and settings that the task file has for ``--model`` ``model``.
+
+    Args:
+        task: the task of the harness.
+        model: the name of the model in lmms-eval.
     """
     prompts = task.config.lmms_eval_specific_kwargs or {}
     settings = task.config.model_specific_generation_kwargs or {}

@@ -1,4 +1,4 @@
-"""The evaluation of one task: its requests are answered in batches, with the vector of the task in place."""
+"""The evaluation of one task: the requests are answered in batches, with the vector of the task applied."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lmms_mtv.runtime.memory import peak
 from lmms_mtv.vectors import TaskVector
 
 _FEW_TOKENS: Final = 4
-"""The smallest limit of an answer's tokens with which an answer that is cut off is a sign."""
+"""Smallest limit of an answer's tokens at which a cut-off answer is a sign of a bad vector."""
 
 _LISTED: Final = 5
 """The number of unreadable documents that the log lists one by one."""
@@ -44,7 +44,7 @@ class TaskEvaluation:
         vector: the vector of the task.
         shots: demonstrations in a prompt.
         seed: the seed of the demonstrations.
-        as_sent: the base answers the harness's own requests, instead of prompts that are made of them.
+        as_sent: True if the base answers the harness's own requests, instead of prompts that are made of the requests.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class TaskEvaluation:
         self._vector = vector
         self._shots = shots
         self._seed = seed
-        # A model of lmms-eval gets the harness's own requests at once, and makes its own batches of them.
+        # A model of lmms-eval gets all of the harness's own requests at once, and makes its own batches.
         self._direct = base.harness_model if as_sent else None
-        # The reasons why documents could not be shown, by their numbers.
+        # The reasons why documents could not be shown, by the number of the document.
         self._unreadable: dict[int, Exception] = {}
 
     def run(self, requests: Sequence[Instance]) -> tuple[list[GenerationResult], EvaluationRecord]:
@@ -116,7 +116,7 @@ class TaskEvaluation:
         return ordered, record
 
     def _answer(self, batch: Sequence[Instance]) -> tuple[list[GenerationResult], int]:
-        """Return the answers to a batch, empty ones for documents that cannot be shown, and the number of tokens."""
+        """Return the answers to a batch and the number of tokens, with empty answers for unreadable documents."""
         if self._base.harness_model is not None:
             self._base.harness_model.share(self._harness)
         if self._direct is not None:
@@ -128,7 +128,7 @@ class TaskEvaluation:
         return [GenerationResult("") if prompt is None else next(remaining) for prompt in prompts], tokens
 
     def _prompt(self, request: Instance) -> Prompt | None:
-        """Return the prompt of a request, or None if its document cannot be shown."""
+        """Return the prompt of a request, or None if the document cannot be shown."""
         number, split = document_of(request)
         try:
             return self._prompts.evaluation(number, split, self._shots, self._seed)
@@ -137,14 +137,14 @@ class TaskEvaluation:
             return None
 
     def _generate(self, batch: Sequence[Instance], prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], int]:
-        """Return the answers to a batch and the number of tokens; an unreadable document costs no other its answer."""
+        """Return the answers to a batch and the number of tokens; an unreadable document costs no other answer."""
         edited = bool(self._vector.edits)
         try:
             if self._direct is not None:
                 return self._direct.answers(batch, self._harness.cache_hook, edited)
             return self._base.generate(prompts, settings_of(batch[0]), edited)
         except (DocumentError, ValueError, *UNREADABLE) as error:
-            # The base hf marks the errors of a document. A base of lmms-eval reads documents itself.
+            # The base hf marks errors of a document. A base of lmms-eval reads documents itself.
             if not isinstance(error, DocumentError) and (self._direct is None or isinstance(error, MtvError)):
                 raise
             if len(batch) == 1:
@@ -155,7 +155,11 @@ class TaskEvaluation:
         return [answer for answers, _ in parts for answer in answers], sum(tokens for _, tokens in parts)
 
     def _check_edited(self, batch: Sequence[Instance], fired: Fired, watch: Watch) -> None:
-        """Raise :class:`HookError` unless the edit ran in every forward."""
+        """Check that the edit ran in every forward.
+
+        Raises:
+            HookError: the edit did not run in every forward.
+        """
         readable = any(document_of(request)[0] not in self._unreadable for request in batch)
         if self._vector.edits and (fired.count != watch.forwards or (readable and not fired.count)):
             raise HookError(
@@ -165,7 +169,7 @@ class TaskEvaluation:
             )
 
     def _cache(self, request: Instance, result: GenerationResult) -> None:
-        """Give an answer to the harness's cache of answers."""
+        """Add an answer to the harness's cache of answers."""
         self._harness.cache_hook.add_partial("generate_until", (request.args[0], settings_of(request)), result.text)
 
     def _record(
@@ -177,9 +181,10 @@ class TaskEvaluation:
         began: float,
         memory: int | None,
     ) -> EvaluationRecord:
-        """Return the figures of the evaluation, summed over all processes, after warnings of bad answers.
+        """Return the figures of the evaluation, summed over all processes, and log warnings of bad answers.
 
-        Raises :class:`DocumentError` if no document could be shown.
+        Raises:
+            DocumentError: no document could be shown.
         """
         counts = [answer.token_counts.output_tokens for answer in answers if answer.token_counts is not None]
         lengths = [count for count in counts if count is not None]

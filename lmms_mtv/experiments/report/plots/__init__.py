@@ -1,7 +1,8 @@
 """Plots of results, drawn by matplotlib without pyplot.
 
-Every plot has a figure, a caption, the figure in words and a table of the same data. ``plot`` has the class,
-``style`` and ``layout`` what all plots share, and each other module the plots of one quantity.
+Every plot has a figure, a caption, a description of the figure in words, and a table of the same data. ``plot`` has the
+class of a plot. ``style`` and ``layout`` have the parts that all plots share. Each other module has the plots of one
+quantity.
 """
 
 from __future__ import annotations

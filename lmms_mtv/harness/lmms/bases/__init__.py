@@ -1,4 +1,4 @@
-"""The models that can do the work, by the name given as ``base=``."""
+"""The models that can answer, by the name in ``base=``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ from lmms_mtv.harness.lmms.bases.wrapper_class import wrapper_class
 __all__ = ["OWN", "Base", "LoadedBase", "build", "known", "load", "survey"]
 
 OWN: Final = "hf"
-"""The base of this package; all others are models of lmms-eval."""
+"""Name of the base of this package; all other bases are models of lmms-eval."""
 
 
 def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
     """Return the names of the arguments of the base ``name``.
 
-    Raises :class:`ArgumentError` if there is no such base, or if it does not import.
+    Args:
+        name: the name of the base.
+        force_simple: True takes the simple wrapper of a model that has a chat wrapper too.
+
+    Raises:
+        ArgumentError: there is no such base, or the base does not import.
     """
     if name == OWN:
         return field_names(HfConfig)
@@ -43,11 +48,11 @@ def known(name: str, force_simple: bool = False) -> tuple[str, ...]:
 def survey() -> dict[str, str | None]:
     """Return every base with the reason why it cannot be used, or None for a base that imports.
 
-    All model classes of lmms-eval are imported, which takes about a minute. Their output meanwhile is dropped.
+    All model classes of lmms-eval are imported, which takes about a minute. Their output is dropped.
     """
     names = sorted(set(list_available_models()) - {"mtv"})
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        # Handlers of the harness's logger keep the streams that they were made with.
+        # Handlers of the harness's logger keep their first streams.
         logger.disable("lmms_eval")
         try:
             return {OWN: None} | {name: _obstacle(name) for name in names}
@@ -65,7 +70,12 @@ def _obstacle(name: str) -> str | None:
 
 
 def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -> Base:
-    """Return the base ``name``, loaded, with its sites; ``decoder`` as in :func:`~lmms_mtv.hooks.find_sites`.
+    """Load the base ``name`` and find its sites.
+
+    Args:
+        name: the name of the base.
+        arguments: the arguments of the base, by name.
+        decoder: see :func:`~lmms_mtv.hooks.find_sites`.
 
     Raises:
         ArgumentError: the base cannot be loaded, or has no torch module to edit.
@@ -79,7 +89,7 @@ def build(name: str, arguments: Mapping[str, Any], decoder: str | None = None) -
 
 
 def load(model_args: Mapping[str, Any]) -> LoadedBase:
-    """Return the base that model arguments describe, loaded. All arguments are checked before a model is loaded.
+    """Load the base that model arguments describe, and return it. All arguments are checked before a model is loaded.
 
     Raises:
         ArgumentError: an argument is unknown or wrong, or the base cannot be loaded.

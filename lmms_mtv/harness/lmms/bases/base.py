@@ -14,10 +14,10 @@ from lmms_mtv.hooks import Sites
 
 
 class Base(Model[Prompt], Protocol):
-    """A loaded model that answers the prompts of a task. ``config`` is a dataclass, ``sites`` are those of ``model``.
+    """A loaded model that answers the prompts of a task.
 
-    ``harness_model`` is the model of lmms-eval that does the work, which takes the harness's own requests too. It is
-    None for a base of this package.
+    ``config`` is a dataclass, and ``sites`` are the sites of ``model``. ``harness_model`` is the model of lmms-eval
+    that answers, which takes the harness's own requests too. ``harness_model`` is None for a base of this package.
     """
 
     @property
@@ -36,7 +36,7 @@ class Base(Model[Prompt], Protocol):
 
         Args:
             prompts: the batch.
-            settings: the harness's generation settings, ``until`` among them.
-            edited: an edit is in place.
+            settings: the harness's generation settings, among them ``until``.
+            edited: True if an edit is applied.
         """
         ...

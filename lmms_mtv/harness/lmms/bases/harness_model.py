@@ -20,7 +20,7 @@ from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import Sites, Watch, find_sites, watched
 from lmms_mtv.runtime.attention import check_attention
 
-# The harness writes these attributes onto its model, and the wrappers read them from themselves.
+# The harness writes these attributes onto its model, and the wrappers read their own attributes.
 _SHARED: Final = ("task_dict", "_rank", "_world_size", "accelerator")
 
 
@@ -28,10 +28,14 @@ _SHARED: Final = ("task_dict", "_rank", "_world_size", "accelerator")
 class WrappedConfig:
     """Arguments of a base that is a model of lmms-eval.
 
-    ``name``: as in ``--model``; ``arguments``: those of its wrapper, verbatim. ``force_simple``: its simple wrapper
-    where it has a chat wrapper too, as ``--force_simple`` does. ``fewshot_as_multiturn``: demonstrations of a chat
-    wrapper are turns of their own, or stand in the query's turn. ``image_placeholder``: what marks the place of an
-    image in the text of a simple wrapper's few-shot prompt, ``{n}`` for its number.
+    Attributes:
+        name: the name in ``--model``.
+        force_simple: True takes the simple wrapper of a model that has a chat wrapper too, as ``--force_simple`` does.
+        fewshot_as_multiturn: True writes the demonstrations of a chat wrapper as separate turns, False writes them in
+            the turn of the query.
+        image_placeholder: the mark of an image in the text of a simple wrapper's few-shot prompt, with ``{n}`` for the
+            number of the image.
+        arguments: the arguments of the wrapper, verbatim.
     """
 
     name: str
@@ -49,8 +53,12 @@ class WrappedConfig:
 class HarnessModel:
     """A loaded model of lmms-eval, which answers the harness's own requests.
 
-    ``wrapper`` is the harness's object, ``model`` the torch module that it runs, with ``sites``. ``is_simple``: the
-    wrapper takes text and images, not messages. ``batch_size`` is the number of rows that the wrapper was made for.
+    Attributes:
+        wrapper: the harness's object.
+        model: the torch module that the wrapper runs.
+        sites: the sites of the module.
+        is_simple: True if the wrapper takes text and images, not messages.
+        batch_size: the number of rows that the wrapper was made for.
 
     Raises:
         ArgumentError: the wrapper cannot be constructed, or has no torch module.
@@ -93,7 +101,7 @@ class HarnessModel:
 
     @torch.no_grad()
     def run(self, requests: Sequence[Instance]) -> None:
-        """Answer requests for the sake of their forwards.
+        """Answer requests only for their forwards.
 
         Raises:
             HookError: the model failed, or did not run once for every request.
@@ -106,13 +114,13 @@ class HarnessModel:
     def answers(
         self, requests: Sequence[Instance], hook: CacheHook, edited: bool
     ) -> tuple[list[GenerationResult], int]:
-        """Return the answers to requests as they are, and the number of tokens in the prompts.
+        """Return the answers to unchanged requests, and the number of tokens in the prompts.
 
         Args:
             requests: the requests, with documents that the wrapper finds in its ``task_dict``.
             hook: the harness's cache of answers.
-            edited: an edit is in place. A request that the wrapper answers although its model failed or did not run is
-                an error then. Without an edit it is a warning, and the answer is the wrapper's own.
+            edited: True if an edit is applied. Then an answer of the wrapper is an error if its model failed or did not
+                run. Without an edit such an answer is kept, with a warning.
 
         Raises:
             HookError: see ``edited``, or the wrapper generates without a cache.
@@ -147,9 +155,9 @@ class HarnessModel:
         return [GenerationResult(*unwrap_generation_output(output)) for output in outputs]
 
     def _check(self, watch: Watch, prompts: int, strict: bool) -> None:
-        """Raise an error that the wrapper hides, or log it if not ``strict``: a failed forward, or one that is missing.
+        """Raise or log an error that the wrapper hides: a failed forward, or a missing forward.
 
-        An error of this package's own hooks is always raised.
+        The error is raised if ``strict``, and logged otherwise. An error of this package's own hooks is always raised.
         """
         if isinstance(watch.error, MtvError):
             raise watch.error

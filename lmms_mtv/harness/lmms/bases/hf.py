@@ -24,20 +24,20 @@ from lmms_mtv.hooks import Sites, find_sites
 from lmms_mtv.runtime.attention import check_attention
 from lmms_mtv.runtime.batches import AUTO, BatchSize
 
-# What a task asks for counts, whatever the checkpoint's generation configuration says.
+# The settings of a task count, not the checkpoint's generation configuration.
 _NEUTRAL: Final = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
 _SAMPLING: Final = (*_NEUTRAL, *GREEDY)
-# Without a cache the edit of earlier answer tokens would be lost at each new one. A static one, which some checkpoints
-# ask for, hides from the hooks which tokens are padding.
+# Without a cache the edit of earlier answer tokens would be lost at each new token. A static cache, which some
+# checkpoints ask for, hides the padding from the hooks.
 _FIXED: Final = {"use_cache": True, "cache_implementation": None}
-# What tasks say of generation that is not transformers' to do.
+# Generation settings of tasks that are not settings of transformers.
 _OF_TASKS: Final = ("until", "max_new_tokens", "max_gen_toks", "do_sample", "image_aspect_ratio")
 
 
 class _Until(StoppingCriteria):  # type: ignore[misc]
-    """Stops a row once its new text has one of the stop strings.
+    """A criterion that stops a row once its new text contains a stop string.
 
-    transformers' own ``stop_strings`` needs a vocabulary of pieces of text and fails on one of whole words.
+    transformers' own ``stop_strings`` needs a vocabulary of pieces of text, and fails on a vocabulary of whole words.
     """
 
     def __init__(self, stops: Sequence[str], tokenizer: Any, begin: int) -> None:
@@ -50,9 +50,9 @@ class _Until(StoppingCriteria):  # type: ignore[misc]
 
 
 class HfBase:
-    """A loaded model with its processor. It runs :class:`Prompt` batches, left-padded.
+    """A loaded model with its processor, which runs batches of :class:`Prompt` with padding on the left.
 
-    ``context`` is the longest prompt in tokens, or None if the model does not say.
+    ``context`` is the length of the longest prompt in tokens, or None if the model has no such limit.
 
     Args:
         config: the arguments of the base.
@@ -114,14 +114,14 @@ class HfBase:
         return prompt if self.config.fewshot_as_multiturn else prompt.inline()
 
     def text_parts(self, prompt: Prompt) -> list[str]:
-        """Return the prompt as text, and what stands before, in and after its target."""
+        """Return the prompt as text, and the texts before, in and after its target."""
         return [self.rendered(prompt), prompt.target_delimiter, prompt.target, prompt.fewshot_delimiter]
 
     @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> None:
-        """Run one forward over the prompts: the first of a generation, so that positions are those of evaluation.
+        """Run the first forward of a generation over the prompts, so that positions are the same as in the evaluation.
 
-        Prompts with images and prompts without images have a forward each, in their order.
+        Prompts with images and prompts without images have separate forwards, in their order.
         """
         for group in _with_images_or_without(prompts):
             self._generate(self._inputs(group, 0), max_new_tokens=1, do_sample=False, **GREEDY)
@@ -132,7 +132,7 @@ class HfBase:
         return ids[: writing.blanks(ids, self._tokenizer.decode)]
 
     def target_ids(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of the target and of the end of an answer, as they follow :meth:`lead_ids`.
+        """Return the token ids of the target and of the end of an answer, as the ids follow :meth:`lead_ids`.
 
         An answer ends with the delimiter between demonstrations in a raw prompt, and with the end of a turn in a chat.
         """
@@ -157,8 +157,8 @@ class HfBase:
 
         Args:
             prompts: the batch.
-            settings: the harness's generation settings, ``until`` among them.
-            edited: an edit is in place; nothing here depends on it.
+            settings: the harness's generation settings, among them ``until``.
+            edited: True if an edit is applied; nothing here depends on it.
         """
         groups = [self._answers(group, settings) for group in _with_images_or_without(prompts)]
         return [answer for answers, _ in groups for answer in answers], sum(tokens for _, tokens in groups)
@@ -192,9 +192,7 @@ class HfBase:
         return answers, sum(lengths)
 
     def _passed_on(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the generation arguments of a task that are transformers' own; a warning names those that nobody
-        knows.
-        """
+        """Return the generation arguments of a task that belong to transformers, and warn of unknown arguments."""
         others = {k: v for k, v in settings.items() if k not in (*_OF_TASKS, *_SAMPLING) and v is not None}
         known = {k: v for k, v in others.items() if hasattr(self.model.generation_config, k) and k not in _FIXED}
         if (unknown := sorted(others.keys() - known.keys())) and not self._warned.issuperset(unknown):
@@ -203,9 +201,7 @@ class HfBase:
         return known
 
     def _stops(self, prompts: Sequence[Prompt], until: str | Sequence[str]) -> list[str]:
-        """Return the texts that end an answer: the task's ``until``, and the beginning of a demonstration in a raw
-        prompt.
-        """
+        """Return the texts that end an answer: the task's ``until``, and for raw prompts the few-shot delimiter."""
         stops = [until] if isinstance(until, str) else list(until)
         if self.config.prompt_style == "raw":
             stops += [prompt.fewshot_delimiter for prompt in prompts]
@@ -220,7 +216,7 @@ class HfBase:
     def _inputs(self, prompts: Sequence[Prompt], new_tokens: int) -> Any:
         texts = [self.rendered(prompt) for prompt in prompts]
         images = [prompt.images() for prompt in prompts]
-        # A template that writes the token the tokenizer would put first must not get it twice.
+        # A template may write the first token that the tokenizer would add. The text must not have this token twice.
         bos = self._tokenizer.bos_token
         has_bos = bool(bos) and all(text.startswith(bos) for text in texts)
         options = {"padding": True, "return_tensors": "pt", "add_special_tokens": not has_bos}

@@ -1,4 +1,4 @@
-"""A checkpoint as the Auto classes of transformers load it: the model, its processor and its identity."""
+"""A checkpoint loaded by the Auto classes of transformers: the model, its processor and its identity."""
 
 from __future__ import annotations
 
@@ -31,8 +31,15 @@ IMAGE_SETTINGS: Final = ("do_image_splitting", "min_pixels", "max_pixels")
 class HfCheckpoint:
     """A loaded checkpoint.
 
-    ``processor``: the processor of a multimodal model, the tokenizer of a text model. ``context``: the longest prompt
-    in tokens, or None if the model does not say. ``adapter``: the digest of the adapter, if there is one.
+    Attributes:
+        model: the model.
+        processor: the processor of a multimodal model, or the tokenizer of a text model.
+        multimodal: True if the model takes images.
+        device: the device of the model.
+        dtype: the precision of the weights.
+        context: the length of the longest prompt in tokens; None if the model has no such limit.
+        identity: the identity of the checkpoint.
+        adapter: the digest of the adapter; None without an adapter.
     """
 
     model: nn.Module
@@ -46,7 +53,7 @@ class HfCheckpoint:
 
 
 def load(config: HfConfig) -> HfCheckpoint:
-    """Return the checkpoint that a configuration names, on its device and ready to run.
+    """Load the checkpoint that a configuration names, and return it on its device, ready to run.
 
     Raises:
         ArgumentError: the checkpoint or the adapter cannot be loaded, or the image processor has no such setting.
@@ -68,7 +75,7 @@ def load(config: HfConfig) -> HfCheckpoint:
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             device_map=config.device_map,
-            # A GGUF file is read once less.
+            # The configuration is passed on, so that a GGUF file is read once less.
             **({} if file is None else {"config": settings}),
             **options,
         )
@@ -86,7 +93,7 @@ def load(config: HfConfig) -> HfCheckpoint:
         model.to(device)
     else:
         device = model.device
-    # A branch or a tag moves, the commit does not.
+    # A branch or a tag can move; a commit cannot.
     known = identity(source, getattr(settings, "_commit_hash", None), file)
     known = known._replace(revision=known.revision or config.revision)
     if config.pretrained == TINY:
@@ -111,7 +118,7 @@ def image_settings_of(image_processor: Any) -> Mapping[str, Any]:
 
 
 def padding_token(tokenizer: Any) -> str:
-    """Return a token to pad a batch with, for a tokenizer without such a token: padding is masked, so any will do."""
+    """Return a padding token for a tokenizer without such a token. Padding is masked, so any token serves."""
     for name in ("eos_token", "unk_token", "bos_token"):
         if (token := getattr(tokenizer, name, None)) is not None:
             return str(token)
@@ -119,7 +126,7 @@ def padding_token(tokenizer: Any) -> str:
 
 
 def _device(name: str | None) -> torch.device:
-    """Return the device ``name``, or the GPU if there is one; each of several processes has a GPU to itself."""
+    """Return the device ``name``, or the GPU if there is one. Each of several processes has its own GPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -127,14 +134,15 @@ def _device(name: str | None) -> torch.device:
 
 
 def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any:
-    """Return the processor with the configuration's settings of images.
+    """Return the processor with the image settings of the configuration.
 
-    Raises :class:`ArgumentError` if the processor has no such setting.
+    Raises:
+        ArgumentError: the processor has no such setting.
     """
     wanted = {name: getattr(config, name) for name in IMAGE_SETTINGS if getattr(config, name) is not None}
     image_processor = getattr(AutoProcessor.from_pretrained(source, **options), "image_processor", None)
     known = image_settings_of(image_processor)
-    # A processor that cannot cut images into crops does what do_image_splitting=False asks for.
+    # A processor that cannot cut images into crops already behaves as do_image_splitting=False demands.
     settings = {name: value for name, value in wanted.items() if name in known or value is not False}
     if lacking := sorted(settings.keys() - set(known)):
         raise ArgumentError(
@@ -145,9 +153,10 @@ def _processor(source: str, config: HfConfig, options: Mapping[str, Any]) -> Any
 
 
 def _adapted(model: Any, source: str) -> nn.Module:
-    """Return the model with an adapter of PEFT.
+    """Return the model with a PEFT adapter.
 
-    Raises :class:`ArgumentError` if the adapter does not fit the model, or is a prompt.
+    Raises:
+        ArgumentError: the adapter does not fit the model, or is a learned prompt.
     """
     import peft
 

@@ -15,23 +15,27 @@ _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 class HfConfig:
     """Arguments of the base.
 
-    ``pretrained``: name on the hub, folder, GGUF file, ``tiny``, or the name of a small model that an extra of this
-    package installs (``smollm2``, ``gemma3-270m``); ``gguf_file``: the name of a GGUF file in the folder or on the hub,
-    whose weights are made whole again; ``revision``: of the hub. ``peft``: an adapter of PEFT that is
-    put on the model, a folder or a name on the hub. ``device``: default is the GPU if there is one, with several
-    processes each its own; ``device_map``: passed to transformers, to spread a model over
-    devices. ``dtype``: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. ``prompt_style``:
-    ``raw`` writes the task's text alone, as the MTV authors do, ``chat`` uses the model's chat template; there,
-    demonstrations are turns of their own (``fewshot_as_multiturn``), or stand in the query's turn, written as in a
-    raw prompt. ``image_placeholder``: the text for an image in a raw prompt, where it cannot be told from the
-    processor.
-
-    ``batch_size``: rows of a forward, or ``auto``: 16, halved each time the memory runs out.
-
-    An image costs what its processor makes of it. ``do_image_splitting`` cuts large images into crops where the
-    processor can (Idefics 2 and 3, SmolVLM); it is off, as in the MTV authors' code, so that few-shot prompts fit;
-    None leaves it to the checkpoint. ``min_pixels`` and ``max_pixels`` bound an image's size where the processor
-    keeps its resolution (Qwen-VL).
+    Attributes:
+        pretrained: a name on the hub, a folder, a GGUF file, ``tiny``, or the name of a small model that an extra of
+            this package installs (``smollm2``, ``gemma3-270m``).
+        gguf_file: the name of a GGUF file in the folder or on the hub; its weights are dequantised.
+        peft: a PEFT adapter for the model, a folder or a name on the hub.
+        revision: the revision on the hub.
+        device: the device; by default the GPU if there is one, and its own GPU for each of several processes.
+        device_map: the argument of transformers that spreads a model over devices.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: the argument of transformers that sets the attention implementation.
+        trust_remote_code: the argument of transformers that permits code of the checkpoint.
+        prompt_style: ``raw`` writes only the task's text, as the MTV authors do; ``chat`` uses the chat template.
+        fewshot_as_multiturn: True writes demonstrations of a chat as separate turns; False writes them in the turn of
+            the query, in the form of a raw prompt.
+        do_image_splitting: True cuts large images into crops if the processor can (Idefics 2 and 3, SmolVLM). The
+            default is False, as in the MTV authors' code, so that few-shot prompts fit; None keeps the setting of the
+            checkpoint.
+        min_pixels: the smallest size of an image, for processors that keep its resolution (Qwen-VL).
+        max_pixels: the largest size of an image, for processors that keep its resolution (Qwen-VL).
+        image_placeholder: the text for an image in a raw prompt, if the processor does not show this text.
+        batch_size: rows of a forward, or ``auto``: 16, halved each time the memory runs out.
     """
 
     pretrained: str = "HuggingFaceM4/idefics2-8b"

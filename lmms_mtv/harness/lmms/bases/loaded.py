@@ -16,8 +16,10 @@ from lmms_mtv.harness.lmms.bases.base import Base
 class LoadedBase:
     """A loaded base, which serves any number of arms.
 
-    ``names`` are the names of the base's own arguments, ``model_args`` the model arguments by name: of the base, of the
-    plugin and of a method.
+    Attributes:
+        base: the base.
+        names: the names of the base's own arguments.
+        model_args: the model arguments by name: arguments of the base, of the plugin and of a method.
     """
 
     base: Base

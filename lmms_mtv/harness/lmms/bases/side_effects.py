@@ -16,7 +16,7 @@ _METRICS: Final = ("total_elapsed_time", "total_gen_tokens", "avg_speed")
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the progress bars and the figures of a wrapper inside the block. If the block fails, they are shown."""
+    """Hide the progress bars and the figures of a wrapper inside the block, and show them if the block fails."""
     hidden = io.StringIO()
     logger.disable(log_metrics.__module__)
     try:
@@ -31,7 +31,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unmeasured() -> Iterator[None]:
-    """Leave the harness's throughput as it was before the block: a fit is no part of the evaluation."""
+    """Restore the harness's throughput after the block: a fit is no part of the evaluation."""
     before = get_logged_metrics_history()
     try:
         yield

@@ -29,13 +29,13 @@ class Document(NamedTuple):
 def requests_for(
     wrapper: lmms, documents: Sequence[Document], settings: Mapping[str, Any], simple: bool
 ) -> Iterator[list[Instance]]:
-    """Give requests over documents, which the wrapper finds in its ``task_dict`` inside the block.
+    """Yield requests over documents, which the wrapper finds in its ``task_dict`` inside the block.
 
     Args:
-        wrapper: the wrapper that is to answer.
+        wrapper: the wrapper that answers.
         documents: the documents, one for each request.
         settings: the generation settings; each request gets a copy.
-        simple: the wrapper takes text and images, not messages.
+        simple: True if the wrapper takes text and images, not messages.
     """
     wrapper.task_dict[_TASK] = {_SPLIT: list(documents)}
     requests = []
@@ -56,5 +56,5 @@ def _images(document: Document) -> list[Image.Image]:
 
 
 def _messages(document: Document) -> list[Message]:
-    # Wrappers add to the list that they get.
+    # Wrappers may extend the list that they get.
     return [{"role": turn["role"], "content": [dict(part) for part in turn["content"]]} for turn in document.messages]

@@ -11,14 +11,22 @@ from lmms_mtv.errors import ArgumentError
 from lmms_mtv.harness.prompts import Message
 
 Template = Callable[[list[Message], bool], str]
-"""Writes messages as text, with the beginning of an answer if the second argument is True."""
+"""Function that writes messages as text; with True as the second argument, the beginning of an answer follows."""
 
 QUESTION: Final[list[Message]] = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-"""The shortest conversation that a template can write."""
+"""Shortest conversation that a template can write."""
 
 
 def tokenizer_of(wrapper: lmms, name: str) -> Any:
-    """Return the tokenizer of the model ``name``. Raises :class:`ArgumentError` if none is of transformers."""
+    """Return the tokenizer of the model ``name``.
+
+    Args:
+        wrapper: the wrapper of the model.
+        name: the name of the base, for the error message.
+
+    Raises:
+        ArgumentError: the wrapper has no tokenizer of transformers.
+    """
     for holder in reversed(list(_holders(wrapper))):
         tokenizer = getattr(holder, "tokenizer", holder)
         if hasattr(tokenizer, "convert_ids_to_tokens"):
@@ -27,7 +35,7 @@ def tokenizer_of(wrapper: lmms, name: str) -> Any:
 
 
 def templates_of(wrapper: lmms) -> Iterator[Template]:
-    """Yield the chat templates of a wrapper: each takes lists of parts, or plain texts."""
+    """Yield the chat templates of a wrapper. Each template takes either lists of parts or plain texts."""
     for holder in _holders(wrapper):
         if not getattr(holder, "chat_template", None):
             continue
@@ -43,7 +51,7 @@ def templates_of(wrapper: lmms) -> Iterator[Template]:
 
 
 def _holders(wrapper: lmms) -> Iterator[Any]:
-    """Yield the attributes that may have a tokenizer or a chat template: processors before tokenizers."""
+    """Yield the attributes that may have a tokenizer or a chat template, processors before tokenizers."""
     for name in ("processor", "_processor", "_image_processor", "tokenizer", "_tokenizer"):
         if (holder := getattr(wrapper, name, None)) is not None:
             yield holder

@@ -1,4 +1,4 @@
-"""A base that is a model of lmms-eval: prompts of this package go through the model's own preprocessing."""
+"""A base that is a model of lmms-eval. Prompts of this package go through the model's own preprocessing."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lmms_mtv.hooks import Sites, capture
 from lmms_mtv.runtime.batches import BatchSize
 
 OWN: Final = ("force_simple", "fewshot_as_multiturn", "image_placeholder")
-"""The arguments of a wrapped base that are not arguments of its wrapper."""
+"""Arguments of a wrapped base that are not arguments of its wrapper."""
 
-# Arguments of a wrapper that change nothing in what it computes, or that a card has elsewhere.
+# Arguments of a wrapper that change no result, or that a card has elsewhere.
 _NOT_IN_RECIPE: Final = ("pretrained", "revision", "dtype", "torch_dtype", "device", "device_map", "batch_size")
 _ONE_TOKEN: Final = {"until": ["\n"], "max_new_tokens": 1, "do_sample": False, "temperature": 0, "num_beams": 1}
 _DEFAULT_PLACEHOLDER: Final = "<image>"
@@ -53,12 +53,12 @@ class WrapperBase:
         self.dtype = str(getattr(self.model, "dtype", parameter.dtype)).removeprefix("torch.")
         self.device: torch.device = parameter.device
         self.batch_size = BatchSize(harness_model.batch_size)
-        # The template of the wrapper's prompts, once it is looked for: none, or one.
+        # The template of the wrapper's prompts, none or one; None before the search.
         self._templates: tuple[Template, ...] | None = None
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """The base, the arguments with which its wrapper was constructed, and the files of a local checkpoint."""
+        """The base, the arguments of its wrapper, and the files of a local checkpoint."""
         arguments = {key: value for key, value in self.config.arguments.items() if key not in _NOT_IN_RECIPE}
         files = {} if self._text_files is None else {"files": self._text_files}
         return {"base": self.config.name, **arguments, **files}
@@ -70,9 +70,10 @@ class WrapperBase:
         return [kind, ids, prompt.target_delimiter, prompt.target, prompt.fewshot_delimiter]
 
     def run(self, prompts: Sequence[Prompt]) -> None:
-        """Run the prompts' forwards, each the first of a generation of one token.
+        """Run the forwards of the prompts, each the first forward of a generation of one token.
 
-        Raises :class:`HookError` if the model failed, or did not run once for every prompt.
+        Raises:
+            HookError: the model failed, or did not run once for every prompt.
         """
         with quiet(), unmeasured(), self._requests(prompts, _ONE_TOKEN) as requests:
             self.harness_model.run(requests)
@@ -83,11 +84,11 @@ class WrapperBase:
         return ids[: writing.blanks(ids, self._decode)]
 
     def target_ids(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of the target and of the end of an answer, as they follow :meth:`lead_ids`.
+        """Return the token ids of the target and of the end of an answer, as the ids follow :meth:`lead_ids`.
 
-        If the wrapper's prompts end in what its chat template writes before an answer, the tokens are those that the
-        template writes for the target, to the end of that turn. Otherwise they are the tokens of the target between
-        the delimiters of the task.
+        If the wrapper's prompts end in the text that its chat template writes before an answer, the tokens are those
+        that the template writes for the target, up to the end of the turn. Otherwise the tokens are those of the target
+        between the delimiters of the task.
         """
         ids = self._answer_ids(prompt)
         return ids[writing.blanks(ids, self._decode) :]
@@ -95,7 +96,7 @@ class WrapperBase:
     def generate(
         self, prompts: Sequence[Prompt], settings: Mapping[str, Any], edited: bool
     ) -> tuple[list[GenerationResult], int]:
-        """Return answers to prompts, as :meth:`HarnessModel.answers` returns answers to requests."""
+        """Return answers to prompts; see :meth:`HarnessModel.answers` for the answers to requests."""
         with quiet(), self._requests(prompts, settings) as requests:
             return self.harness_model.answers(requests, CacheHook(None), edited)
 
@@ -127,7 +128,7 @@ class WrapperBase:
         """Return the chat template of the wrapper's prompts, or None if no template writes ``prompt``."""
         if self._templates is None:
             ids = self._prompt_ids(prompt)
-            # Some wrappers set their template when they first generate.
+            # Some wrappers set their template in the first generation.
             matching = (each for each in templates_of(self.harness_model.wrapper) if self._ends_in_turn(each, ids))
             self._templates = tuple(matching)[:1]
         return self._templates[0] if self._templates else None
@@ -142,7 +143,7 @@ class WrapperBase:
     def _placeholder(self) -> str:
         if self.config.image_placeholder is not None:
             return self.config.image_placeholder
-        # Several wrappers read numbered places when they are told to interleave, and put all images first if not.
+        # Several wrappers read numbered places if their interleave setting is on, and else put all images first.
         interleaved = getattr(self.harness_model.wrapper, "interleave_visuals", False)
         return _NUMBERED_PLACEHOLDER if interleaved else _DEFAULT_PLACEHOLDER
 
@@ -181,5 +182,5 @@ class WrapperBase:
 
     @property
     def _tokenizer(self) -> Any:
-        # Some wrappers have a tokenizer only once they have generated.
+        # Some wrappers have a tokenizer only after the first generation.
         return tokenizer_of(self.harness_model.wrapper, self.config.name)

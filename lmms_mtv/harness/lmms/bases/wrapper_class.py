@@ -1,4 +1,4 @@
-"""The wrapper class of a model of lmms-eval: how it is found, and which arguments it takes."""
+"""The wrapper class of a model of lmms-eval: the search for the class, and its arguments."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ _MODEL_ATTRIBUTES: Final = ("model", "_model")
 def wrapper_class(name: str, force_simple: bool = False) -> type[lmms]:
     """Return the wrapper class of lmms-eval's model ``name``.
 
-    Raises :class:`ArgumentError` if the class does not import, with the package that is missing, or if it never has a
-    model in this process, like the classes of servers and APIs.
+    Args:
+        name: the name of the model.
+        force_simple: True takes the simple wrapper of a model that has a chat wrapper too.
+
+    Raises:
+        ArgumentError: the class does not import (the message has the missing package), or never has a model in this
+            process, like the classes of servers and APIs.
     """
     try:
         wrapper: type[lmms] = MODEL_REGISTRY_V2.get_model_class(name, force_simple=force_simple)
@@ -47,7 +52,7 @@ def wrapper_class(name: str, force_simple: bool = False) -> type[lmms]:
 
 
 def parameters(wrapper: type[lmms]) -> dict[str, inspect.Parameter]:
-    """Return the keyword arguments of a wrapper, with those that its ``**kwargs`` pass to its parent classes."""
+    """Return the keyword arguments of a wrapper, with arguments that its ``**kwargs`` pass to its parent classes."""
     known: dict[str, inspect.Parameter] = {}
     for parent in wrapper.__mro__:
         if "__init__" not in vars(parent):
@@ -61,7 +66,15 @@ def parameters(wrapper: type[lmms]) -> dict[str, inspect.Parameter]:
 
 
 def module_of(wrapper: lmms, name: str) -> nn.Module:
-    """Return the torch module of a constructed wrapper. Raises :class:`ArgumentError` if it has no such module."""
+    """Return the torch module of a constructed wrapper.
+
+    Args:
+        wrapper: the wrapper.
+        name: the name of the base, for the error message.
+
+    Raises:
+        ArgumentError: the wrapper has no torch module.
+    """
     for attribute in _MODEL_ATTRIBUTES:
         module = getattr(wrapper, attribute, None)
         if isinstance(module, nn.Module):
