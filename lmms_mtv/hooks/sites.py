@@ -236,7 +236,7 @@ def _search(model: nn.Module) -> tuple[str, nn.Module, Blocks]:
             return path, owner, blocks
     raise DiscoveryError(
         f"no list of blocks with attention next to the token embedding of {type(model).__name__}: "
-        f"{_first_block(model)}. If its attention is among these modules, add its names as docs/support-a-model.md says; "
+        f"{_first_block(model)}. If its attention is among them, add the names as docs/support-a-model.md says; "
         "else pass decoder= with the dotted name of the module that holds the decoder's blocks"
     )
 
