@@ -19,6 +19,7 @@ def block(name: str) -> str:
     return match[1]
 
 
+@pytest.mark.slow
 def test_the_task_of_the_page_is_evaluated(tmp_path, monkeypatch):
     """Four demonstrations tell the bundled model the task; a fit on the 24 training images finds heads."""
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,7 @@ def test_selection_fails_where_losses_differ(tmp_path, monkeypatch, capsys):
     assert 1e-4 < json.loads(path.read_text())["results"][0]["gap"] < 3e-4
 
 
+@pytest.mark.slow
 def test_a_whole_fit(tmp_path, capsys):
     found = written(fit, tmp_path, "--scale", "25", "--tokens", "6")
     assert found["fit"] == {"fit_shots": 4, "samples": 32} | {
@@ -73,6 +74,7 @@ def test_a_whole_fit(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("architecture", [zoo.idefics2, zoo.qwen2_5_vl])
+@pytest.mark.slow
 def test_prompts_have_images_that_the_model_sees(architecture):
     """Their tokens take as many features as the encoder makes, and other pixels make other logits."""
     model = zoo.build(architecture).model
@@ -222,6 +224,7 @@ def test_exactness(tmp_path, capsys):
     assert "heads are the same" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_exactness_fails_where_a_second_fit_differs(tmp_path, monkeypatch, capsys):
     plain = exactness.difference
     monkeypatch.setattr(exactness, "difference", lambda *fits: plain(*fits) | {"values": 1e-6})

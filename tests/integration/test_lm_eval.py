@@ -235,6 +235,7 @@ class TestEdited:
             assert answer == reference.generated(context, settings["max_gen_toks"])
         assert zoo.hooks(lm.model) == 0
 
+    @pytest.mark.slow
     def test_the_order_of_requests_is_kept_and_each_task_has_its_own_vector(self, text_model, folder):
         lm, both = run(text_model, folder, ["arc", "copa"], **SHORT)
         _, other = run(text_model, folder, ["copa", "arc"], **SHORT)
@@ -276,6 +277,7 @@ class TestEdited:
 
 class TestFits:
     @pytest.mark.parametrize("kind", matrix.members(["answers", "arc", "winogrande"], "arc"))
+    @pytest.mark.slow
     def test_same_seed_same_heads_whatever_the_batch_size(self, text_model, folder, kind):
         settings = SHORT | {"samples": 32}
         used = [
@@ -286,6 +288,7 @@ class TestFits:
         assert used[0].heads == used[1].heads
         assert 0 < len(used[0].heads) < 8
 
+    @pytest.mark.slow
     def test_one_fit_serves_all_requests_of_a_task(self, text_model, folder, tmp_path, caplog):
         """The library asks for likelihoods and for answers in calls of their own."""
         tasks = Tasks(include_path=str(folder), include_defaults=False)
@@ -409,6 +412,7 @@ class TestFits:
             assert lm.records[name].method == settings["method"]
             assert answers[name] != plain[name]
 
+    @pytest.mark.slow
     def test_few_shot_prompts_are_counted(self, text_model, folder):
         lm, _ = run(text_model, folder, ["arc"], {"num_fewshot": 2}, **SHORT)
         assert lm.records["own_arc"].shots == 2

@@ -397,6 +397,7 @@ def test_names_are_text_in_the_page(tmp_path):
     assert "<b>&\\|" in tables.scores([found]).markdown()
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_is_asked_for(folder, tmp_path, capsys):
     html, markdown = tmp_path / "new" / "page.html", tmp_path / "report.md"
     cli.main(["report", str(folder), "--html", str(html), "--markdown", str(markdown), "--plots", str(tmp_path / "p")])

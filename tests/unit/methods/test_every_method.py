@@ -299,6 +299,7 @@ def test_lmms_eval_evaluates_with_it(name, task, tasks, loaded, counted, monkeyp
 
 
 @by_a_representative
+@pytest.mark.slow
 def test_lm_eval_evaluates_with_it(name, text_model, tasks, counted, monkeypatch):
     # The library lists all installed packages in its results.
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)

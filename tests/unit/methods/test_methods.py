@@ -160,6 +160,7 @@ def test_the_queries_that_judge_are_not_those_of_the_policy():
     assert not policy & judges
 
 
+@pytest.mark.slow
 def test_random_heads_match_mtv_layer_by_layer():
     tiny = zoo.build(zoo.llama)
     chosen = mtv.fit(session(tiny), mtv.Config(**SHORT)).edits[HEADS]
@@ -369,6 +370,7 @@ def test_one_concrete_step_is_the_derivative_of_the_relaxed_sample():
 
 
 @pytest.mark.parametrize("architecture", matrix.members([zoo.llama, zoo.idefics3], zoo.llama))
+@pytest.mark.slow
 def test_gradient_masks_lower_the_loss_and_follow_the_seed(architecture):
     tiny = zoo.build(architecture)
     short = {name: SHORT[name] for name in ("iterations", "candidates", "candidate_examples")}
