@@ -161,6 +161,7 @@ def test_a_broken_package_is_one_line_that_names_it_and_what_is_missing(kind, be
     assert methods.get("mtv").fit is mtv.fit
 
 
+@pytest.mark.slow
 def test_a_broken_package_stops_no_other_method(beside, tmp_path):
     beside(package(tmp_path / "site", "aimless", "others_aimless", CONFIG))
     declared = {"demonstrations": "train", "mtv": {"iterations": 3}, "aimless": {"strength": 0.5}}

@@ -157,7 +157,7 @@ class Reference:
 
 
 class TestWithoutEdits:
-    @pytest.mark.parametrize("shots", [0, 2])
+    @pytest.mark.parametrize("shots", matrix.members([0, 2], 2))
     def test_method_none_is_the_librarys_model(self, text_model, folder, shots):
         kinds = ("answers", "arc", "copa", "winogrande", "splits")
         own = run(text_model, folder, kinds, {"num_fewshot": shots}, method="none", batch_size=3)[1]
@@ -417,6 +417,7 @@ class TestFits:
         lm, _ = run(text_model, folder, ["arc"], {"num_fewshot": 2}, **SHORT)
         assert lm.records["own_arc"].shots == 2
 
+    @pytest.mark.slow
     def test_an_evaluation_in_another_form_than_the_model_was_told_is_refused(self, text_model, folder):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
         lm = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **SHORT)
@@ -442,6 +443,7 @@ class TestFits:
         plain, _ = run(text_model, folder, ["arc"], {"num_fewshot": 2}, **SHORT)
         assert lm.records["own_arc"].prompt != plain.records["own_arc"].prompt
 
+    @pytest.mark.slow
     def test_the_tasks_own_settings_are_used_and_arguments_win(self, text_model, tmp_path):
         declared = {"version": 1, "mtv": {"demonstrations": "train", "mtv": {"iterations": 3, "steps": 4}}}
         folder = task_file(tmp_path, "arc", metadata=declared, training_split=None, fewshot_split=None)
@@ -464,6 +466,7 @@ class TestFits:
             lm, _ = run(text_model, folder, ["arc"], method=name, **settings)
             assert expected.items() <= lm.records["own_arc"].settings.items(), name
 
+    @pytest.mark.slow
     def test_caches_keep_working_and_never_mix_tasks(self, text_model, folder, tmp_path):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
         lm = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", **SHORT)
@@ -495,7 +498,7 @@ class TestTextTasks:
     def _small_data(self, prepared_data, monkeypatch):
         monkeypatch.setenv(data.FOLDER, str(prepared_data))
 
-    @pytest.mark.parametrize("shots", [0, 2])
+    @pytest.mark.parametrize("shots", matrix.members([0, 2], 2))
     def test_method_none_is_the_librarys_model(self, text_model, shots):
         options = {"evaluation": {"num_fewshot": shots}, "prefix": "", "batch_size": 4}
         own, answers = run(text_model, tasks_folder() / LM_EVAL, self.NAMES, method="none", **options)

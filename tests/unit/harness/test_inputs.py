@@ -94,6 +94,7 @@ class TestDocuments:
         (stored,) = records(folder / "out")
         return found, stored["tasks"]["custom"]["evaluation"]
 
+    @pytest.mark.slow
     def test_a_picture_that_does_not_open_costs_no_other_document_its_answer(self, tmp_path, said):
         folder = task_file(tmp_path, doc_to_visual="some")
         with (folder / "utils.py").open("a", encoding="utf-8") as file:
@@ -319,6 +320,7 @@ class TestOneTable:
 
 
 class TestTrial:
+    @pytest.mark.slow
     def test_a_fit_is_tried_on_training_queries(self, tmp_path, caplog):
         from lmms_eval.api.task import Task
 

@@ -155,6 +155,7 @@ class TestOfLmmsEval:
         assert lmms.id(pretrained=written) == own
         assert lmms.id(pretrained=other) != own
 
+    @pytest.mark.slow
     def test_a_folder_is_itself_wherever_it_is_and_however_it_is_written(self, lmms, text_model, tmp_path, monkeypatch):
         own = lmms.id(pretrained=str(text_model))
         shutil.copytree(text_model, tmp_path / "moved")

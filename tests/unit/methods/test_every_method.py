@@ -283,6 +283,7 @@ def counted(monkeypatch) -> dict[str, int]:
 
 @pytest.mark.parametrize("task", matrix.members(["seen", "read"], "seen"))
 @by_a_representative
+@pytest.mark.slow
 def test_lmms_eval_evaluates_with_it(name, task, tasks, loaded, counted, monkeypatch):
     # It frees the model by a full collection of garbage, which takes longer than all of this; and others need it.
     monkeypatch.setattr(of_lmms_eval.LmmsEvalMtv, "clean", lambda model: None)
