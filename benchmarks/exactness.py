@@ -37,11 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="blocks of the model (default: those of its shape)")
     arguments = parser.parse_args(argv)
     device = measure.device_of(arguments)
-    dtype = str(measure.dtype_of(arguments, device)).removeprefix("torch.")
+    precision = measure.dtype_of(arguments, device)
+    dtype = str(precision).removeprefix("torch.")
     # Drawn on the CPU, so that the weights of both sides are the same.
-    model = models.build(
-        arguments.model, torch.device("cpu"), measure.dtype_of(arguments, device), arguments.seed, arguments.layers
-    ).to(device)
+    model = models.build(arguments.model, torch.device("cpu"), precision, arguments.seed, arguments.layers).to(device)
     first = fitted(arguments, model, batch=1)
     fits = {"again": fitted(arguments, model, batch=1), "batches of 4": fitted(arguments, model, batch=4)}
     halved = halved_batch(arguments, model, device)
@@ -95,7 +94,7 @@ def difference(first: Fitted, other: Fitted) -> dict[str, Any]:
 
 @torch.no_grad()
 def halved_batch(arguments: argparse.Namespace, model: nn.Module, device: torch.device) -> bool | None:
-    """Return whether an automatic batch size was halved, and the rows were right; None without a GPU."""
+    """Return whether an automatic batch size was halved and every prompt ran once; None without a GPU."""
     if device.type != "cuda":
         return None
     examples = prompts.examples(model, 64, 100, arguments.seed)

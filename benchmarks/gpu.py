@@ -6,7 +6,7 @@ stopped leaves what it has measured. The exit status is 1 if one of them failed.
 
 ``--quick`` runs the same list with small models and settings, also on a CPU: a test of the command, not a measurement.
 
-Figures: for each run its command, its exit status, its seconds, the end of its output if it failed, and its own file.
+Figures: for each run its command, its exit status, its seconds, the end of its output, and the figures of its own file.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ QUICK: Final[dict[str, tuple[str, ...]]] = {
     "generation": ("generation", "--repetitions", "1", "--tokens", "6", "--new", "3", "--batch", "2", "--shots", "1"),
     "extraction": ("extraction", "--repetitions", "1", "--tokens", "5", "--shots", "1", "--prompts", "2"),
 }
-"""The same with the tiny model."""
-
+"""The same benchmarks with the tiny model."""
 
 _LONGEST_OUTPUT: Final = 3000
 """Characters of the output of a run that are kept."""
