@@ -14,7 +14,7 @@ from hypothesis import settings
 
 # Of tests over random examples: some by default, many in CI (--hypothesis-profile=ci).
 settings.register_profile("default", max_examples=25, deadline=None)
-settings.register_profile("ci", max_examples=300, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None)
 settings.load_profile("default")
 
 

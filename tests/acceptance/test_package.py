@@ -48,7 +48,7 @@ def tracked(folder: str) -> list[Path]:
 
 @pytest.mark.slow
 def test_the_installed_wheel_runs_the_main_job(wheel, tmp_path):
-    """MTV beats zero-shot by a wide margin on a third of the benchmark, from a wheel and away from the repository."""
+    """Two tasks of the benchmark in short, from a wheel and away from the repository."""
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     done = processes.run(command)
@@ -58,24 +58,19 @@ def test_the_installed_wheel_runs_the_main_job(wheel, tmp_path):
     found = processes.run(where, cwd=tmp_path, env=environment)
     assert found.stdout.startswith(str(site))
 
-    scores = {}
-    for method in ("none", "mtv"):
-        output = tmp_path / method
-        done = processes.run(
-            [
-                *(sys.executable, "-m", "lmms_eval", "--model", "mtv", "--tasks", "shapes", "--limit", "66"),
-                *("--model_args", f"pretrained=tiny,method={method}", "--batch_size", "16"),
-                *("--output_path", str(output)),
-            ],
-            cwd=tmp_path,
-            env=environment,
-            timeout=500,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        (results,) = (json.loads(path.read_text()) for path in output.rglob("*_results.json"))
-        scores[method] = results["results"]["shapes"]["exact_match,none"]
-    assert scores["none"] <= 0.25
-    assert scores["mtv"] >= 0.95
+    done = processes.run(
+        [
+            *(sys.executable, "-m", "lmms_eval", "--model", "mtv", "--tasks", "shapes_color_es,shapes_phrase_en"),
+            *("--model_args", "pretrained=tiny,steps=150", "--limit", "66", "--batch_size", "16"),
+            *("--output_path", str(tmp_path / "out")),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (json.loads(path.read_text())["results"] for path in tmp_path.rglob("*_results.json"))
+    assert min(results[task]["exact_match,none"] for task in ("shapes_color_es", "shapes_phrase_en")) >= 0.9
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent for path in RESULTS.glob("*/plan.yaml")), ids=lambda f: f.name)

@@ -66,12 +66,12 @@ def test_packed_projections_are_edited_like_the_matrices_they_stand_for(bits):
 
 @pytest.mark.slow
 def test_bfloat16_is_as_good_as_float32():
-    """The same task fitted and evaluated in both, on a third of its scenes."""
+    """Two tasks fitted and evaluated in both, on half of their scenes."""
     scores = {}
     for dtype in ("float32", "bfloat16"):
         manager = task_manager()
-        tasks = ["shapes_color_es", "shapes_phrase_en", "shapes_position_es"]
-        arguments = f"pretrained=tiny,dtype={dtype},batch_size=16"
+        tasks = ["shapes_color_es", "shapes_phrase_en"]
+        arguments = f"pretrained=tiny,dtype={dtype},steps=150,batch_size=16"
         results = simple_evaluate("mtv", arguments, tasks=tasks, task_manager=manager, limit=100)["results"]
         scores[dtype] = sum(results[task]["exact_match,none"] for task in tasks) / len(tasks)
     assert scores["float32"] > 0.9
