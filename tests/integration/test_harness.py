@@ -126,7 +126,7 @@ def test_a_failure_that_the_harness_would_pass_over_is_a_status(wrong, said, tmp
 
 
 def test_the_tasks_are_known_and_do_not_hide_the_harness_own():
-    index = task_manager().task_index
+    index = TaskManager("ERROR", model_name="mtv").task_index
     assert {"shapes", "shapes_hard", "shapes_color_en", "shapes_labels_shape"} <= index.keys()
     assert index["shapes"]["type"] == "group"
     assert "vizwiz_vqa_val" in index

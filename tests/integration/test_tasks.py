@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_eval.tasks import get_task_dict
 from loguru import logger
 
 from lmms_mtv import TaskVector, cli, data
@@ -25,7 +25,6 @@ from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from support import checkpoints, golden, official_files, processes
 from support.evaluations import task_manager
 
-FOLDERS = ("vqa", "episodes", "words")
 TASKS = (*official_files.TASKS, "english_spanish_colon", "antonyms_colon")
 IMAGES = ("vizwiz", "okvqa", "flowers", "cub", "dtd")
 SPLITS = {"vizwiz": "val", "okvqa": "val2014"}
@@ -38,9 +37,7 @@ def small_data(prepared_data, monkeypatch):
 
 
 def prompts(task: str) -> TaskPrompts:
-    folders = [str(tasks_folder() / folder) for folder in FOLDERS]
-    manager = TaskManager("ERROR", include_path=folders, include_defaults=False)
-    return TaskPrompts(get_task_dict([task], manager, "chat")[task], None)
+    return TaskPrompts(get_task_dict([task], task_manager(), "chat")[task], None)
 
 
 def utils(folder: str):

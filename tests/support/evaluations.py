@@ -15,13 +15,15 @@ from typing import Any
 import yaml
 from lmms_eval.tasks import TaskManager
 
+from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from support.processes import run
 
 
 @functools.cache
 def task_manager(model: str = "mtv") -> TaskManager:
-    """All tasks of the harness and of this package. Reading them takes seconds, so that is done once a process."""
-    return TaskManager("ERROR", model_name=model)
+    """The tasks of this package alone: to read the thousands of the harness takes many seconds."""
+    folders = [str(path) for path in tasks_folder().iterdir() if path.name != LM_EVAL]
+    return TaskManager("ERROR", include_path=folders, include_defaults=False, model_name=model)
 
 
 def own_tasks(folder: Path, model: str = "mtv") -> TaskManager:
