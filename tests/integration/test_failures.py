@@ -94,6 +94,7 @@ def full_disk(path: Path, queue) -> None:
         queue.put(str(error))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_the_old_vector_stays(tmp_path):
     path = tmp_path / "vector.safetensors"
     expected, queue = fit_and_save(path), processes.context().SimpleQueue()

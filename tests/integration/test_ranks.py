@@ -12,7 +12,7 @@ from torch import distributed
 from lmms_mtv import Edit, Episode, find_sites, methods
 from lmms_mtv.errors import MtvError
 from lmms_mtv.runtime.distributed import Ranks, current
-from support import evaluations, matrix, processes, sessions, zoo
+from support import processes, sessions, threads, zoo
 
 PARTS = ("value", "keep", "gain")
 SHORT = "iterations=7,fit_shots=2,steps=12,samples=5,examples=6,candidate_examples=4,candidates=3,reuse=False"
@@ -25,20 +25,24 @@ def work(rank: int, count: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count)
     assert current() == Ranks(rank, count)
     try:
-        result = fitted(current())
-        try:
-            with current().raise_together():
-                if rank == count - 1:
-                    raise ValueError("only here")
-        except (ValueError, MtvError) as error:
-            result["failure"] = f"{type(error).__name__}: {error}"
-        torch.save(result, Path(folder, f"{rank}.pt"))
+        torch.save(fitted(current()) | {"failure": failed(current())}, Path(folder, f"{rank}.pt"))
     finally:
         distributed.destroy_process_group()
 
 
-def fitted(ranks: Ranks) -> dict:
-    tiny = zoo.build(zoo.llama)
+def failed(ranks: Ranks) -> str:
+    """What a rank raises at a step at which the last one fails."""
+    try:
+        with ranks.raise_together():
+            if ranks.rank == ranks.count - 1:
+                raise ValueError("only here")
+    except (ValueError, MtvError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def fitted(ranks: Ranks, tiny: zoo.Tiny | None = None) -> dict:
+    tiny = tiny or zoo.build(zoo.llama)
     session = sessions.session(tiny, ranks=ranks, batch_size=2)
     method = methods.get("mtv")
     config = method.configure(
@@ -85,24 +89,37 @@ def fitted(ranks: Ranks) -> dict:
     }
 
 
-@pytest.mark.parametrize("count", matrix.members([2, 3], 2))
+def assert_same(found: dict, expected: dict, rank: int, count: int) -> None:
+    torch.testing.assert_close(found["value"], expected["value"], rtol=1e-6, atol=1e-7)
+    assert found["heads"] == expected["heads"]
+    torch.testing.assert_close(found["other"], expected["other"], rtol=1e-6, atol=1e-7)
+    assert found["other_heads"] == expected["other_heads"]
+    for name, part in expected["learned"].items():
+        assert torch.equal(found["learned"][name], part), name
+    assert (found["gradient"] - expected["gradient"]).abs().max() < 1e-5
+    assert (found["losses"] - expected["losses"]).abs().max() < 1e-5
+    assert (found["alone"] - expected["alone"]).abs().max() < 1e-5
+    last = "ValueError: only here" if rank == count - 1 else f"MtvError: 1 of {count} processes failed"
+    assert found["failure"].startswith(last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 def test_a_fit_is_the_same_and_a_failure_is_everyones(count, tmp_path):
     """Seven prompts, five masks and then two: shares are uneven, and with three processes one gets none."""
     expected = fitted(Ranks())
     processes.in_ranks(work, count, count, str(tmp_path))
     for rank in range(count):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        torch.testing.assert_close(found["value"], expected["value"], rtol=1e-6, atol=1e-7)
-        assert found["heads"] == expected["heads"]
-        torch.testing.assert_close(found["other"], expected["other"], rtol=1e-6, atol=1e-7)
-        assert found["other_heads"] == expected["other_heads"]
-        for name, part in expected["learned"].items():
-            assert torch.equal(found["learned"][name], part), name
-        assert (found["gradient"] - expected["gradient"]).abs().max() < 1e-5
-        assert (found["losses"] - expected["losses"]).abs().max() < 1e-5
-        assert (found["alone"] - expected["alone"]).abs().max() < 1e-5
-        last = "ValueError: only here" if rank == count - 1 else f"MtvError: 1 of {count} processes failed"
-        assert found["failure"].startswith(last)
+        assert_same(torch.load(tmp_path / f"{rank}.pt", weights_only=False), expected, rank, count)
+
+
+def test_ranks_that_are_threads_fit_the_same_too():
+    """The same shares, without the start of processes."""
+    expected = fitted(Ranks())
+    models = [zoo.build(zoo.llama) for _ in range(2)]
+    found = threads.in_threads(lambda ranks: fitted(ranks, models[ranks.rank]) | {"failure": failed(ranks)}, 2)
+    for rank, each in enumerate(found):
+        assert_same(each, expected, rank, 2)
 
 
 def prefetching(rank: int, count: int, folder: str) -> None:
@@ -166,6 +183,9 @@ def test_shares_cover_everything_once():
 
 def launched(count: int, output: Path, limit: int, arguments: str = SHORT) -> tuple[dict, dict]:
     """The harness's command, in one process or started by accelerate; the record and the results."""
+    # Its imports take seconds, and each worker of a test imports this module.
+    from support import evaluations
+
     evaluations.command(
         *("--model", "mtv", "--model_args", f"pretrained=tiny,{arguments}"),
         *("--tasks", "shapes_color_en,shapes_phrase_en", "--limit", str(limit), "--output_path", str(output)),

@@ -6,7 +6,6 @@ import faulthandler
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -57,12 +56,11 @@ def context() -> ForkServerContext:
     """Return the context whose workers come from a server without threads.
 
     A worker that is forked from the tests themselves can wait for ever for a lock that another thread of the tests
-    held at that moment. The server has imported the architectures that the tests have imported, as these imports take
-    most of the time of a start.
+    held at that moment. The server imports what most workers need, as these imports take most of the time of a start.
     """
     served = get_context("forkserver")
-    architectures = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
-    served.set_forkserver_preload(["torch", "lmms_mtv.methods", "lmms_mtv.fit.session", *sorted(architectures)])
+    llama = "transformers.models.llama.modeling_llama"
+    served.set_forkserver_preload(["torch", "lmms_mtv.methods", "lmms_mtv.fit.session", "lmms_mtv.hooks", llama])
     return served
 
 

@@ -7,32 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    CLIPVisionConfig,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Idefics2Config,
-    Idefics2ForConditionalGeneration,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MllamaConfig,
-    MllamaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
 
 from support import matrix
 
@@ -127,27 +103,31 @@ def _noise(seeds: list[int], *shape: int) -> Tensor:
 
 
 def llama() -> Tiny:
-    return Tiny("llama", LlamaForCausalLM(LlamaConfig(**_text(attention_bias=True))))
+    return Tiny("llama", transformers.LlamaForCausalLM(transformers.LlamaConfig(**_text(attention_bias=True))))
 
 
 def qwen3() -> Tiny:
-    return Tiny("qwen3", Qwen3ForCausalLM(Qwen3Config(**_text(head_dim=12))), head_dim=12)
+    return Tiny("qwen3", transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_text(head_dim=12))), head_dim=12)
 
 
 def gpt2() -> Tiny:
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_positions=256, n_embd=32, n_layer=LAYERS, n_head=HEADS, bos_token_id=1, eos_token_id=2
     )
-    return Tiny("gpt2", GPT2LMHeadModel(config), absolute=True)
+    return Tiny("gpt2", transformers.GPT2LMHeadModel(config), absolute=True)
 
 
 def gemma2(window: int = 64) -> Tiny:
-    return Tiny("gemma2", Gemma2ForCausalLM(Gemma2Config(**_text(head_dim=12, sliding_window=window))), head_dim=12)
+    return Tiny(
+        "gemma2",
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_text(head_dim=12, sliding_window=window))),
+        head_dim=12,
+    )
 
 
 def gemma3(window: int = 64) -> Tiny:
     """With images, and layers of sliding and full attention; its decoder is handed a dict of masks."""
-    config = Gemma3Config(
+    config = transformers.Gemma3Config(
         text_config=_text(
             head_dim=12,
             sliding_window=window,
@@ -158,7 +138,9 @@ def gemma3(window: int = 64) -> Tiny:
         image_token_id=IMAGE,
     )
     media = lambda seeds: {"pixel_values": _noise(seeds, 3, 16, 16)}  # noqa: E731
-    return Tiny("gemma3", Gemma3ForConditionalGeneration(config), 4, media, head_dim=12, kinds="token_type_ids")
+    return Tiny(
+        "gemma3", transformers.Gemma3ForConditionalGeneration(config), 4, media, head_dim=12, kinds="token_type_ids"
+    )
 
 
 PERCEIVER = {
@@ -173,29 +155,29 @@ PERCEIVER = {
 
 
 def idefics2() -> Tiny:
-    config = Idefics2Config(
+    config = transformers.Idefics2Config(
         image_token_id=IMAGE,
         text_config={"model_type": "mistral", **_text()},
         vision_config=_vision(patch_size=8),
         perceiver_config=PERCEIVER,
     )
     media = lambda seeds: {"pixel_values": _noise(seeds, 1, 3, 16, 16)}  # noqa: E731
-    return Tiny("idefics2", Idefics2ForConditionalGeneration(config), 3, media)
+    return Tiny("idefics2", transformers.Idefics2ForConditionalGeneration(config), 3, media)
 
 
 def idefics3() -> Tiny:
-    config = Idefics3Config(
+    config = transformers.Idefics3Config(
         image_token_id=IMAGE,
         scale_factor=2,
         text_config={"model_type": "llama", **_text()},
         vision_config=_vision(patch_size=4),
     )
     media = lambda seeds: {"pixel_values": _noise(seeds, 1, 3, 16, 16)}  # noqa: E731
-    return Tiny("idefics3", Idefics3ForConditionalGeneration(config), 4, media)
+    return Tiny("idefics3", transformers.Idefics3ForConditionalGeneration(config), 4, media)
 
 
 def llava() -> Tiny:
-    vision = CLIPVisionConfig(
+    vision = transformers.CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=3,
@@ -204,17 +186,23 @@ def llava() -> Tiny:
         patch_size=8,
         projection_dim=16,
     )
-    config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**_text()), image_token_index=IMAGE, image_seq_length=4
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**_text()),
+        image_token_index=IMAGE,
+        image_seq_length=4,
     )
     return Tiny(
-        "llava", LlavaForConditionalGeneration(config), 4, lambda seeds: {"pixel_values": _noise(seeds, 3, 16, 16)}
+        "llava",
+        transformers.LlavaForConditionalGeneration(config),
+        4,
+        lambda seeds: {"pixel_values": _noise(seeds, 3, 16, 16)},
     )
 
 
 def mllama() -> Tiny:
     """Its second block attends to the image alone: 2 tiles of 17 keys, the second of which is padding."""
-    config = MllamaConfig(
+    config = transformers.MllamaConfig(
         text_config=_text(num_hidden_layers=LAYERS + 1, cross_attention_layers=[1]),
         vision_config={
             **_vision(patch_size=4),
@@ -227,7 +215,7 @@ def mllama() -> Tiny:
         },
         image_token_index=IMAGE,
     )
-    model = MllamaForConditionalGeneration(config)
+    model = transformers.MllamaForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         if "_gate" in name:  # else zero, and closed
             torch.nn.init.constant_(parameter, 0.7)
@@ -260,19 +248,19 @@ _QWEN_VISION = {
 
 
 def qwen2_5_vl() -> Tiny:
-    config = Qwen2_5_VLConfig(
+    config = transformers.Qwen2_5_VLConfig(
         text_config=_text(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}),
         vision_config={**_QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
         image_token_id=IMAGE,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     return Tiny("qwen2_5_vl", model, 4, lambda seeds: _patches(seeds, 4), framed=True, kinds="mm_token_type_ids")
 
 
 def qwen3_vl() -> Tiny:
-    config = Qwen3VLConfig(
+    config = transformers.Qwen3VLConfig(
         text_config=_text(
             head_dim=12,
             rope_parameters={
@@ -287,7 +275,7 @@ def qwen3_vl() -> Tiny:
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
-    model = Qwen3VLForConditionalGeneration(config)
+    model = transformers.Qwen3VLForConditionalGeneration(config)
     media = lambda seeds: _patches(seeds, 4)  # noqa: E731
     return Tiny("qwen3_vl", model, 4, media, head_dim=12, framed=True, kinds="mm_token_type_ids")
 
