@@ -224,7 +224,7 @@ def test_divergence_is_that_of_the_answers_from_the_teachers():
     assert learning.divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["m2iv", "live", "i2cl", "mimic"])
+@pytest.mark.parametrize("name", matrix.members(["m2iv", "live", "i2cl", "mimic"], "m2iv"))
 def test_learning_lowers_the_loss_of_queries_it_was_not_on(name):
     tiny = zoo.build(zoo.llama)
 
