@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lmms_mtv.fit.examples import Examples, Runner
-from lmms_mtv.harness.prompts import Reply
+from lmms_mtv.fit.examples import Examples
 from lmms_mtv.harness.training import Training
-from lmms_mtv.runtime.batches import BatchSize
+from lmms_mtv.models.trial import AnsweringRunner
 
 P_co = TypeVar("P_co", covariant=True)
 P_contra = TypeVar("P_contra", contravariant=True)
@@ -24,8 +23,8 @@ class Logger(Protocol):
     def warning(self, message: str, /) -> Any: ...
 
 
-class Model(Runner[P_contra], Protocol[P_contra]):
-    """A runner with a name. ``batch_size`` is the number of rows of one forward of a fit."""
+class Model(AnsweringRunner[P_contra], Protocol[P_contra]):
+    """A runner that answers, with a name and settings."""
 
     @property
     def name(self) -> str: ...
@@ -37,9 +36,6 @@ class Model(Runner[P_contra], Protocol[P_contra]):
     def dtype(self) -> str: ...
 
     @property
-    def batch_size(self) -> BatchSize: ...
-
-    @property
     def device(self) -> torch.device: ...
 
     @property
@@ -49,16 +45,6 @@ class Model(Runner[P_contra], Protocol[P_contra]):
 
     def text_parts(self, prompt: P_contra) -> list[str]:
         """Return the whole text of a prompt with its target, in parts."""
-        ...
-
-    def greedy_replies(self, prompts: Sequence[P_contra], new_tokens: int, edited: bool) -> list[Reply]:
-        """Return greedy answers, or an empty list if the model scores the targets of these prompts.
-
-        Args:
-            prompts: a batch of prompts.
-            new_tokens: the largest number of tokens of an answer.
-            edited: True if an edit is applied.
-        """
         ...
 
 

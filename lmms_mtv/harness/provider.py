@@ -19,9 +19,9 @@ from lmms_mtv.harness.protocols import Logger, Model, Prompts
 from lmms_mtv.harness.recipe import declared_settings, vector_recipe
 from lmms_mtv.harness.record import TaskRecord
 from lmms_mtv.harness.training import Training
-from lmms_mtv.harness.trial import doubts, run_trial
 from lmms_mtv.hooks import Sites
 from lmms_mtv.methods import Fitted, Method
+from lmms_mtv.models.trial import doubts, run_trial
 from lmms_mtv.runtime.distributed import Ranks
 from lmms_mtv.runtime.memory import peak
 from lmms_mtv.vectors import HEADS, TaskVector, VectorCard

@@ -15,12 +15,12 @@ from transformers import LlamaForCausalLM
 
 from lmms_mtv import cli, data
 from lmms_mtv.errors import ArgumentError, InstallationError
-from lmms_mtv.harness import gguf
-from lmms_mtv.harness.checkpoint import LOCAL
 from lmms_mtv.harness.lm.model import LmEvalMtv
 from lmms_mtv.harness.lm.runner import LmRunner
 from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
-from lmms_mtv.harness.prompts import Prompt
+from lmms_mtv.models import gguf
+from lmms_mtv.models.identity import LOCAL
+from lmms_mtv.models.prompts import Prompt
 from support import gguf_files, official_files
 from support.text_tasks import run, task_file
 

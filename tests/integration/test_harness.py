@@ -27,8 +27,8 @@ from lmms_mtv.errors import (
     NumericsError,
     VectorFileError,
 )
-from lmms_mtv.harness.checkpoint import revision_of
 from lmms_mtv.harness.lmms.model import LmmsEvalMtv
+from lmms_mtv.models.identity import revision_of
 from lmms_mtv.shapes import CHECKPOINT
 from lmms_mtv.vectors.library import Library
 from support import matrix
@@ -364,7 +364,7 @@ def test_every_byte_of_a_folders_weights_is_in_its_revision(tmp_path, monkeypatc
     try:
         revision_of(str(tmp_path / "short"), None)
         assert not said
-        monkeypatch.setattr("lmms_mtv.harness.checkpoint._LONG", 10)
+        monkeypatch.setattr("lmms_mtv.models.identity._LONG", 10)
         revision_of(str(tmp_path / "short"), None)
     finally:
         logger.remove(sink)

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmms_mtv import Edit, Episode, TaskVector, VectorCard, data, find_sites, methods
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, GeometryError, HookError, LeakageError
 from lmms_mtv.harness.arguments import Arguments
-from lmms_mtv.harness.checkpoint import name_of, revision_of
 from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
 from lmms_mtv.harness.lm.model import LmEvalMtv
 from lmms_mtv.harness.lm.runner import LmRunner
 from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
+from lmms_mtv.models.identity import name_of, revision_of
 from lmms_mtv.vectors import HEADS
 from support import matrix, processes, zoo
 from support.text_tasks import TASKS, run, task_file

@@ -17,7 +17,7 @@ from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError, HookError
-from lmms_mtv.harness import gguf, record
+from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import validate, with_text_restored
 from lmms_mtv.harness.lm.arguments import split_lm_eval_arguments
 from lmms_mtv.harness.lm.evaluation import Evaluation, current
@@ -26,8 +26,9 @@ from lmms_mtv.harness.lm.scoring import Request, Row, reordered, rounds_of_disti
 from lmms_mtv.harness.lm.task import LmPrompt, LmPrompts, Turns
 from lmms_mtv.harness.provider import TaskVectorProvider
 from lmms_mtv.harness.record import TaskRecord, UneditedRecord
-from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import applied, find_sites
+from lmms_mtv.models import gguf
+from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.vectors import TaskVector

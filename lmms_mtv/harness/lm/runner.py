@@ -11,10 +11,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from lmms_mtv.errors import ContextLengthError
-from lmms_mtv.harness.checkpoint import adapter_of, identity, text_files_of
-from lmms_mtv.harness.generation import GREEDY, attention_of
 from lmms_mtv.harness.lm.task import LmPrompt
-from lmms_mtv.harness.prompts import Reply, blanks
+from lmms_mtv.models.generation import GREEDY, attention_of
+from lmms_mtv.models.identity import adapter_of, identity, text_files_of
+from lmms_mtv.models.prompts import Reply, blanks
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.runtime.compat import unwrapped
 

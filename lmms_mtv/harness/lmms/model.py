@@ -22,9 +22,9 @@ from lmms_mtv.harness.lmms.failure import caches_answers, fail_with_status
 from lmms_mtv.harness.lmms.requests import document_of, only_generation, task_of
 from lmms_mtv.harness.lmms.task import TaskPrompts, task_for_model, task_requests
 from lmms_mtv.harness.lmms.task_evaluation import TaskEvaluation
-from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.provider import TaskVectorProvider
 from lmms_mtv.harness.record import ModelRecord, TaskRecord
+from lmms_mtv.models.prompts import Prompt
 from lmms_mtv.runtime import distributed
 from lmms_mtv.vectors import TaskVector
 

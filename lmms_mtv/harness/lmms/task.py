@@ -19,8 +19,8 @@ from lmms_mtv.data.pictures import UNREADABLE, opened, rgb
 from lmms_mtv.errors import DataError, DocumentError
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.harness.lmms.requests import document_of
-from lmms_mtv.harness.prompts import Demonstration, Message, Prompt
 from lmms_mtv.harness.training import Training
+from lmms_mtv.models.prompts import Demonstration, Message, Prompt
 
 Doc = Mapping[str, Any]
 

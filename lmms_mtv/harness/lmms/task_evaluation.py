@@ -18,10 +18,10 @@ from lmms_mtv.errors import DocumentError, HookError, MtvError
 from lmms_mtv.harness.lmms.bases import Base
 from lmms_mtv.harness.lmms.requests import document_of, groups_of_equal_settings, settings_of
 from lmms_mtv.harness.lmms.task import TaskPrompts
-from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.record import EvaluationRecord
-from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import Fired, Watch, applied, watched
+from lmms_mtv.models.prompts import Prompt
+from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime import distributed
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.runtime.memory import peak

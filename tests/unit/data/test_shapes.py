@@ -100,7 +100,7 @@ def test_training_sees_what_the_harness_will_show(chat):
     batch = train.encode(processor, bank, [items], [chat])
 
     from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
-    from lmms_mtv.harness.prompts import Demonstration, Prompt
+    from lmms_mtv.models.prompts import Demonstration, Prompt
 
     def asked(scene: scenes.Scene) -> list[dict]:
         content = [{"type": "image", "url": scenes.draw(scene)}, {"type": "text", "text": questions.QUESTION}]

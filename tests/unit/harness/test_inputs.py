@@ -27,8 +27,8 @@ from lmms_mtv.experiments import check, compare
 from lmms_mtv.experiments.report import results
 from lmms_mtv.harness import record
 from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
-from lmms_mtv.harness.prompts import Demonstration, Prompt, blanks
-from lmms_mtv.harness.trial import doubts
+from lmms_mtv.models.prompts import Demonstration, Prompt, blanks
+from lmms_mtv.models.trial import doubts
 from lmms_mtv.shapes import CHECKPOINT
 from support import checkpoints, processes
 from support.evaluations import own_tasks

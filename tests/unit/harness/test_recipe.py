@@ -20,12 +20,12 @@ from PIL import Image as Picture
 
 from lmms_mtv import TaskVector
 from lmms_mtv.errors import ArgumentError, DataError
-from lmms_mtv.harness.checkpoint import LOCAL, name_of, revision_of, text_files_of
 from lmms_mtv.harness.lm import model as lm
 from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
 from lmms_mtv.harness.lm.task import LmPrompts
 from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.harness.training import Training
+from lmms_mtv.models.identity import LOCAL, name_of, revision_of, text_files_of
 from lmms_mtv.vectors.library import Library
 from support import processes
 from support.evaluations import own_tasks

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from lmms_eval.api.instance import GenerationResult
 
 from lmms_mtv.harness.lmms.bases.harness_model import HarnessModel
-from lmms_mtv.harness.prompts import Prompt
 from lmms_mtv.harness.protocols import Model
 from lmms_mtv.hooks import Sites
+from lmms_mtv.models.prompts import Prompt
 
 
 class Base(Model[Prompt], Protocol):

@@ -14,10 +14,10 @@ from lmms_eval.api.model import CacheHook, lmms
 from loguru import logger
 
 from lmms_mtv.errors import ArgumentError, HookError, MtvError
-from lmms_mtv.harness.checkpoint import Identity, name_of, revision_of, text_files_of
 from lmms_mtv.harness.lmms.bases.wrapper_class import module_of, parameters, wrapper_class
-from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import Sites, Watch, find_sites, watched
+from lmms_mtv.models.identity import Identity, name_of, revision_of, text_files_of
+from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
 
 # The harness writes these attributes onto its model, and the wrappers read their own attributes.

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lmms_mtv.errors import ArgumentError, MtvError
-from lmms_mtv.harness import gguf
-from lmms_mtv.harness.checkpoint import Identity, adapter_of, identity
 from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
-from lmms_mtv.harness.text import one_line
+from lmms_mtv.models import gguf
+from lmms_mtv.models.identity import Identity, adapter_of, identity
+from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.shapes import CHECKPOINT
 
@@ -34,20 +34,12 @@ class HfCheckpoint:
     Attributes:
         model: the model.
         processor: the processor of a multimodal model, or the tokenizer of a text model.
-        multimodal: True if the model takes images.
-        device: the device of the model.
-        dtype: the precision of the weights.
-        context: the length of the longest prompt in tokens; None if the model has no such limit.
         identity: the identity of the checkpoint.
         adapter: the digest of the adapter; None without an adapter.
     """
 
     model: nn.Module
     processor: Any
-    multimodal: bool
-    device: torch.device
-    dtype: torch.dtype
-    context: int | None
     identity: Identity
     adapter: str | None
 
@@ -88,24 +80,16 @@ def load(config: HfConfig) -> HfCheckpoint:
         ) from error
     if config.peft is not None:
         model = _adapted(model, config.peft)
-    device = _device(config.device)
     if config.device_map is None:
-        model.to(device)
-    else:
-        device = model.device
+        model.to(_device(config.device))
     # A branch or a tag can move; a commit cannot.
     known = identity(source, getattr(settings, "_commit_hash", None), file)
     known = known._replace(revision=known.revision or config.revision)
     if config.pretrained == TINY:
         known = known._replace(name="lmms-mtv/tiny", text_files=None)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return HfCheckpoint(
         model=model.eval(),
         processor=processor,
-        multimodal=multimodal,
-        device=device,
-        dtype=model.dtype,
-        context=limit if isinstance(limit, int) else None,
         identity=known,
         adapter=None if config.peft is None else adapter_of(config.peft),
     )
@@ -115,14 +99,6 @@ def image_settings_of(image_processor: Any) -> Mapping[str, Any]:
     """Return the settings that an image processor knows, by name."""
     settings: Mapping[str, Any] = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
     return settings
-
-
-def padding_token(tokenizer: Any) -> str:
-    """Return a padding token for a tokenizer without such a token. Padding is masked, so any token serves."""
-    for name in ("eos_token", "unk_token", "bos_token"):
-        if (token := getattr(tokenizer, name, None)) is not None:
-            return str(token)
-    return str(tokenizer.convert_ids_to_tokens(0))
 
 
 def _device(name: str | None) -> torch.device:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmms_mtv.errors import ArgumentError, unknown
-from lmms_mtv.harness import prompts as writing
+from lmms_mtv.models import prompts as writing
 
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 

@@ -11,7 +11,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from lmms_mtv.harness.prompts import Message
+from lmms_mtv.models.prompts import Message
 
 _TASK: Final = "lmms_mtv"
 _SPLIT: Final = "prompts"

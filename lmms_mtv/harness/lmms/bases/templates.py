@@ -8,7 +8,7 @@ from typing import Any, Final
 from lmms_eval.api.model import lmms
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.harness.prompts import Message
+from lmms_mtv.models.prompts import Message
 
 Template = Callable[[list[Message], bool], str]
 """Function that writes messages as text; with True as the second argument, the beginning of an answer follows."""

@@ -11,14 +11,14 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import CacheHook
 
-from lmms_mtv.harness import prompts as writing
 from lmms_mtv.harness.lmms.bases.harness_model import HarnessModel, WrappedConfig
 from lmms_mtv.harness.lmms.bases.side_effects import quiet, unmeasured
 from lmms_mtv.harness.lmms.bases.synthetic_task import Document, requests_for
 from lmms_mtv.harness.lmms.bases.templates import QUESTION, Template, templates_of, tokenizer_of
 from lmms_mtv.harness.lmms.bases.wrapper_class import parameters, wrapper_class
-from lmms_mtv.harness.prompts import Prompt, Reply
 from lmms_mtv.hooks import Sites, capture
+from lmms_mtv.models import prompts as writing
+from lmms_mtv.models.prompts import Prompt, Reply
 from lmms_mtv.runtime.batches import BatchSize
 
 OWN: Final = ("force_simple", "fewshot_as_multiturn", "image_placeholder")
@@ -101,7 +101,7 @@ class WrapperBase:
             return self.harness_model.answers(requests, CacheHook(None), edited)
 
     def greedy_replies(self, prompts: Sequence[Prompt], new_tokens: int, edited: bool) -> list[Reply]:
-        """Return greedy answers of at most ``new_tokens`` tokens; see :class:`~lmms_mtv.harness.prompts.Reply`."""
+        """Return greedy answers of at most ``new_tokens`` tokens; see :class:`~lmms_mtv.models.prompts.Reply`."""
         with unmeasured():
             answers, _ = self.generate(prompts, _ONE_TOKEN | {"until": [], "max_new_tokens": new_tokens}, edited)
         replies = []

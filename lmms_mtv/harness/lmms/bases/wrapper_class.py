@@ -12,7 +12,7 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 from torch import nn
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.harness.text import one_line
+from lmms_mtv.models.text import one_line
 
 EXTRA: Final = {"decord": "decord", "qwen_vl_utils": "qwen-vl-utils"}
 """Modules, and the packages of ``lmms-mtv[bases]`` that have them."""

@@ -12,7 +12,7 @@ from loguru import logger
 from transformers.utils import cached_file
 
 from lmms_mtv.data.official import checksum
-from lmms_mtv.harness import gguf
+from lmms_mtv.models import gguf
 
 LOCAL: Final = "local/"
 """Beginning of the name of a model that is a folder. The digest of the model follows."""

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
+from lmms_mtv.fit.examples import Examples, Runner
 from lmms_mtv.fit.session import FitSession
-from lmms_mtv.harness.prompts import Reply
-from lmms_mtv.harness.protocols import Model, Prompts
 from lmms_mtv.hooks import Sites, applied
+from lmms_mtv.models.prompts import Reply
+from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.vectors import Edit
 
 P = TypeVar("P")
+P_contra = TypeVar("P_contra", contravariant=True)
 
 _QUERIES: Final = 16
 """Number of training queries that are answered after a fit."""
 
 _SPARE_TOKENS: Final = 8
 """Tokens that an answer may have beyond the longest target, so that an endless answer is noticed."""
+
+
+class AnsweringRunner(Runner[P_contra], Protocol[P_contra]):
+    """A runner that answers. ``batch_size`` is the number of rows of one forward."""
+
+    @property
+    def batch_size(self) -> BatchSize: ...
+
+    def greedy_replies(self, prompts: Sequence[P_contra], new_tokens: int, edited: bool) -> list[Reply]:
+        """Return greedy answers, or an empty list if the model scores the targets of these prompts.
+
+        Args:
+            prompts: a batch of prompts.
+            new_tokens: the largest number of tokens of an answer.
+            edited: True if an edit is applied.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,12 @@ class _Score:
 
 
 def run_trial(
-    session: FitSession[P], model: Model[P], sites: Sites, prompts: Prompts[P], edits: Mapping[str, Edit]
+    session: FitSession[P],
+    model: AnsweringRunner[P],
+    sites: Sites,
+    examples: Examples[P],
+    edits: Mapping[str, Edit],
+    stops: Sequence[str] = (),
 ) -> Trial:
     """Return the result of answering some training queries without edits and with edits.
 
@@ -55,13 +79,14 @@ def run_trial(
         session: the session of the fit, which draws the queries.
         model: the model that answers.
         sites: the sites of the model.
-        prompts: the training examples.
+        examples: the training examples.
         edits: the fitted edits by stream.
+        stops: texts that end an answer.
     """
     if not edits:
         return Trial()
-    episodes = session.episodes(min(_QUERIES, len(prompts)), session.shots, "trial")
-    queries = [prompts.prompt(episode) for episode in episodes]
+    episodes = session.episodes(min(_QUERIES, len(examples)), session.shots, "trial")
+    queries = [examples.prompt(episode) for episode in episodes]
     target_ids = [model.target_ids(query) for query in queries]
     lead_ids = [model.lead_ids(query) for query in queries]
     targets = [str(getattr(query, "target", "")).strip() for query in queries]
@@ -69,7 +94,7 @@ def run_trial(
 
     def score(edited: bool) -> _Score | None:
         batches = model.batch_size.copy().run_batches(queries, lambda batch: model.greedy_replies(batch, limit, edited))
-        replies = [_cut(reply, prompts.training.stops) for _, batch in batches for reply in batch]
+        replies = [_cut(reply, stops) for _, batch in batches for reply in batch]
         if len(replies) < len(targets):
             return None
         hits = sum(reply.text.strip().lower() == target.lower() for reply, target in zip(replies, targets, strict=True))
@@ -91,7 +116,7 @@ def run_trial(
     return Trial(accuracy, len({ids[0] for ids in target_ids}) == 1 < len(set(targets)))
 
 
-def _cut(reply: Reply, stops: list[str]) -> Reply:
+def _cut(reply: Reply, stops: Sequence[str]) -> Reply:
     """Return an answer that ends where the task ends an answer."""
     ends = [position for stop in stops if (position := reply.text.find(stop)) >= 0]
     return Reply(reply.text[: min(ends)], True) if ends else reply

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.harness.prompts import Demonstration, Prompt, continuation, placeholder
+from lmms_mtv.models.prompts import Demonstration, Prompt, continuation, placeholder
 
 
 def asked(text: str, color: str = "red") -> list[dict]:
