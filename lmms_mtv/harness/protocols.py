@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from lmms_mtv.fit.examples import Examples
 from lmms_mtv.harness.training import Training
-from lmms_mtv.models.trial import AnsweringRunner
+from lmms_mtv.models.fitting import DescribedRunner
 
 P_co = TypeVar("P_co", covariant=True)
 P_contra = TypeVar("P_contra", contravariant=True)
@@ -23,7 +22,7 @@ class Logger(Protocol):
     def warning(self, message: str, /) -> Any: ...
 
 
-class Model(AnsweringRunner[P_contra], Protocol[P_contra]):
+class Model(DescribedRunner[P_contra], Protocol[P_contra]):
     """A runner that answers, with a name and settings."""
 
     @property
@@ -37,15 +36,6 @@ class Model(AnsweringRunner[P_contra], Protocol[P_contra]):
 
     @property
     def device(self) -> torch.device: ...
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """The settings that differ from the default and change what the model computes from the same text."""
-        ...
-
-    def text_parts(self, prompt: P_contra) -> list[str]:
-        """Return the whole text of a prompt with its target, in parts."""
-        ...
 
 
 class Prompts(Examples[P_co], Protocol[P_co]):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,10 +19,10 @@ from lmms_mtv.harness.recipe import declared_settings, vector_recipe
 from lmms_mtv.harness.record import TaskRecord
 from lmms_mtv.harness.training import Training
 from lmms_mtv.hooks import Sites
-from lmms_mtv.methods import Fitted, Method
-from lmms_mtv.models.trial import doubts, run_trial
+from lmms_mtv.methods import Method
+from lmms_mtv.models.fitting import fit_with_card
 from lmms_mtv.runtime.distributed import Ranks
-from lmms_mtv.runtime.memory import peak
+from lmms_mtv.runtime.environment import versions
 from lmms_mtv.vectors import HEADS, TaskVector, VectorCard
 from lmms_mtv.vectors.library import Library
 
@@ -206,7 +205,7 @@ class TaskVectorProvider(Generic[P]):
                 f"vector {vector.id} for {vector.card.task} is reused from {self._library.folder(recipe)}, "
                 f"{vector.described()}: pass reuse=False to fit it again"
             )
-            if older := {k: v for k, v in vector.card.versions.items() if record.versions().get(k) != v}:
+            if older := {k: v for k, v in vector.card.versions.items() if versions().get(k) != v}:
                 listed = ", ".join(f"{name} {version}" for name, version in older.items())
                 self._logger.warning(f"vector {vector.id} was fitted with {listed}: pass reuse=False to fit it again")
         return vector
@@ -232,7 +231,6 @@ class TaskVectorProvider(Generic[P]):
 
     def _fit(self, prompts: Prompts[P], config: Any, recipe: VectorCard) -> tuple[TaskVector, list[str]]:
         """Return the fitted vector, and the session's remarks on the training split."""
-        began = time.perf_counter()
         session = FitSession[P](
             self._model,
             self._sites,
@@ -244,42 +242,19 @@ class TaskVectorProvider(Generic[P]):
             progress=self._leads,
             ranks=self._ranks(),
         )
-        with peak(self._model.device) as memory:
-            fitted: Fitted = self._method.fit(session, config)
-        card = dataclasses.replace(
+        fitted = fit_with_card(
+            session,
+            self._method,
+            config,
             recipe,
-            versions=record.versions(),
-            # More digits would be noise, and would be most of the file.
-            losses={name: [float(f"{loss:.6g}") for loss in losses] for name, losses in fitted.losses.items()},
-            seconds=time.perf_counter() - began,
-            stages={name: round(seconds, 3) for name, seconds in session.stages.items()},
-            memory=memory.bytes,
-            replay=session.replay,
+            self._model,
+            prompts,
+            device=self._model.device,
+            stops=prompts.training.stops,
         )
-        trial = run_trial(session, self._model, self._sites, prompts, fitted.edits)
-        vector = TaskVector(dict(fitted.edits), dataclasses.replace(card, accuracy=trial.accuracy))
         if self._leads:
-            blind = trial.same_first_token and getattr(config, "loss", None) == "first"
-            warnings = doubts(trial.accuracy, blind) if trial.accuracy else []
-            for line in (*warnings, *session.remarks):
+            for line in (*fitted.warnings, *fitted.remarks):
                 self._logger.warning(f"{prompts.training.name}: {line}")
             if self._method.settings():
-                self._logger.info(_summary(vector, session.forwards))
-        return vector, session.remarks
-
-
-def _summary(vector: TaskVector, forwards: int) -> str:
-    """Return a line about a fit that took ``forwards`` forwards."""
-    card = vector.card
-    losses: Mapping[str, Sequence[float]] = card.losses
-    loss = ""
-    if "chosen" in losses:
-        before, after = losses["unedited"][0], losses["chosen"][0]
-        loss = f", loss {before:.3f} -> {after:.3f} (without edit -> with it, on training queries)"
-    if tried := card.accuracy:
-        loss += f", right answers {tried['unedited']:.0%} -> {tried['edited']:.0%} of {tried['queries']:.0f}"
-    replay = "" if card.replay is None else f" (edits: {card.replay})"
-    return (
-        f"fitted {card.method} for {card.task} in {card.seconds:.1f} s: vector {vector.id}, {vector.described()}"
-        f"{loss}, {forwards} forwards{replay}"
-    )
+                self._logger.info(fitted.summary)
+        return fitted.vector, list(fitted.remarks)

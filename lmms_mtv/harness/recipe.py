@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import Any, TypeVar
 
 from lmms_mtv import methods
 from lmms_mtv.errors import MethodError
-from lmms_mtv.fit.examples import Episode
 from lmms_mtv.harness.protocols import Logger, Model, Prompts
 from lmms_mtv.harness.training import Training
 from lmms_mtv.methods import Method
+from lmms_mtv.models.fitting import prompt_digest
 from lmms_mtv.vectors import Geometry, TaskVector, VectorCard
 
 P = TypeVar("P")
@@ -82,22 +80,10 @@ def vector_recipe(
         task=training.name,
         split=training.split if fits else "",
         examples=prompts.digest() if fits else "",
-        prompt=_prompt_digest(model, prompts) if fits else "",
+        prompt=prompt_digest(model, prompts) if fits else "",
         shots=shots,
         seed=seed,
         method=method.name,
         config=dataclasses.asdict(config),
         parents={heads.id: 1.0} if heads is not None else {},
     )
-
-
-def _prompt_digest(model: Model[P], prompts: Prompts[P]) -> str:
-    """Return the SHA-256 of one prompt with its target, which changes with everything that shapes a prompt."""
-    example = prompts.prompt(Episode(0, (1,) if len(prompts) > 1 else ()))
-    parts: list[Any] = model.text_parts(example)
-    if recipe := dict(model.recipe):
-        parts.append(recipe)
-    if lead := model.lead_ids(example):
-        # loss=first once ended at the leading blanks: its older vectors differ.
-        parts.append({"lead": lead})
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

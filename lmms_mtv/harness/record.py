@@ -8,15 +8,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from lmms_mtv.runtime import files
+from lmms_mtv.runtime.environment import versions
 from lmms_mtv.vectors import TaskVector
 from lmms_mtv.vectors.library.place import FILE, folder_name
-
-PACKAGES: Final = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -166,11 +164,6 @@ def as_json(record: TaskRecord | UneditedRecord | ModelRecord) -> dict[str, Any]
     if entries.get("evaluation", ...) is None:
         del entries["evaluation"]
     return entries
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a number depends on."""
-    return {package: version(package) for package in PACKAGES}
 
 
 def vector_path(folder: Path, vector: TaskVector) -> Path:

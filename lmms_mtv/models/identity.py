@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from loguru import logger
+from torch import nn
 from transformers.utils import cached_file
 
 from lmms_mtv.data.official import checksum
@@ -62,6 +63,28 @@ def identity(source: str, commit: str | None, gguf_file: str | None = None) -> I
     digest = checksum(Path(str(path)), "sha256")
     named = gguf.packaged_name(digest) or (LOCAL + digest[:16] if local else source)
     return Identity(named, f"sha256:{digest[:16]}", None)
+
+
+def identity_of(model: nn.Module) -> Identity:
+    """Return the identity of a model of transformers that is in memory.
+
+    A model that was loaded from the hub or from a folder has the identity of what was loaded: weights that were changed
+    since then do not count. Any other model has a digest of its weights.
+
+    Args:
+        model: the model.
+    """
+    loaded: Any = model
+    source = str(getattr(loaded, "name_or_path", ""))
+    commit = getattr(loaded.config, "_commit_hash", None)
+    if source and (commit is not None or Path(source).is_dir()):
+        return identity(source, commit)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(loaded.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    revision = f"sha256:{digest.hexdigest()[:16]}"
+    return Identity(source or LOCAL + revision.removeprefix("sha256:"), revision, None)
 
 
 def revision_of(source: str, commit: str | None) -> str | None:

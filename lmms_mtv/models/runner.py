@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, unknown
 from lmms_mtv.hooks import Sites, find_sites
 from lmms_mtv.models import prompts as writing
-from lmms_mtv.models.generation import GREEDY
+from lmms_mtv.models.generation import GREEDY, attention_of
 from lmms_mtv.models.prompts import STYLES, Message, Prompt, Reply
 from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
@@ -111,6 +111,11 @@ class PromptRunner:
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = padding_token(self._tokenizer)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The settings that differ from the default and change the results for the same text."""
+        return attention_of(self.model)
 
     def rendered(self, prompt: Prompt) -> str:
         """Return the prompt as the text that goes to the processor."""

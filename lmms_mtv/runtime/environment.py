@@ -23,6 +23,14 @@ PACKAGE: Final = "lmms-mtv"
 WATCHED: Final = ("filelock", "lm-eval", "lmms-eval", "torch", "transformers")
 """Libraries whose internals this package or the harness uses. An untested version gives a warning."""
 
+COUNTING: Final = ("lmms-mtv", "lmms-eval", "lm-eval", "torch", "transformers")
+"""Packages on which a number depends."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages on which a number depends."""
+    return {package: importlib.metadata.version(package) for package in COUNTING}
+
 
 @dataclass(frozen=True)
 class RequiredLibrary:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError, GeometryError
-from lmms_mtv.vectors import Edit, TaskVector, VectorCard
+from lmms_mtv.vectors import Edit, Edits, TaskVector, VectorCard
 
 METHOD = "combination"
 
@@ -43,6 +43,80 @@ def combined(
             shots.
     """
     shares = _shares(vectors, weights, any_sum)
+    card = _card(vectors, shares, task)
+    edits = {name: _sum([vector.edits[name] for vector in vectors], shares) for name in sorted(vectors[0].edits)}
+    return TaskVector(edits, card)
+
+
+def summed(vectors: Sequence[TaskVector], weights: Sequence[float], *, task: str) -> TaskVector:
+    """Return the vector that moves activations by the weighted sum of the changes of other vectors.
+
+    With ``y_i = keep_i * x + gain_i * value_i`` the sum is ``x + sum w_i (y_i - x)``, for each head. Heads that no
+    vector edits do not change, whatever the weights sum to, unlike in :func:`combined`. With weights that sum to 1 both
+    are equal. A single vector may have any edit. The card of the result is that of :func:`combined`.
+
+    Args:
+        vectors: different vectors of one model.
+        weights: a weight for each vector.
+        task: name of the task on the new card.
+
+    Raises:
+        GeometryError: as in :func:`combined`.
+        ArgumentError: as in :func:`combined`.
+    """
+    shares = _shares(vectors, weights, True)
+    card = dataclasses.replace(_card(vectors, shares, task), config={"sum": "changes"})
+    if len(vectors) == 1:
+        share = shares[0]
+        edits = {
+            name: dataclasses.replace(edit, keep=1 + share * (edit.keep - 1), gain=share * edit.gain)
+            for name, edit in vectors[0].edits.items()
+        }
+        return TaskVector(edits, card)
+    unmoved = 1 - math.fsum(shares)
+    total = {name: _sum([vector.edits[name] for vector in vectors], shares) for name in sorted(vectors[0].edits)}
+    edits = {name: dataclasses.replace(edit, keep=edit.keep + unmoved) for name, edit in total.items()}
+    return TaskVector(edits, card)
+
+
+def stacked(vectors: Sequence[TaskVector | None]) -> Edits:
+    """Return the edits of a batch in which row k gets the edit of vector k, for :func:`~lmms_mtv.hooks.applied`.
+
+    Args:
+        vectors: a vector of one model for each row; None leaves a row unedited.
+
+    Raises:
+        GeometryError: the vectors differ in geometry, or in the positions that a stream is edited at, or have gates.
+        ArgumentError: there is no vector.
+    """
+    present = [vector for vector in vectors if vector is not None]
+    if not present:
+        raise ArgumentError("no vectors to stack: give a vector for at least one row")
+    if len({vector.card.geometry for vector in present}) > 1:
+        raise GeometryError("vectors that differ in geometry cannot be stacked")
+    streams = dict.fromkeys(name for vector in present for name in vector.edits)
+    return {name: _rows([None if vector is None else vector.edits.get(name) for vector in vectors]) for name in streams}
+
+
+def _rows(edits: Sequence[Edit | None]) -> Edit:
+    """Return one edit with a row for each of ``edits``; a row without an edit keeps its activations."""
+    first, *others = (edit for edit in edits if edit is not None)
+    if any(edit.shape != first.shape or edit.batch is not None for edit in (first, *others)):
+        raise GeometryError("edits of different shapes, or of batches, cannot be stacked")
+    if any(edit.gate is not None for edit in (first, *others)):
+        raise GeometryError("edits with a gate cannot be stacked: apply them one after the other")
+    if len({(edit.everywhere, edit.once, edit.renormed) for edit in (first, *others)}) > 1:
+        raise GeometryError("edits at different positions, or of which some keep norms, cannot be stacked")
+    same = dataclasses.replace(first, keep=torch.ones_like(first.keep), gain=torch.zeros_like(first.gain))
+    rows = [edit or same for edit in edits]
+    value, keep, gain = (
+        torch.stack([getattr(row, part).float() for row in rows]) for part in ("value", "keep", "gain")
+    )
+    return dataclasses.replace(first, value=value, keep=keep, gain=gain)
+
+
+def _card(vectors: Sequence[TaskVector], shares: Sequence[float], task: str) -> VectorCard:
+    """Return the card of a combination, after a check that the vectors can be combined."""
     cards = [vector.card for vector in vectors]
     for name in ("model", "revision", "dtype", "geometry"):
         if len(values := {getattr(card, name) for card in cards}) > 1:
@@ -53,9 +127,8 @@ def combined(
         raise GeometryError(f"vectors with edits of {[sorted(names) for names in streams]} cannot be combined")
     if len(shots := {card.shots for card in cards}) > 1:
         raise ArgumentError(f"vectors for prompts of {sorted(shots)} shots cannot be combined")
-    edits = {name: _sum([vector.edits[name] for vector in vectors], shares) for name in sorted(vectors[0].edits)}
     versions = [set(card.versions.items()) for card in cards]
-    card = VectorCard(
+    return VectorCard(
         model=cards[0].model,
         revision=cards[0].revision,
         dtype=cards[0].dtype,
@@ -71,7 +144,6 @@ def combined(
         parents=dict(zip([card.id for card in cards], shares, strict=True)),
         versions=dict(sorted(set.intersection(*versions))),
     )
-    return TaskVector(edits, card)
 
 
 def _shares(vectors: Sequence[TaskVector], weights: Sequence[float] | None, any_sum: bool) -> list[float]:

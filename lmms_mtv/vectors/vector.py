@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmms_mtv.errors import GeometryError, NumericsError, VectorFileError
 from lmms_mtv.runtime import files
@@ -22,9 +24,12 @@ _GATE: Final = "gate"
 _FLAGS: Final = ("everywhere", "once", "renormed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskVector:
     """Edits by stream, and the card with their origin.
+
+    ``vector * 0.5`` moves activations half as far, and ``a + b`` moves them by both changes; see
+    :func:`~lmms_mtv.vectors.combine.summed`.
 
     Attributes:
         edits: an :class:`Edit` for each edited stream of :data:`STREAMS`; empty for the method ``none``.
@@ -48,6 +53,42 @@ class TaskVector:
     def checksum(self) -> str:
         """SHA-256 of the tensors, without the card."""
         return checksum("", self.tensors())
+
+    def __repr__(self) -> str:
+        card = self.card
+        lines = [
+            f"TaskVector {self.id}: {card.method} for {card.task}, {self.described()}",
+            f"  model: {card.model}, {card.dtype}; shots: {card.shots}; seed: {card.seed}",
+        ]
+        if tried := card.accuracy:
+            lines.append(
+                f"  right answers to {tried['queries']:.0f} training queries: {tried['unedited']:.0%} without, "
+                f"{tried['edited']:.0%} with the vector"
+            )
+        return "\n".join(lines)
+
+    def __mul__(self, strength: float) -> TaskVector:
+        from lmms_mtv.vectors.combine import summed
+
+        return summed([self], [strength], task=self.card.task)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        from lmms_mtv.vectors.combine import summed
+
+        tasks = dict.fromkeys((self.card.task, other.card.task))
+        return summed([self, other], [1.0, 1.0], task=" + ".join(tasks))
+
+    def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Return the context in which every forward of ``model`` is edited: :func:`lmms_mtv.applied`.
+
+        Args:
+            model: the model that the vector was fitted for.
+        """
+        from lmms_mtv.hooks import applied
+
+        return applied(model, self)
 
     def described(self) -> str:
         """Return a description of the edited parts: ``15 of 32 heads``, ``residual of 1 of 4 layers``."""
@@ -134,14 +175,59 @@ class TaskVector:
             ) from error
         return path
 
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload the vector and its page to the Hugging Face hub, and return the address of the repository.
+
+        Args:
+            repository: ``owner/name``; the repository is created if it does not exist.
+            private: True to create a private repository.
+
+        Raises:
+            HubError: the hub does not accept the upload.
+            ArgumentError: ``repository`` is no such name, or has a revision.
+        """
+        from lmms_mtv.vectors.library import hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            return hub.pushed(self.save(Path(folder, "vector.safetensors")), repository, private=private)
+
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TaskVector:
-        """Return the vector in a file written by :meth:`save`: a regular file of at most :data:`files.LIMIT` bytes.
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> TaskVector:
+        """Return a vector from a file or folder, or else from the repository ``owner/name`` of the Hugging Face hub.
+
+        Raises:
+            ArgumentError: ``source`` is neither a path nor a name of a repository.
+            HubError: the repository does not exist, has no vector, or cannot be read.
+            VectorFileError: the file is not intact.
+        """
+        from lmms_mtv.vectors.library import hub
+
+        return cls.load(source) if Path(source).exists() else hub.pulled(str(source))
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], *, library: str | os.PathLike[str] | None = None) -> TaskVector:
+        """Return the vector that a reference names.
+
+        Args:
+            source: a file written by :meth:`save` or its folder; or as text four or more digits of an id,
+                ``task/method``, or ``hub:owner/name``.
+            library: the folder of the library with the ids; None for the default folder.
 
         Raises:
             VectorFileError: the file does not exist, is a link, is too large, is no task vector, or is not intact.
+            ArgumentError: the library has no such vector, or several.
+            HubError: the repository on the hub cannot be read.
         """
-        path = Path(path)
+        from lmms_mtv.vectors.library import Library, reference
+
+        path = reference.file(os.fspath(source))
+        if path is None and isinstance(source, str):
+            return cls._read(Library(None if library is None else Path(library)).resolve(source).path)
+        return cls._read(path or Path(source))
+
+    @classmethod
+    def _read(cls, path: Path) -> TaskVector:
+        """Return the vector in a regular file of at most :data:`files.LIMIT` bytes."""
         metadata, tensors = files.read(path)
         card = VectorCard._of(path, metadata)
         if metadata.get("checksum") != checksum(metadata["card"], tensors):

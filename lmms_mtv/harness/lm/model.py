@@ -31,6 +31,7 @@ from lmms_mtv.models import gguf
 from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
 from lmms_mtv.runtime.compat import unwrapped
+from lmms_mtv.runtime.environment import versions
 from lmms_mtv.vectors import TaskVector
 
 # A child of the harness's logger: its command line shows only such loggers.
@@ -154,7 +155,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         skipped = None if self._plain else list(self._sites.skipped)
         tasks = {name: record.as_json(task_record) for name, task_record in self.records.items()}
         info: dict[str, Any] = super().get_model_info()
-        return info | {"mtv": {"versions": record.versions(), "skipped": skipped, "tasks": tasks}}
+        return info | {"mtv": {"versions": versions(), "skipped": skipped, "tasks": tasks}}
 
     def finished(self, chat_history: Turns) -> str:
         """Return a conversation as text, with its last turn ended. Drop system turns if the template has none."""

@@ -17,9 +17,9 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_mtv.errors import DataError
 from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
-from lmms_mtv.harness import record
 from lmms_mtv.harness.lmms.loaded_run import load_run
 from lmms_mtv.runtime import distributed
+from lmms_mtv.runtime.environment import versions
 from lmms_mtv.vectors import TaskVector
 
 _OF_HARNESS: Final = ("results", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -123,7 +123,7 @@ class PlanRunner:
             },
             memory={"fit": task_record.fit_bytes, "evaluation": evaluation.bytes},
             vector=_vector(vector),
-            versions=record.versions(),
+            versions=versions(),
             hardware=_hardware(base.device),
         )
         return cell, {name: {key.task: outcome[name][key.task]} for name in _OF_HARNESS}

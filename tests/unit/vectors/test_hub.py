@@ -43,6 +43,17 @@ def offered(hub: fake_hub.Hub, files_of_it: dict[str, bytes], **changes) -> fake
     return repository
 
 
+def test_a_vector_pushes_itself_and_is_loaded_by_its_name(hub):
+    rng = torch.Generator().manual_seed(0)
+    edit = Edit.replace(torch.randn(2, 2, 4, generator=rng), torch.tensor([[1, 0], [0, 1]]))
+    geometry = ((0, "a.0", 2, 4), (1, "a.1", 2, 4))
+    made = TaskVector({"heads": edit}, card(model="tiny", geometry=geometry))
+    assert made.push_to_hub("owner/name") == f"{hub.endpoint}/owner/name"
+    for found in (TaskVector.from_pretrained("owner/name"), TaskVector.load("hub:owner/name")):
+        assert found.checksum == made.checksum
+        assert found.card == made.card
+
+
 def downloads(hub: fake_hub.Hub) -> list[str]:
     return [path for method, path in hub.asked if method == "GET" and "/resolve/" in path]
 

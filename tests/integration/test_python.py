@@ -1,0 +1,180 @@
+"""Fit and use from Python: the vector of the harness, from examples in a list."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lmms_eval.tasks import get_task_dict
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lmms_mtv import TaskVector, applied, fit_vector, stacked
+from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv.models.examples import ExampleList
+from lmms_mtv.shapes import CHECKPOINT
+from lmms_mtv.vectors.library import Library
+from support import matrix
+from support.evaluations import task_manager
+from support.shape_tasks import evaluate
+
+SHORT = {"iterations": 4, "fit_shots": 2, "steps": 8, "samples": 4, "examples": 6, "candidates": 2}
+TASK = "shapes_color_es"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    processor = AutoProcessor.from_pretrained(CHECKPOINT, do_image_splitting=False)
+    return AutoModelForImageTextToText.from_pretrained(CHECKPOINT).eval(), processor
+
+
+@pytest.fixture(scope="module")
+def examples():
+    task = get_task_dict([TASK], task_manager(), "chat")[TASK]
+    return [(task.doc_to_text(doc), task.doc_to_visual(doc), task.doc_to_target(doc)) for doc in task.training_docs()]
+
+
+def fitted(loaded, examples, **more) -> TaskVector:
+    given = {"fewshot_delimiter": "\n", "task": TASK, "progress": False} | SHORT | more
+    return fit_vector(*loaded, examples, **given)
+
+
+@pytest.mark.parametrize("method", matrix.members(["mtv", "m2iv"], "mtv"))
+def test_a_vector_is_that_of_the_harness_to_the_last_bit(loaded, examples, method, tmp_path):
+    settings = SHORT if method == "mtv" else {"examples": 3, "epochs": 1}
+    listed = ",".join(f"{name}={value}" for name, value in settings.items())
+    evaluate(f"pretrained=tiny,method={method},library={tmp_path},seed=3,{listed}", [TASK], limit=1)
+    (entry,) = Library(tmp_path).entries()
+    expected = TaskVector.load(entry.path)
+    vector = fit_vector(
+        *loaded, examples, method, seed=3, fewshot_delimiter="\n", task=TASK, progress=False, **settings
+    )
+    assert vector.edits.keys() == expected.edits.keys()
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(vector.tensors()[name], tensor), name
+    assert vector.card.losses == expected.card.losses
+    assert vector.card.accuracy == expected.card.accuracy
+    assert vector.card.prompt == expected.card.prompt
+
+
+def test_rows_of_a_dataset_and_files_are_the_same_examples(loaded, examples, tmp_path):
+    import datasets
+
+    few = examples[:8]
+    paths = []
+    for number, (_, (picture,), _) in enumerate(few):
+        paths.append(tmp_path / f"{number}.png")
+        picture.save(paths[-1])
+    rows = [{"text": text, "image": images[0], "answer": answer} for text, images, answer in few]
+    files = [(text, [str(path)], answer) for (text, _, answer), path in zip(few, paths, strict=True)]
+    known = ExampleList(few).digest()
+    assert ExampleList(rows).digest() == known
+    assert ExampleList(files).digest() == known
+    dataset = datasets.Dataset.from_list([{"text": t, "image": p[0], "answer": a} for t, p, a in files])
+    dataset = dataset.cast_column("image", datasets.Image())
+    assert ExampleList(dataset).digest() == known
+    assert ExampleList([(few[0][0], few[0][1], "otro"), *few[1:]]).digest() != known
+    assert ExampleList(few, fewshot_delimiter="\n").digest() == known
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([], "there are no examples"),
+        (["blue", "red"], "example 0 is str: expected"),
+        ([{"question": "?", "answer": "red"}] * 9, "example 0 has question, answer: expected"),
+        ([("What?", (), 3)] * 9, "expected two texts"),
+        ([("What?", "red")], "has 1 examples, but prompts of 2"),
+    ],
+)
+def test_examples_of_no_known_form_are_one_error(loaded, wrong, said):
+    with pytest.raises(DataError, match=said):
+        fit_vector(*loaded, wrong, progress=False, **SHORT)
+
+
+def test_unknown_names_are_one_error_before_anything_runs(loaded, examples):
+    with pytest.raises(ArgumentError, match="unknown method 'mtvv'"):
+        fit_vector(*loaded, examples, "mtvv")
+    with pytest.raises(ArgumentError, match="unknown setting of method mtv 'itertions'"):
+        fit_vector(*loaded, examples, itertions=3)
+    with pytest.raises(ArgumentError, match="unknown prompt_style 'chatty'"):
+        fit_vector(*loaded, examples, prompt_style="chatty")
+
+
+class TestUse:
+    @pytest.fixture(scope="class")
+    def vector(self, loaded, examples):
+        return fitted(loaded, examples)
+
+    @pytest.fixture
+    def logits(self, loaded):
+        model, processor = loaded
+        pictures = [Image.new("RGB", (128, 128), color) for color in ("red", "blue", "green")]
+        inputs = processor(
+            text=["<image>What is it? Answer:"] * 3, images=[[picture] for picture in pictures], return_tensors="pt"
+        )
+
+        @torch.no_grad()
+        def of(context=None) -> torch.Tensor:
+            if context is None:
+                return model(**inputs).logits[:, -1]
+            with context:
+                return model(**inputs).logits[:, -1]
+
+        return of
+
+    def test_apply_is_the_context_of_an_edit(self, loaded, vector, logits):
+        plain, edited = logits(), logits(vector.apply(loaded[0]))
+        assert torch.equal(edited, logits(applied(loaded[0], vector)))
+        assert not torch.equal(edited, plain)
+        assert torch.equal(logits(), plain)
+
+    def test_a_strength_moves_activations_so_far(self, loaded, vector, logits):
+        edit, half = vector.edits["heads"], (0.5 * vector).edits["heads"]
+        x = torch.randn(edit.value.shape, generator=torch.Generator().manual_seed(0))
+        moved = edit.keep[..., None] * x + edit.gain[..., None] * edit.value
+        torch.testing.assert_close(half.keep[..., None] * x + half.gain[..., None] * half.value, (x + moved) / 2)
+        assert torch.equal(logits((vector * 0).apply(loaded[0])), logits())
+        assert torch.equal(logits((vector * 1).apply(loaded[0])), logits(vector.apply(loaded[0])))
+        assert (vector * 0.5).card.parents == {vector.id: 0.5}
+        assert len({vector.id, (vector * 0.5).id, (vector * 0.25).id}) == 3
+
+    def test_a_sum_moves_by_both_changes(self, loaded, examples, vector):
+        other = fitted(loaded, examples, seed=1)
+        x = torch.randn(vector.edits["heads"].value.shape, generator=torch.Generator().manual_seed(0))
+
+        def change(each: TaskVector) -> torch.Tensor:
+            edit = each.edits["heads"]
+            return (edit.keep[..., None] - 1) * x + edit.gain[..., None] * edit.value
+
+        torch.testing.assert_close(change(vector + other), change(vector) + change(other))
+        mean = 0.5 * vector + 0.5 * other
+        torch.testing.assert_close(change(mean), (change(vector) + change(other)) / 2)
+        with pytest.raises(ArgumentError, match="given twice"):
+            vector + vector
+
+    def test_rows_of_a_batch_have_vectors_of_their_own(self, loaded, examples, vector, logits):
+        other = fitted(loaded, examples, seed=1)
+        rows = logits(applied(loaded[0], stacked([vector, None, other])))
+        for row, context in enumerate((vector.apply(loaded[0]), None, other.apply(loaded[0]))):
+            torch.testing.assert_close(rows[row], logits(context)[row], rtol=1e-5, atol=1e-5)
+        with pytest.raises(ArgumentError, match="at least one row"):
+            stacked([None, None])
+
+    def test_it_is_shown_in_a_few_lines(self, vector):
+        shown = repr(vector)
+        assert len(shown.splitlines()) <= 4
+        assert len(shown) < 400
+        assert all(part in shown for part in (vector.id, TASK, vector.described()))
+
+    def test_it_is_loaded_by_whatever_names_it(self, vector, tmp_path):
+        library = Library(tmp_path / "library")
+        folder = library.add(vector)
+        for name in (vector.id, vector.id[:8], f"{TASK}/mtv"):
+            assert TaskVector.load(name, library=library.root).checksum == vector.checksum
+        path = vector.save(tmp_path / "vector.safetensors")
+        for place in (path, str(path), tmp_path, str(tmp_path), TaskVector.load(path).save(tmp_path / "b.safetensors")):
+            assert TaskVector.load(place).checksum == vector.checksum
+        assert TaskVector.from_pretrained(tmp_path).id == vector.id
+        with pytest.raises(ArgumentError, match="no vector 'shapes_color_es/live' in the library"):
+            TaskVector.load(f"{TASK}/live", library=library.root)
+        assert folder.exists()
