@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from lmms_mtv.errors import ArgumentError
+from lmms_mtv.errors import ArgumentError, DataError
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
@@ -20,7 +20,7 @@ from lmms_mtv.harness.record import TaskRecord
 from lmms_mtv.harness.training import Training
 from lmms_mtv.hooks import Sites
 from lmms_mtv.methods import Method
-from lmms_mtv.models.fitting import fit_with_card
+from lmms_mtv.models.fitting import fit_with_card, prompt_digest
 from lmms_mtv.runtime.distributed import Ranks
 from lmms_mtv.runtime.environment import versions
 from lmms_mtv.vectors import HEADS, TaskVector, VectorCard
@@ -104,7 +104,7 @@ class TaskVectorProvider(Generic[P]):
             folder: the folder of the harness's results, which gets a copy of the vector; None if there is no folder.
         """
         if self._vector is not None:
-            return self._vector, self._loaded_record(self._vector, prompts.training.name, shots)
+            return self._vector, self._loaded_record(self._vector, prompts, shots)
         config, declared = self._configured(prompts.training)
         if declared and self._leads:
             listed = ", ".join(f"{key}={value}" for key, value in declared.items())
@@ -144,19 +144,25 @@ class TaskVectorProvider(Generic[P]):
         vector = TaskVector.load(entry.path)
         # The same weights under another name are the same model.
         same_weights = model.revision is not None and vector.card.revision == model.revision
-        vector.check(self._sites.geometry, None if same_weights else model.name)
+        vector.check(self._sites.geometry)
         if not same_weights:
             self._logger.warning(
-                f"vector {vector.id} was fitted for revision {vector.card.revision} of {model.name}, this is "
-                f"{model.revision}"
+                f"vector {vector.id} was fitted for {vector.card.model} (revision {vector.card.revision}), this is "
+                f"{model.name} ({model.revision}): it fits the heads of this model, but its values are those of another"
             )
         if vector.card.dtype != model.dtype:
             self._logger.warning(f"vector {vector.id} was fitted in {vector.card.dtype}, this is {model.dtype}")
         return vector
 
-    def _loaded_record(self, vector: TaskVector, task: str, shots: int) -> TaskRecord:
+    def _loaded_record(self, vector: TaskVector, prompts: Prompts[P], shots: int) -> TaskRecord:
         """Return the record of a task that is evaluated with the vector that ``arguments.vector`` names."""
-        card = vector.card
+        card, task = vector.card, prompts.training.name
+        if card.task == task and card.prompt and self._prompt_differs(card, prompts):
+            self._logger.warning(
+                f"vector {vector.id} was fitted for {task} with other prompts (prompt_style, chat template, processor "
+                "settings, or training examples): pass the arguments of its fit, which `lmms-mtv library show "
+                f"{vector.id}` describes"
+            )
         if card.task != task:
             self._logger.warning(f"vector {vector.id} was fitted on task {card.task} and is used on {task}")
         if card.shots != shots:
@@ -165,6 +171,14 @@ class TaskVectorProvider(Generic[P]):
             )
         source, seed = str(self._arguments.vector), self._arguments.seed
         return record.task_record(vector, source, seed=seed, shots=shots, reused=True, declared={}, remarks=[])
+
+    def _prompt_differs(self, card: VectorCard, prompts: Prompts[P]) -> bool:
+        """Return whether the prompts of a task are written otherwise than those of a vector; False if unknown."""
+        try:
+            return prompt_digest(self._model, prompts) != card.prompt
+        except DataError:
+            # The training examples are not here; a vector can be used without them.
+            return False
 
     def _configured(self, training: Training) -> tuple[Any, dict[str, Any]]:
         """Return the configuration of the method, and the settings in it that the task declares.

@@ -59,7 +59,7 @@ def fit_with_card(
     method: Method,
     config: Any,
     recipe: VectorCard,
-    runner: AnsweringRunner[P],
+    runner: DescribedRunner[P],
     examples: Examples[P],
     *,
     device: torch.device,
@@ -89,6 +89,7 @@ def fit_with_card(
         stages={name: round(seconds, 3) for name, seconds in session.stages.items()},
         memory=memory.bytes,
         replay=session.replay,
+        prompt_text=tuple(runner.text_parts(_example(examples))) if method.settings() else (),
     )
     trial = run_trial(session, runner, session.sites, examples, fitted.edits, stops)
     vector = TaskVector(dict(fitted.edits), dataclasses.replace(card, accuracy=trial.accuracy))
@@ -99,7 +100,7 @@ def fit_with_card(
 
 def prompt_digest(runner: DescribedRunner[P], examples: Examples[P]) -> str:
     """Return the SHA-256 of one prompt with its target, which changes with everything that shapes a prompt."""
-    example = examples.prompt(Episode(0, (1,) if len(examples) > 1 else ()))
+    example = _example(examples)
     parts: list[Any] = runner.text_parts(example)
     if recipe := dict(runner.recipe):
         parts.append(recipe)
@@ -107,6 +108,11 @@ def prompt_digest(runner: DescribedRunner[P], examples: Examples[P]) -> str:
         # loss=first once ended at the leading blanks: its older vectors differ.
         parts.append({"lead": lead})
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _example(examples: Examples[P]) -> P:
+    """Return the prompt of the first example, after the second as a demonstration if there is one."""
+    return examples.prompt(Episode(0, (1,) if len(examples) > 1 else ()))
 
 
 def summary(vector: TaskVector, forwards: int) -> str:

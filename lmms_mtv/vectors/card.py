@@ -55,6 +55,8 @@ class VectorCard:
         accuracy: trial of the vector on some training queries: the number of ``queries``, the share of right answers
             without the vector (``unedited``) and with the vector (``edited``), and the share of answers with the vector
             that did not end (``endless``).
+        prompt_text: one prompt of the fit in parts: the text before the target, the delimiter before the target, the
+            target, and the text after the target. Empty in vectors of older versions.
         schema: version of the fields.
     """
 
@@ -78,9 +80,10 @@ class VectorCard:
     memory: int | None = None
     replay: str | None = None
     accuracy: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    prompt_text: Sequence[str] = ()
     schema: int = SCHEMA
 
-    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy", "schema")
+    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy", "prompt_text", "schema")
 
     @property
     def id(self) -> str:
@@ -141,6 +144,9 @@ class VectorCard:
             values["losses"] = {name: [float(loss) for loss in losses] for name, losses in dict(card.losses).items()}
             values["seconds"] = float(card.seconds)
             values["stages"] = {name: float(seconds) for name, seconds in dict(card.stages).items()}
+            if not all(isinstance(part, str) for part in card.prompt_text):
+                raise TypeError("prompt_text has something that is not text")
+            values["prompt_text"] = tuple(card.prompt_text)
             values["accuracy"] = {name: float(share) for name, share in dict(card.accuracy).items()}
             card = cls(**values)
             if _deeper(written, 32):

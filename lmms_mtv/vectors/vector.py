@@ -113,21 +113,15 @@ class TaskVector:
         flags = (f"{name}.{flag}" for name, edit in self.edits.items() for flag in _FLAGS if getattr(edit, flag))
         return parts | {flag: torch.ones(1) for flag in flags}
 
-    def check(self, geometry: Geometry, model: str | None = None) -> None:
-        """Check that the vector was made for the given sites, and for the given model.
+    def check(self, geometry: Geometry) -> None:
+        """Check that the vector was made for the given sites.
 
         Args:
             geometry: geometry of the model's sites.
-            model: name of the model, None for any model.
 
         Raises:
-            GeometryError: the vector was made for other sites or another model, or its edits contradict its card.
+            GeometryError: the vector was made for other sites, or its edits contradict its card.
         """
-        if model is not None and model != self.card.model:
-            raise GeometryError(
-                f"vector {self.id} was fitted for model {self.card.model!r}, not for {model!r}: pass "
-                "pretrained=" + self.card.model + ", or fit a vector for this model"
-            )
         if self.card.geometry != geometry:
             raise GeometryError(
                 f"vector {self.id} was fitted for {_described(self.card.geometry)}, this model has "

@@ -21,7 +21,7 @@ from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmms_mtv import Edit, Episode, TaskVector, VectorCard, data, find_sites, methods
-from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, GeometryError, HookError, LeakageError
+from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, HookError, LeakageError
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
 from lmms_mtv.harness.lm.model import LmEvalMtv
@@ -591,15 +591,17 @@ class TestBadInput:
         with pytest.raises(DataError, match=r"no training split.*demonstrations="):
             run(text_model, bare, ["arc"], **SHORT)
 
-    def test_a_vector_of_another_model(self, text_model, vector, tmp_path):
+    def test_a_vector_of_another_model_is_used_with_a_warning(self, text_model, vector, tmp_path, caplog):
         copy = tmp_path / "copy"
         model = AutoModelForCausalLM.from_pretrained(text_model)
         with torch.no_grad():
             next(model.parameters()).add_(1)
         model.save_pretrained(copy)
         AutoTokenizer.from_pretrained(text_model).save_pretrained(copy)
-        with pytest.raises(GeometryError, match="was fitted for model"):
-            LmEvalMtv(pretrained=str(copy), device="cpu", vector=str(vector))
+        LmEvalMtv(pretrained=str(text_model), device="cpu", vector=str(vector))
+        assert not caplog.messages
+        LmEvalMtv(pretrained=str(copy), device="cpu", vector=str(vector))
+        assert any("its values are those of another" in message for message in caplog.messages)
 
 
 def command(*arguments: str, cwd: Path) -> CompletedProcess[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
 from typing import Final
 
 from lmms_mtv.vectors import HEADS, Edit, TaskVector, VectorCard
@@ -29,6 +28,7 @@ def of(vector: TaskVector, repository: str | None = None) -> str:
     what = "Activations that stand at some attention heads" if heads else "Changes of the hidden states"
     # The paper only has vectors of heads without a gate.
     paper = "\n([Multimodal Task Vectors](https://arxiv.org/abs/2406.15334))" if heads else ""
+    named = f"{repository}" if repository else "vector.safetensors"
     return f"""{_metadata(card)}
 # Task vector: {_cell(card.method)} for {_cell(card.task)}
 
@@ -38,16 +38,45 @@ def of(vector: TaskVector, repository: str | None = None) -> str:
 lmms-eval --model mtv --model_args {arguments} --tasks {task}
 ```
 
+```python
+from lmms_mtv import TaskVector
+
+vector = TaskVector.from_pretrained({json.dumps(_line(named))})
+with vector.apply(model):  # the model of transformers that the table names
+    ...
+```
+
+`pip install lmms-mtv` installs both ([documentation](https://github.com/lmms-mtv/lmms-mtv)). The licences of the model
+and of the training data hold for the vector too.
+
 | | |
 |---|---|
 {table}
 
+{_prompt(card)}
 "training examples" and "prompt" are SHA-256 digests of the ids of the examples and of the way a prompt is written.
 `vector.safetensors` has all of this in its metadata, as JSON. The settings of the method:
 
 ```json
 {json.dumps(dict(card.config), indent=2, sort_keys=True)}
 ```
+"""
+
+
+def _prompt(card: VectorCard) -> str:
+    """Return a prompt of the fit as a code block, so that others can write the same; empty if the card has none."""
+    if not card.prompt_text:
+        return ""
+    before, delimiter, target, *after = (*card.prompt_text, "", "", "")
+    shown = "".join((before, delimiter, target, *after))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+    marks = json.dumps([delimiter, target, "".join(after)], ensure_ascii=False)
+    return f"""A prompt of the fit, with one demonstration. Delimiter, answer and end of the query: `{_line(marks)}`.
+
+{fence}text
+{shown.replace(chr(0), "")}
+{fence}
+
 """
 
 
@@ -67,7 +96,8 @@ def facts(vector: TaskVector) -> list[tuple[str, str]]:
         *([("edited heads", _heads(vector))] if HEADS in vector.edits or not vector.edits else []),
         *((f"edited {name}", _layers(vector, edit)) for name, edit in vector.edits.items() if name != HEADS),
         *((f"parent {name}", f"weight {weight:g}") for name, weight in card.parents.items()),
-        *((f"loss, {name}", _loss(losses)) for name, losses in card.losses.items() if losses),
+        *((f"loss, {name}", f"{losses[0]:.4f}") for name, losses in card.losses.items() if len(losses) == 1),
+        *_accuracy(card),
         *([("fitted in", f"{card.seconds:.1f} s")] if card.seconds else []),
         ("versions", ", ".join(f"{name} {version}" for name, version in card.versions.items()) or "-"),
         ("training examples", card.examples or "-"),
@@ -101,8 +131,11 @@ def _layers(vector: TaskVector, edit: Edit) -> str:
     return f"{len(layers)} of {len(vector.card.geometry)} layers{listed}{ways}"
 
 
-def _loss(losses: Sequence[float]) -> str:
-    return f"{losses[0]:.4f}" if len(losses) == 1 else f"{losses[0]:.4f} -> {losses[-1]:.4f} ({len(losses)} values)"
+def _accuracy(card: VectorCard) -> list[tuple[str, str]]:
+    if not (tried := card.accuracy):
+        return []
+    right = f"{tried['unedited']:.0%} without the vector, {tried['edited']:.0%} with it"
+    return [("right answers", f"{right}, of {tried['queries']:.0f} training queries")]
 
 
 def _line(text: str) -> str:

@@ -95,7 +95,12 @@ def test_a_push_is_one_commit_with_a_page_of_the_hub(hub, tmp_path):
         "base_model": "some/model",
         "tags": ["task-vector", "multimodal-task-vectors", "mtv"],
     }
-    for said in ("vector=hub:owner/name", "2 of 4 (layer 0: 0; layer 2: 1)", "1.0000 -> 0.5000", '"steps": 600'):
+    for said in (
+        "vector=hub:owner/name",
+        "2 of 4 (layer 0: 0; layer 2: 1)",
+        'from_pretrained("owner/name")',
+        '"steps": 600',
+    ):
         assert said in text
     hub_of_vectors.pushed(vector(values=1).save(path), "owner/name")
     assert len(repository.commits) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -497,11 +498,28 @@ def test_the_page_says_what_the_vector_is_and_quotes_what_is_copied(library):
     hostile = "x; touch /tmp/x\n```\n| a |"
     text = (library.add(vector(task=hostile)).parent / PAGE).read_text()
     assert f"--tasks {shlex.quote(hostile.replace(chr(10), chr(0xFFFD)))}\n" in text
-    assert [line for line in text.splitlines() if line.startswith("```")] == ["```bash", "```", "```json", "```"]
-    for said in ("2 of 4 (layer 0: 0; layer 2: 1)", "pretrained=some/model,vector=", "1.0000 -> 0.5000", "torch 2"):
+    blocks = ["```bash", "```", "```python", "```", "```json", "```"]
+    assert [line for line in text.splitlines() if line.startswith("```")] == blocks
+    for said in ("2 of 4 (layer 0: 0; layer 2: 1)", "pretrained=some/model,vector=", "licences", "torch 2"):
         assert said in text
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "some/model"
     assert "base_model" not in page.of(vector(model="/a/local/folder"))
+
+
+def test_the_page_has_the_prompt_as_text_and_no_ends_of_unordered_lists():
+    parts = ("Q: warm\nA: cold\n\nQ: ```up```\nA:", " ", "down", "\n\n")
+    losses = {"candidates": [3.0, 1.0, 2.0], "unedited": [4.0], "chosen": [1.0]}
+    made = vector()
+    card = dataclasses.replace(made.card, prompt_text=parts, losses=losses)
+    text = page.of(TaskVector(made.edits, card))
+    assert "````text\nQ: warm\nA: cold\n\nQ: ```up```\nA: down\n\n\n````" in text
+    assert '[" ", "down", "\\n\\n"]' in text
+    assert "| loss, unedited | 4.0000 |" in text
+    assert "candidates" not in text
+    assert card.id == made.card.id, "what is for readers does not count"
+    assert VectorCard.from_json(card.to_json(), "a card") == card
+    with pytest.raises(VectorFileError, match="prompt_text has something that is not text"):
+        VectorCard.from_json(card.to_json().replace('"down"', "3"), "a card")
 
 
 # Full, forbidden, shared and interrupted

@@ -42,10 +42,8 @@ def test_the_id_is_the_recipe():
     assert len(vector().id) == 16
 
 
-def test_the_wrong_model_or_geometry_is_refused():
-    vector().check(GEOMETRY, "some/model")
-    with pytest.raises(GeometryError, match="fitted for model 'some/model', not for 'other/model'"):
-        vector().check(GEOMETRY, "other/model")
+def test_the_wrong_geometry_is_refused():
+    vector().check(GEOMETRY)
     with pytest.raises(GeometryError, match=r"2 layers of 2 heads of size 4.*1 layers of 3 heads of size 4"):
         vector().check(((0, "x.o_proj", 3, 4),))
 
