@@ -32,6 +32,7 @@ from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.runtime.environment import versions
+from lmms_mtv.runtime.threads import limit_threads
 from lmms_mtv.vectors import TaskVector
 
 # A child of the harness's logger: its command line shows only such loggers.
@@ -77,6 +78,8 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         except (OSError, ValueError, KeyError) as error:
             raise ArgumentError(f"pretrained={for_base['pretrained']} cannot be loaded: {one_line(error)}") from error
         check_attention(unwrapped(self.model))
+        if (line := limit_threads(self.model)) is not None:
+            logger.info(line)
         self._edit: TaskVector | None = None
         self._expected: deque[Row] = deque()
         self._fitted: dict[tuple[str, int], tuple[LmPrompts, TaskVector]] = {}

@@ -19,6 +19,7 @@ from lmms_mtv.hooks import Sites, Watch, find_sites, watched
 from lmms_mtv.models.identity import Identity, name_of, revision_of, text_files_of
 from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
+from lmms_mtv.runtime.threads import limit_threads
 
 # The harness writes these attributes onto its model, and the wrappers read their own attributes.
 _SHARED: Final = ("task_dict", "_rank", "_world_size", "accelerator")
@@ -78,6 +79,8 @@ class HarnessModel:
             ) from error
         self.model = module_of(self.wrapper, config.name)
         check_attention(self.model)
+        if (line := limit_threads(self.model)) is not None:
+            logger.info(line)
         self.sites: Sites = find_sites(self.model, decoder)
         self.identity = self._identity(parameters(kind))
         self.batch_size = _batch_size(self.wrapper)

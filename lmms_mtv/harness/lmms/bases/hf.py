@@ -14,6 +14,7 @@ from lmms_mtv.models.generation import attention_of
 from lmms_mtv.models.prompts import Prompt
 from lmms_mtv.models.runner import FIXED, SAMPLING, PromptRunner
 from lmms_mtv.runtime.batches import AUTO, BatchSize
+from lmms_mtv.runtime.threads import limit_threads
 
 # Generation settings of tasks that are not settings of transformers.
 _OF_TASKS: Final = ("until", "max_new_tokens", "max_gen_toks", "do_sample", "image_aspect_ratio")
@@ -33,6 +34,8 @@ class HfBase(PromptRunner):
         self.config = config
         automatic = config.batch_size == "auto"
         checkpoint = load(config)
+        if (line := limit_threads(checkpoint.model)) is not None:
+            logger.info(line)
         name, self.revision, self._text_files = checkpoint.identity
         super().__init__(
             checkpoint.model,
