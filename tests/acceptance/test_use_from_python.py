@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
@@ -36,3 +37,26 @@ def test_the_page_runs(tmp_path):
     assert len(set(ast.literal_eval(rows))) == 3
     assert names["same"].checksum == names["vector"].checksum
     assert (tmp_path / "colors.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_what_it_showed():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    notebook = json.loads((DOCS / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names: dict = {"__name__": "notebook"}
+    pictures = 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+        kinds = [output["output_type"] for output in cell["outputs"]]
+        assert ("stream" in kinds) == bool(shown.getvalue())
+        pictures += kinds.count("display_data")
+    assert pictures == 3
+    assert names["scores"][0] == 0
+    assert names["scores"][-2] >= 0.95
+    assert names["same"].checksum == names["vector"].checksum
