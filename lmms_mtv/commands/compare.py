@@ -61,6 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
     requested = planned(arguments, arguments.output.resolve().name)
 
     def load(plan: Plan, library: Path) -> compare.CellRunner:
+        from lmms_mtv.harness.arms import check_early
+
+        check_early(plan.model, plan.arms)
         from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 
         return PlanRunner(plan, library)

@@ -11,6 +11,7 @@ import yaml
 
 from lmms_mtv.commands.compare import pairs
 from lmms_mtv.errors import ArgumentError
+from lmms_mtv.experiments.plan import SEEDS, are_seeds
 from lmms_mtv.runtime import distributed
 
 _INSTEAD: Final = {
@@ -42,8 +43,12 @@ def run(options: argparse.Namespace) -> None:
     for name, instead in _INSTEAD.items():
         if name in options.model_args:
             raise ArgumentError(f"--model_args has {name}=: {instead}")
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ArgumentError(f"--seeds {' '.join(map(str, options.seeds))}: expected different integers")
+    if not are_seeds(options.seeds):
+        raise ArgumentError(f"--seeds {' '.join(map(str, options.seeds))}: expected {SEEDS}")
+
+    from lmms_mtv.harness.arms import check_early
+
+    check_early(options.model_args, {})
 
     from lmms_mtv.harness.lmms.fitting import fit_vectors
 

@@ -17,6 +17,7 @@ from lmms_mtv.experiments import cell as cells
 from lmms_mtv.experiments import plan
 from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
+from lmms_mtv.runtime import files
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def run(requested: Plan, output: Path, load: Callable[[Plan, Path], CellRunner])
         The keys of the cells that ran.
 
     Raises:
-        ArgumentError: the folder has results of a plan that contradicts; nothing has run.
+        ArgumentError: the folder cannot be written, or has results of a plan that contradicts; nothing has run.
         DataError: a stored cell is damaged.
     """
     stored = plan.read(output) if (output / plan.FILE).is_file() else None
@@ -69,6 +70,8 @@ def run(requested: Plan, output: Path, load: Callable[[Plan, Path], CellRunner])
         requested = dataclasses.replace(requested, groups=stored.groups)
         if set(requested.tasks) <= set(stored.tasks) and not _missing(requested, output):
             return []
+    if (reason := files.obstacle(output)) is not None:
+        raise ArgumentError(f"results cannot be written to {output} ({reason}): choose another --output")
     runner = load(requested, output / VECTORS)
     requested = dataclasses.replace(requested, groups={**requested.groups, **runner.groups})
     _check_model(runner.model, output)

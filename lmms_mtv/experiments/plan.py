@@ -19,6 +19,9 @@ FILE: Final = "plan.yaml"
 OF_THE_PLAN: Final = ("seed", "batch_size", "limit", "library", "reuse")
 """Model arguments that the plan sets, and that no arm may set."""
 
+SEEDS: Final = "different integers, 0 or more"
+"""The seeds of a plan, in words."""
+
 
 class CellKey(NamedTuple):
     """The key of a cell in a comparison: a task, an arm and a seed."""
@@ -107,8 +110,8 @@ class Plan:
             raise ArgumentError(
                 f"baseline {self.baseline!r} of plan {self.name!r} is none of its arms: {', '.join(self.arms)}"
             )
-        if len(set(self.seeds)) < len(self.seeds) or not all(isinstance(seed, int) for seed in self.seeds):
-            raise ArgumentError(f"seeds of plan {self.name!r} are {list(self.seeds)}, expected different integers")
+        if not are_seeds(self.seeds):
+            raise ArgumentError(f"seeds of plan {self.name!r} are {list(self.seeds)}, expected {SEEDS}")
         for arm, seeds in self.seeds_of.items():
             if arm not in self.arms or not set(seeds) <= set(self.seeds):
                 raise ArgumentError(
@@ -178,6 +181,11 @@ def read(path: Path) -> Plan:
         return Plan(**{"name": path.stem, **content}, x=None if axis is None else Axis(**axis))
     except TypeError as error:
         raise ArgumentError(f"{path} is not a plan: {error}") from error
+
+
+def are_seeds(seeds: Sequence[Any]) -> bool:
+    """Return True if the seeds are :data:`SEEDS`."""
+    return len(set(seeds)) == len(seeds) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
 
 
 def seeded(arguments: Mapping[str, Any]) -> bool:

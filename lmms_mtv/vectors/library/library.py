@@ -76,15 +76,17 @@ class Library:
             shutil.rmtree(made, ignore_errors=True)
         return folder / FILE
 
-    def check_writable(self) -> None:
-        """Check before a fit that vectors can be added after the fit.
+    def check_writable(self, card: VectorCard | None = None) -> None:
+        """Check before a fit that a vector can be added after the fit. A folder is made for it, and removed.
+
+        Args:
+            card: the recipe of the vector; None checks the root alone.
 
         Raises:
-            LibraryError: the root cannot be written.
+            LibraryError: the folder for the vector cannot be made.
         """
-        there = next(place for place in (self.root, *self.root.parents) if place.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise LibraryError(f"the library {self.root} cannot be written to: {_ELSEWHERE}")
+        if (reason := files.obstacle(self.root if card is None else self.folder(card).parent)) is not None:
+            raise LibraryError(f"the library {self.root} cannot be written to ({reason}): {_ELSEWHERE}")
 
     def get(self, card: VectorCard) -> TaskVector | None:
         """Return the vector of exactly this recipe, or None. A damaged file gives a warning and None.

@@ -16,8 +16,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError
 from lmms_mtv.harness import prompts as writing
 from lmms_mtv.harness.generation import GREEDY, attention_of
+from lmms_mtv.harness.hf_config import HfConfig
 from lmms_mtv.harness.lmms.bases.hf_checkpoint import IMAGE_SETTINGS, image_settings_of, load, padding_token
-from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
 from lmms_mtv.harness.prompts import Message, Prompt, Reply
 from lmms_mtv.harness.text import one_line
 from lmms_mtv.hooks import Sites, find_sites

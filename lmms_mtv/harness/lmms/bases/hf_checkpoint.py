@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from lmms_mtv.errors import ArgumentError, MtvError
 from lmms_mtv.harness import gguf
 from lmms_mtv.harness.checkpoint import Identity, adapter_of, identity
-from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
+from lmms_mtv.harness.hf_config import HfConfig
 from lmms_mtv.harness.text import one_line
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.shapes import CHECKPOINT
