@@ -69,6 +69,7 @@ class Plan:
         x: x axis of the score plot.
         groups: tasks of each task group, after the harness has listed the tasks.
         seeds_of: seeds of the arms that run with only some of the seeds.
+        include_path: folders of further task files. In a plan file, relative to the folder of the file.
 
     Raises:
         ArgumentError: a field is missing, has a wrong value, or contradicts another field.
@@ -88,6 +89,7 @@ class Plan:
     x: Axis | None = None
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    include_path: Sequence[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("tasks", "arms", "seeds"):
@@ -176,11 +178,30 @@ def read(path: Path) -> Plan:
         raise ArgumentError(f"{path} has {', '.join(unknown)}, expected only {', '.join(fields)}")
     if missing := sorted({"model", "tasks", "arms"} - content.keys()):
         raise ArgumentError(f"{path} lacks {', '.join(missing)}")
-    axis = content.pop("x", None)
+    axis, include_path = content.pop("x", None), content.pop("include_path", [])
+    include_path = [include_path] if isinstance(include_path, str) else include_path
     try:
-        return Plan(**{"name": path.stem, **content}, x=None if axis is None else Axis(**axis))
+        return Plan(
+            **{"name": path.stem, **content},
+            x=None if axis is None else Axis(**axis),
+            include_path=[str(path.resolve().parent / folder) for folder in include_path],
+        )
     except TypeError as error:
         raise ArgumentError(f"{path} is not a plan: {error}") from error
+
+
+def check_include_path(folders: Sequence[str]) -> None:
+    """Check that the folders of further task files exist.
+
+    Raises:
+        ArgumentError: a folder does not exist.
+    """
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ArgumentError(
+                f"there is no folder {folder} of task files (include_path): pass --include_path with the folder where "
+                "they are now"
+            )
 
 
 def are_seeds(seeds: Sequence[Any]) -> bool:

@@ -52,6 +52,7 @@ def load_run(
     batch_size: int | str,
     library: Path | None,
     reuse: bool,
+    include_path: Sequence[str] = (),
 ) -> LoadedRun:
     """Load a model and tasks, and return them.
 
@@ -63,6 +64,7 @@ def load_run(
         batch_size: rows of a forward, or ``auto``.
         library: folder of the vector library; None is the default folder.
         reuse: True takes a vector of the same recipe from the library.
+        include_path: folders of further task files.
 
     Raises:
         ArgumentError: a task or an argument is unknown.
@@ -81,7 +83,7 @@ def load_run(
             logger.info(f"{name}= for all arms is no setting of {', '.join(lacking)}: left out there")
     bases.check(arguments)
     register_tasks()
-    manager = TaskManager("ERROR")
+    manager = TaskManager("ERROR", include_path=list(include_path))
     for name in names:
         if name not in manager.all_tasks:
             raise unknown("task", name, manager.all_tasks, _LISTING)

@@ -40,7 +40,13 @@ class PlanRunner:
     def __init__(self, plan: Plan, library: Path | None = None, reuse: bool = True) -> None:
         self._plan = plan
         self._run = load_run(
-            plan.tasks, plan.model, plan.arms, batch_size=plan.batch_size, library=library, reuse=reuse
+            plan.tasks,
+            plan.model,
+            plan.arms,
+            batch_size=plan.batch_size,
+            library=library,
+            reuse=reuse,
+            include_path=plan.include_path,
         )
 
     @property
