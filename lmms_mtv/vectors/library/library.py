@@ -118,9 +118,10 @@ class Library:
         """
         card = VectorCard.load(path)
         try:
-            return Entry(path, card, path.stat().st_size)
+            status = path.stat()
         except OSError as error:
             raise VectorFileError(f"{path} cannot be read ({error.strerror or error})") from error
+        return Entry(path, card, status.st_size, status.st_mtime)
 
     def resolve(
         self,
@@ -130,6 +131,7 @@ class Library:
         task: str | None = None,
         seed: int | None = None,
         shots: int | None = None,
+        latest: bool = False,
     ) -> Entry:
         """Return the entry of the vector that a reference names.
 
@@ -140,6 +142,7 @@ class Library:
             task: task of the vector, if several vectors are left.
             seed: seed of the vector, if several vectors are left.
             shots: shots of the vector, if several vectors are left.
+            latest: True takes the newest file, if several vectors are left.
 
         Raises:
             ArgumentError: the reference names no vector, or several vectors.
@@ -152,7 +155,7 @@ class Library:
             inside = Path(os.path.abspath(path)).is_relative_to(self.root)
             return self.entry(self._own(Path(os.path.abspath(path))) if inside else path)
         criteria = {"model": model, "task": task, "seed": seed, "shots": shots}
-        return reference.chosen(wanted, self.entries(), criteria, self.root)
+        return reference.chosen(wanted, self.entries(), criteria, self.root, latest=latest)
 
     def pull(self, repository: str) -> Entry:
         """Add the vector of ``owner/name`` or ``owner/name@revision`` on the hub, and return its entry.
