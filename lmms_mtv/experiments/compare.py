@@ -76,7 +76,9 @@ def run(requested: Plan, output: Path, load: Callable[[Plan, Path], CellRunner])
     plan.check_include_path(requested.include_path)
     if (reason := files.obstacle(output)) is not None:
         raise ArgumentError(f"results cannot be written to {output} ({reason}): choose another --output")
-    runner = load(requested, output / VECTORS)
+    # A setting for all arms may be one of the methods of stored arms alone.
+    known_arms = requested.arms if stored is None else {**stored.arms, **requested.arms}
+    runner = load(dataclasses.replace(requested, arms=known_arms), output / VECTORS)
     requested = dataclasses.replace(requested, groups={**requested.groups, **runner.groups})
     _check_model(runner.model, output)
     if runner.leads:

@@ -111,6 +111,15 @@ def test_interrupted_before_the_first_cell(runner, tmp_path, capsys):
     assert "interrupted, nothing was measured: run the same command again" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("runner")
+def test_an_arm_is_added_that_lacks_a_setting_of_the_stored_arms(tmp_path):
+    cli.main(["compare", *FLAGS, "--output", str(tmp_path)])
+    cli.main(["compare", str(tmp_path), "--arm", "1-shot"])
+    assert {cell.arm for cell in cells.read_all(tmp_path)} == {"zero-shot", "MTV", "1-shot"}
+    with pytest.raises(SystemExit, match=r"unknown model argument 'steps'.* nor the method of any arm \(zero-shot\)"):
+        cli.main(["compare", *FLAGS[:-2], "--output", str(tmp_path / "other")])
+
+
 def test_without_a_folder_the_output_is_missing(tmp_path):
     (tmp_path / "plan.yaml").write_text("model: {}\ntasks: [a]\narms: {b: {}}\n")
     for arguments in (FLAGS, [str(tmp_path / "plan.yaml")]):
