@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # The reader of the output, such as head, has closed the pipe. Python would report the rest of the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.stderr.write("\nlmms-mtv: interrupted\n")
+        raise SystemExit(compare.INTERRUPTED) from None
     except (MtvError, OSError) as error:
         raise SystemExit(f"lmms-mtv: {type(error).__name__}: {error}") from error
 

@@ -74,9 +74,21 @@ class ContextLengthError(MtvError):
     """A prompt is longer than the model's context."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ArgumentError:
-    """Return the error for a ``name`` that is none of the ``known`` ones, with the nearest of them if one is near."""
+def unknown(kind: str, name: str, known: Iterable[str], listing: str | None = None) -> ArgumentError:
+    """Return the error for a ``name`` that is none of the ``known`` ones, with the nearest of them if one is near.
+
+    Args:
+        kind: the kind of the name, in words.
+        name: the unknown name.
+        known: the known names.
+        listing: the command that lists the known names, where they are too many for a message: the message then has
+            the command and at most five near names.
+    """
     choices = sorted(known)
+    if listing is not None:
+        near = difflib.get_close_matches(name, choices, n=5)
+        hint = f" Near it: {', '.join(near)}." if near else ""
+        return ArgumentError(f"unknown {kind} {name!r}.{hint} `{listing}` lists all {len(choices):,}.")
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ArgumentError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(choices)}.")

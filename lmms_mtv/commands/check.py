@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from lmms_mtv.commands.compare import add_include_path
 from lmms_mtv.errors import ResultsError
 
 
@@ -23,6 +25,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--stored", action="store_true", help="check only the files, and run nothing")
     parser.add_argument("--cells", type=int, metavar="N", help="run only N cells again, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0, help="seed of the cells that --cells draws (default: 0)")
+    add_include_path(parser)
     parser.set_defaults(run=run)
 
 
@@ -39,10 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
         [] if arguments.stored or differences else check.sampled_keys(stored_plan, arguments.cells, arguments.seed)
     )
 
+    include_path = arguments.include_path or stored_plan.include_path
+    if cell_keys:
+        plan.check_include_path(include_path)
+
     def load(requested: plan.Plan, library: Path) -> compare.CellRunner:
         from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 
-        return PlanRunner(requested, library, reuse=False)
+        return PlanRunner(dataclasses.replace(requested, include_path=include_path), library, reuse=False)
 
     if cell_keys:
         with tempfile.TemporaryDirectory() as scratch:

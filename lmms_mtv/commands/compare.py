@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +12,9 @@ from typing import Any, Final
 import yaml
 
 from lmms_mtv.errors import ArgumentError
-from lmms_mtv.experiments.plan import Plan, read
+from lmms_mtv.experiments.cell import FOLDER
+from lmms_mtv.experiments.plan import FILE, Plan, read
+from lmms_mtv.runtime import distributed
 
 ARMS: Final = {
     "zero-shot": {"method": "none"},
@@ -25,6 +28,9 @@ ARMS: Final = {
 }
 """The arms of a comparison without a plan and without ``--arm``."""
 
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C, as shells give it."""
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
@@ -34,9 +40,15 @@ def add(commands: Any) -> None:
         "results folder. Stored cells do not run again, so the same command continues an interrupted comparison.",
     )
     parser.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="YAML file of a plan, or a results folder")
-    parser.add_argument("--output", required=True, type=Path, help="results folder")
     parser.add_argument(
-        "--model_args", type=pairs, default={}, metavar="KEY=VALUE,...", help="model arguments of all arms"
+        "--output", type=Path, help="results folder; can be left out if PLAN is a results folder, to go on in it"
+    )
+    parser.add_argument(
+        "--model_args",
+        type=pairs,
+        default={},
+        metavar="KEY=VALUE,...",
+        help="model arguments of all arms; a setting of a method applies to the arms whose method has it",
     )
     parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="TASK,...", help="tasks or task groups")
     parser.add_argument(
@@ -52,27 +64,63 @@ def add(commands: Any) -> None:
         "--batch_size", type=yaml.safe_load, metavar="ROWS", help="rows of a forward: a number, or auto"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="number of documents of each task (default: all)")
+    add_include_path(parser)
     parser.set_defaults(run=run)
+
+
+def add_include_path(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for folders of further task files, as absolute paths."""
+    parser.add_argument(
+        "--include_path",
+        action="append",
+        type=lambda text: str(Path(text).resolve()),
+        default=[],
+        metavar="FOLDER",
+        help="folder of further task files, as for lmms-eval; may be repeated",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from lmms_mtv.experiments import compare
+    from lmms_mtv.experiments.report import results, tables
 
-    requested = planned(arguments, arguments.output.resolve().name)
+    output = arguments.output
+    if output is None:
+        if arguments.plan is None or not arguments.plan.is_dir():
+            raise ArgumentError("--output is missing: pass a folder for the results")
+        output = arguments.plan
+    requested = planned(arguments, output.resolve().name)
 
     def load(plan: Plan, library: Path) -> compare.CellRunner:
+        from lmms_mtv.harness.arms import check_early
+
+        check_early(plan.model, plan.arms)
         from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 
         return PlanRunner(plan, library)
 
-    cell_keys = compare.run(requested, arguments.output, load)
-    if not cell_keys:
-        sys.stdout.write(f"nothing to do: all cells are in {arguments.output}\n")
-    else:
-        sys.stdout.write(
-            f"{len(cell_keys)} cells run: {arguments.output}. "
-            f"Print the tables with lmms-mtv report {arguments.output}\n"
-        )
+    try:
+        cell_keys = compare.run(requested, output, load)
+    except KeyboardInterrupt:
+        if distributed.current().rank == 0:
+            sys.stderr.write(f"\nlmms-mtv: interrupted, {_how_to_go_on(output)}\n")
+        raise SystemExit(INTERRUPTED) from None
+    if distributed.current().rank == 0:
+        sys.stdout.write(tables.markdown([results.read(output)]) + "\n")
+        if not cell_keys:
+            sys.stdout.write(f"nothing to do: all cells are in {output}\n")
+        else:
+            sys.stdout.write(
+                f"{len(cell_keys)} cells run: {output}. Make a page with lmms-mtv report {output} --html\n"
+            )
+
+
+def _how_to_go_on(output: Path) -> str:
+    """Return in words how an interrupted comparison goes on."""
+    if not (output / FILE).is_file():
+        return "nothing was measured: run the same command again"
+    count = len(list(output.glob(f"{FOLDER}/*/*.json")))
+    return f"{count} cells are in {output}: go on with lmms-mtv compare {shlex.quote(str(output))}"
 
 
 def planned(arguments: argparse.Namespace, name: str) -> Plan:
@@ -90,6 +138,8 @@ def planned(arguments: argparse.Namespace, name: str) -> Plan:
         for key in ("tasks", "seeds", "batch_size", "limit")
         if getattr(arguments, key, None) is not None
     }
+    if arguments.include_path:
+        changes["include_path"] = arguments.include_path
     if arguments.plan is not None:
         stored_plan = read(arguments.plan)
         changes["model"] = {**stored_plan.model, **arguments.model_args}

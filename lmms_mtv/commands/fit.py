@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import yaml
 
-from lmms_mtv.commands.compare import pairs
+from lmms_mtv.commands.compare import add_include_path, pairs
 from lmms_mtv.errors import ArgumentError
+from lmms_mtv.experiments.plan import SEEDS, are_seeds, check_include_path
 from lmms_mtv.runtime import distributed
 
 _INSTEAD: Final = {
@@ -35,6 +36,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     parser.add_argument("--batch_size", type=yaml.safe_load, default=1, metavar="ROWS", help="a number, or auto")
     parser.add_argument("--library", type=Path, metavar="FOLDER", help="instead of the default one")
+    add_include_path(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,13 +44,23 @@ def run(options: argparse.Namespace) -> None:
     for name, instead in _INSTEAD.items():
         if name in options.model_args:
             raise ArgumentError(f"--model_args has {name}=: {instead}")
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ArgumentError(f"--seeds {' '.join(map(str, options.seeds))}: expected different integers")
+    if not are_seeds(options.seeds):
+        raise ArgumentError(f"--seeds {' '.join(map(str, options.seeds))}: expected {SEEDS}")
+
+    from lmms_mtv.harness.arms import check_early
+
+    check_include_path(options.include_path)
+    check_early(options.model_args, {})
 
     from lmms_mtv.harness.lmms.fitting import fit_vectors
 
     for task, seed, vector in fit_vectors(
-        options.model_args, options.tasks, options.seeds, batch_size=options.batch_size, library=options.library
+        options.model_args,
+        options.tasks,
+        options.seeds,
+        batch_size=options.batch_size,
+        library=options.library,
+        include_path=options.include_path,
     ):
         if distributed.current().rank == 0:
             edited = vector.described() if vector.edits else "nothing to fit"

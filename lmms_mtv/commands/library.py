@@ -44,6 +44,9 @@ def add(commands: Any) -> None:
     command = verb("rm", remove, "remove a vector")
     _reference(command)
     command.add_argument("--yes", action="store_true", help="remove without a question")
+    command = verb("gc", collect, "list the vectors that no result names, and remove them with --yes")
+    command.add_argument("results", metavar="RESULTS", nargs="+", type=Path, help="folder of results")
+    command.add_argument("--yes", action="store_true", help="remove the vectors, instead of listing them")
     command = verb("verify", verify, "read every file, and check its checksum, its card and its path")
     _json(command)
     command = verb("push", push, "upload a vector to the Hugging Face hub")
@@ -84,6 +87,7 @@ def _narrowing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shots", type=int, help="if REF names several vectors: the vector for prompts with this number of shots"
     )
+    parser.add_argument("--latest", action="store_true", help="if REF names several vectors: the newest of them")
 
 
 # Commands
@@ -105,14 +109,7 @@ def list_(arguments: argparse.Namespace) -> None:
     if not entries:
         _write(f"no such vector in {library.root}" if wanted else f"no vector in {library.root}")
         return
-    heading = ("id", "task", "method", "shots", "seed", "loss", "size", "model")
-    rows = [
-        (card.id, card.task, card.method, str(card.shots), str(card.seed), _loss(entry), _size(entry.bytes), card.model)
-        for entry in entries
-        for card in (entry.card,)
-    ]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    _write(table([heading, *rows], width))
+    _write(_listing(entries))
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -147,6 +144,23 @@ def remove(arguments: argparse.Namespace) -> None:
             return
     library.remove(entry)
     _write(f"removed {named}")
+
+
+def collect(arguments: argparse.Namespace) -> None:
+    from lmms_mtv.vectors.library.unused import unused
+
+    library = _library(arguments)
+    entries = library.entries()
+    found = unused(entries, arguments.results)
+    counted = f"{len(found)} of {len(entries)} vectors in {library.root} ({_size(sum(e.bytes for e in found))})"
+    if not found:
+        _write(f"every vector in {library.root} is named by a result")
+    elif not arguments.yes:
+        _write(f"{_listing(found)}\n{counted} are named by no result. Nothing is removed: pass --yes to remove them")
+    else:
+        for entry in found:
+            library.remove(entry)
+        _write(f"removed {counted}")
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -197,7 +211,9 @@ def _library(arguments: argparse.Namespace) -> Library:
 
 
 def _resolve(arguments: argparse.Namespace, reference: str) -> Entry:
-    return _library(arguments).resolve(reference, model=arguments.model, seed=arguments.seed, shots=arguments.shots)
+    return _library(arguments).resolve(
+        reference, model=arguments.model, seed=arguments.seed, shots=arguments.shots, latest=arguments.latest
+    )
 
 
 def _entry_fields(entry: Entry) -> dict[str, Any]:
@@ -206,6 +222,37 @@ def _entry_fields(entry: Entry) -> dict[str, Any]:
 
 def _json_of(content: Any) -> str:
     return json.dumps(content, indent=2)
+
+
+def _listing(entries: Sequence[Entry]) -> str:
+    """Return the table of entries. Columns of what is known of no entry are left out."""
+    from lmms_mtv.vectors.library.differences import differences
+
+    settings = differences(entries)
+    columns = {
+        "id": [entry.id for entry in entries],
+        "task": [entry.card.task for entry in entries],
+        "method": [entry.card.method for entry in entries],
+        "shots": [str(entry.card.shots) for entry in entries],
+        "seed": [str(entry.card.seed) for entry in entries],
+        "settings": [settings[entry.path] or "-" for entry in entries],
+        "date": [entry.date for entry in entries],
+        "loss": [_loss(entry) for entry in entries],
+        "accuracy": [_accuracy(entry) for entry in entries],
+        "size": [_size(entry.bytes) for entry in entries],
+        "model": [entry.card.model for entry in entries],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return table([list(columns), *zip(*columns.values(), strict=True)], width)
+
+
+def _accuracy(entry: Entry) -> str:
+    """Return the share of right answers to training queries without the vector and with the vector."""
+    accuracy = entry.card.accuracy
+    return (
+        f"{accuracy['unedited']:.2f} -> {accuracy['edited']:.2f}" if accuracy.keys() >= {"unedited", "edited"} else "-"
+    )
 
 
 def _loss(entry: Entry) -> str:

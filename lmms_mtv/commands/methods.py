@@ -25,7 +25,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "methods",
         help="list the methods, or the settings of one method",
-        description="List the methods. With NAME, list the settings of this method: name, meaning, type and default.",
+        description="List the methods. With NAME, list the settings of this method: name, meaning, type and "
+        "default; the first line has the paper that the method and its settings are from.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="name of a method")
     parser.add_argument(
@@ -71,6 +72,6 @@ def _setting_lines(method: Method) -> list[str]:
     """Return the settings of a method as lines of text: name, meaning, type and default."""
     lines = []
     for setting in method.described():
-        text, indent = f"{setting.meaning} ({setting.kind}; {setting.default})", f"  {setting.name:20} "
+        text, indent = f"{setting.meaning} ({setting.kind}, default {setting.default})", f"  {setting.name:20} "
         lines.append(textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent)) + "\n")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from lmms_mtv.experiments import cell as cells
 from lmms_mtv.experiments import plan
 from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.plan import CellKey, Plan
+from lmms_mtv.runtime import files
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +62,23 @@ def run(requested: Plan, output: Path, load: Callable[[Plan, Path], CellRunner])
         The keys of the cells that ran.
 
     Raises:
-        ArgumentError: the folder has results of a plan that contradicts; nothing has run.
+        ArgumentError: the folder cannot be written, or has results of a plan that contradicts, or a folder of task
+            files does not exist; nothing has run.
         DataError: a stored cell is damaged.
     """
     stored = plan.read(output) if (output / plan.FILE).is_file() else None
     if stored is not None:
         _check_agreement(stored, requested, output)
-        requested = dataclasses.replace(requested, groups=stored.groups)
+        folders = requested.include_path or stored.include_path
+        requested = dataclasses.replace(requested, groups=stored.groups, include_path=folders)
         if set(requested.tasks) <= set(stored.tasks) and not _missing(requested, output):
             return []
-    runner = load(requested, output / VECTORS)
+    plan.check_include_path(requested.include_path)
+    if (reason := files.obstacle(output)) is not None:
+        raise ArgumentError(f"results cannot be written to {output} ({reason}): choose another --output")
+    # A setting for all arms may be one of the methods of stored arms alone.
+    known_arms = requested.arms if stored is None else {**stored.arms, **requested.arms}
+    runner = load(dataclasses.replace(requested, arms=known_arms), output / VECTORS)
     requested = dataclasses.replace(requested, groups={**requested.groups, **runner.groups})
     _check_model(runner.model, output)
     if runner.leads:
@@ -142,6 +151,7 @@ def _merged(stored: Plan, requested: Plan) -> Plan:
         arms={**stored.arms, **requested.arms},
         seeds_of={arm: merged_seeds(arm) for arm in {**stored.seeds_of, **requested.seeds_of}},
         groups={**stored.groups, **requested.groups},
+        include_path=list(dict.fromkeys([*requested.include_path, *filter(os.path.isdir, stored.include_path)])),
     )
 
 

@@ -19,6 +19,9 @@ FILE: Final = "plan.yaml"
 OF_THE_PLAN: Final = ("seed", "batch_size", "limit", "library", "reuse")
 """Model arguments that the plan sets, and that no arm may set."""
 
+SEEDS: Final = "different integers, 0 or more"
+"""The seeds of a plan, in words."""
+
 
 class CellKey(NamedTuple):
     """The key of a cell in a comparison: a task, an arm and a seed."""
@@ -66,6 +69,7 @@ class Plan:
         x: x axis of the score plot.
         groups: tasks of each task group, after the harness has listed the tasks.
         seeds_of: seeds of the arms that run with only some of the seeds.
+        include_path: folders of further task files. In a plan file, relative to the folder of the file.
 
     Raises:
         ArgumentError: a field is missing, has a wrong value, or contradicts another field.
@@ -85,6 +89,7 @@ class Plan:
     x: Axis | None = None
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    include_path: Sequence[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("tasks", "arms", "seeds"):
@@ -107,8 +112,8 @@ class Plan:
             raise ArgumentError(
                 f"baseline {self.baseline!r} of plan {self.name!r} is none of its arms: {', '.join(self.arms)}"
             )
-        if len(set(self.seeds)) < len(self.seeds) or not all(isinstance(seed, int) for seed in self.seeds):
-            raise ArgumentError(f"seeds of plan {self.name!r} are {list(self.seeds)}, expected different integers")
+        if not are_seeds(self.seeds):
+            raise ArgumentError(f"seeds of plan {self.name!r} are {list(self.seeds)}, expected {SEEDS}")
         for arm, seeds in self.seeds_of.items():
             if arm not in self.arms or not set(seeds) <= set(self.seeds):
                 raise ArgumentError(
@@ -173,11 +178,35 @@ def read(path: Path) -> Plan:
         raise ArgumentError(f"{path} has {', '.join(unknown)}, expected only {', '.join(fields)}")
     if missing := sorted({"model", "tasks", "arms"} - content.keys()):
         raise ArgumentError(f"{path} lacks {', '.join(missing)}")
-    axis = content.pop("x", None)
+    axis, include_path = content.pop("x", None), content.pop("include_path", [])
+    include_path = [include_path] if isinstance(include_path, str) else include_path
     try:
-        return Plan(**{"name": path.stem, **content}, x=None if axis is None else Axis(**axis))
+        return Plan(
+            **{"name": path.stem, **content},
+            x=None if axis is None else Axis(**axis),
+            include_path=[str(path.resolve().parent / folder) for folder in include_path],
+        )
     except TypeError as error:
         raise ArgumentError(f"{path} is not a plan: {error}") from error
+
+
+def check_include_path(folders: Sequence[str]) -> None:
+    """Check that the folders of further task files exist.
+
+    Raises:
+        ArgumentError: a folder does not exist.
+    """
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ArgumentError(
+                f"there is no folder {folder} of task files (include_path): pass --include_path with the folder where "
+                "they are now"
+            )
+
+
+def are_seeds(seeds: Sequence[Any]) -> bool:
+    """Return True if the seeds are :data:`SEEDS`."""
+    return len(set(seeds)) == len(seeds) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
 
 
 def seeded(arguments: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -57,8 +57,8 @@ class Arguments:
                 raise ArgumentError(
                     f"{name}={value!r} is of type {type(value).__name__}, expected text: put it in quotes"
                 )
-        if not isinstance(self.seed, int):
-            raise ArgumentError(f"seed={self.seed!r}, expected an integer")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ArgumentError(f"seed={self.seed!r}, expected an integer, 0 or more")
         if not isinstance(self.reuse, bool):
             raise ArgumentError(f"reuse={self.reuse!r}, expected True or False")
         if not isinstance(self.wrong, int | float) or not 0 <= self.wrong <= 1:
@@ -114,6 +114,12 @@ def field_names(config: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(config))
 
 
+def near_argument(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that asks if the nearest of the ``known`` names was meant; empty if none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 class SplitArguments(NamedTuple):
     """Model arguments by owner: the plugin, the method with its settings, and the base."""
 
@@ -145,8 +151,7 @@ def split_arguments(
     method.refuse_moved(key for key in model_args if key not in (*own, *base))
     for key in model_args:
         if not any(key in group for group in known.values()):
-            near = difflib.get_close_matches(key, [name for group in known.values() for name in group], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = near_argument(key, [name for group in known.values() for name in group])
             listed = "; ".join(f"{owner}: {', '.join(group) or 'nothing'}" for owner, group in known.items())
             raise ArgumentError(f"unknown model argument {key!r}.{hint} Known to {listed}.")
     settings = {key: model_args[key] for key in of_method if key in model_args}

@@ -115,7 +115,7 @@ class TaskVectorProvider(Generic[P]):
         vector, remarks = self._from_library(recipe), list[str]()
         reused = vector is not None
         if vector is None:
-            self._check_writable(folder)
+            self._check_writable(recipe, folder)
             vector, remarks = self._fit(prompts, config, recipe)
         return vector, record.task_record(
             vector,
@@ -224,11 +224,11 @@ class TaskVectorProvider(Generic[P]):
                 self._logger.warning(f"vector {vector.id} was fitted with {listed}: pass reuse=False to fit it again")
         return vector
 
-    def _check_writable(self, folder: Path | None) -> None:
-        """Check in every process that the library of a vector that is to be fitted can be written to."""
+    def _check_writable(self, recipe: VectorCard, folder: Path | None) -> None:
+        """Check in every process that the vector that is to be fitted can be added to the library."""
         with self._ranks().raise_together():
             if self._method.settings() and self._leads:
-                self._library.check_writable()
+                self._library.check_writable(recipe)
                 if folder is not None and (reason := record.unwritable(folder)) is not None:
                     self._logger.warning(f"{reason}; the fitted vector will be in the library alone")
 

@@ -135,3 +135,18 @@ def _metadata(path: Path, file: BinaryIO, size: int) -> dict[str, str]:
 
 def _damaged(path: Path, reason: str) -> VectorFileError:
     return VectorFileError(f"{path} is damaged or no safetensors file ({reason}): fit the vector again")
+
+
+def obstacle(folder: Path) -> str | None:
+    """Return the reason why nothing can be written into ``folder``, in words, or None if writing works.
+
+    A folder is made, and removed, in ``folder`` or in the nearest folder above that exists. The permissions alone do
+    not tell.
+    """
+    try:
+        probe = temporary(next(place for place in (folder, *folder.parents) if place.exists()) / "probe")
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

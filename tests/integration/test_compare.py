@@ -25,6 +25,7 @@ from lmms_mtv.experiments.report import results as results_of
 from lmms_mtv.experiments.report import tables
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.fit.session import FitSession
+from lmms_mtv.harness.lmms import loaded_run
 from lmms_mtv.harness.lmms.fitting import fit_vectors
 from lmms_mtv.harness.lmms.plan_runner import PlanRunner
 from lmms_mtv.harness.lmms.plugin import register_tasks
@@ -187,7 +188,7 @@ class TestReuse:
     def test_a_library_that_cannot_be_written_is_told_before_the_fit(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("no folder")
         monkeypatch.setattr(FitSession, "mean_activations", lambda *_: pytest.fail("it fits"))
-        with pytest.raises(LibraryError, match=r"the library .*file/library cannot be written to: .*library="):
+        with pytest.raises(LibraryError, match=r"the library .*file/library cannot be written to .*library="):
             fitted(tmp_path / "file" / "library")
 
     @pytest.mark.parametrize(
@@ -217,6 +218,17 @@ class TestReuse:
             )
         if "nothing" not in match:
             assert not (tmp_path / "cells").exists()
+
+
+def test_an_unknown_task_is_told_with_the_near_ones_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(loaded_run, "TaskManager", lambda *_, **__: task_manager())
+    monkeypatch.setattr(loaded_run, "LmmsEvalMtv", lambda **_: pytest.fail("it loads a model"))
+    with pytest.raises(ArgumentError) as caught:
+        compare.run(dataclasses.replace(PLAN, tasks=["shape_color_en"]), tmp_path, load)
+    told = str(caught.value)
+    assert told.startswith("unknown task 'shape_color_en'. Near it: shapes_color_en, ")
+    assert "`lmms-eval --tasks list` lists all" in told
+    assert len(told) < 300
 
 
 class TestWrong:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from lmms_mtv.errors import (
     VectorFileError,
 )
 from lmms_mtv.harness.lmms.model import LmmsEvalMtv
+from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.models.identity import revision_of
 from lmms_mtv.shapes import CHECKPOINT
 from lmms_mtv.vectors.library import Library
@@ -80,6 +82,24 @@ def test_an_error_at_the_command_line_is_one_line_and_a_status(tmp_path):
     assert "unknown model argument 'stepz'. Did you mean 'steps'?" in line
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+    # The harness says so after it has read its task files.
+    assert "Selected Tasks" not in done.stdout + done.stderr
+
+
+def test_arguments_are_checked_before_the_task_files_are_read(monkeypatch):
+    register_tasks()
+    monkeypatch.setattr(TaskManager, "_get_task_and_group", lambda *_: pytest.fail("it reads task files"))
+
+    def cli_evaluate_single(args: Namespace) -> TaskManager:
+        return TaskManager("ERROR", model_name=args.model)
+
+    flags = {"model": "mtv", "batch_size": 1, "max_batch_size": None, "device": None}
+    for model_args, told in (("pretrained=tiny,stepz=3", "Did you mean 'steps'"), ("seed=-1", "seed=-1.*, expected")):
+        with pytest.raises(ArgumentError, match=told):
+            cli_evaluate_single(Namespace(model_args=model_args, **flags))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="device=cuda: torch"):
+        cli_evaluate_single(Namespace(model_args="pretrained=tiny", **flags | {"device": "cuda"}))
 
 
 @pytest.mark.slow

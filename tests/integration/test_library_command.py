@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,95 @@ def fails(*arguments: object) -> str:
 def test_ls_is_a_table_with_a_line_for_each_vector(library, capsys):
     run("ls")
     heading, *lines = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["id", "task", "method", "shots", "seed", "loss", "size", "model"]
+    assert heading.split() == ["id", "task", "method", "shots", "seed", "date", "loss", "size", "model"]
     assert [line.split()[0] for line in lines] == [entry.id for entry in library.entries()]
     first = next(line for line in lines if line.startswith(vector().id))
     assert "2.000 -> 0.250" in first
     assert first.endswith("some/model")
     assert len({line.index(entry.card.model) for line, entry in zip(lines, library.entries(), strict=True)}) == 1
+
+
+def test_ls_tells_vectors_of_one_task_apart(tmp_path, capsys):
+    library = Library(tmp_path)
+    tried = {"queries": 8.0, "unedited": 0.25, "edited": 0.875, "endless": 0.0}
+    for number, changes in enumerate(
+        (
+            {"config": {"steps": 600, "lr": 0.1, "top_k": None}, "accuracy": tried},
+            {"config": {"steps": 3, "lr": 0.1, "names": ["a"] * 9}},
+            {"config": {"steps": 3, "lr": 0.1}, "examples": "f" * 64},
+            {"method": "icv", "config": {"lam": 1}},
+        )
+    ):
+        written = time.mktime((2001 + number, 1, 1, 12, 0, 0, 0, 0, -1))
+        os.utime(library.add(vector(**changes)), (written, written))
+    run("ls", "--library", tmp_path)
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split()[5:] == ["settings", "date", "accuracy", "size", "model"]
+    assert sorted(line[heading.index("shots") : heading.rindex("size")].split() for line in lines) == [
+        ["0", "0", "-", "2004-01-01", "12:00", "-"],
+        [
+            "0",
+            "0",
+            'names=["a",',
+            '"a",',
+            '"a",\u2026,',
+            "steps=3,",
+            "examples=eeeeeeeeeeeeeee\u2026",
+            "2002-01-01",
+            "12:00",
+            "-",
+        ],
+        ["0", "0", "steps=3,", "examples=fffffffffffffff\u2026", "2003-01-01", "12:00", "-"],
+        ["0", "0", "steps=600,", "examples=eeeeeeeeeeeeeee\u2026", *["2001-01-01", "12:00", "0.25", "->", "0.88"]],
+    ]
+
+    told = fails("show", "task/mtv", "--library", tmp_path)
+    assert "They differ in settings alone: give an id (`lmms-mtv library` takes the newest with --latest)" in told
+    assert "2003-01-01 12:00, steps=3, examples=fff" in told
+    run("show", "task/mtv", "--library", tmp_path, "--latest", "--json")
+    assert json.loads(capsys.readouterr().out)["card"]["examples"] == "f" * 64
+
+
+def test_the_latest_is_the_newest_of_those_that_are_left(library, capsys):
+    """Criteria come first, and vectors that were made of others last."""
+    path = library.folder(card()) / "vector.safetensors"
+    os.utime(path, (2e9, 2e9))
+    run("combine", vector().id, vector(seed=1).id, "--task", "task")
+    capsys.readouterr()
+    for flags, seed in (((), 0), (("--seed", 1), 1)):
+        run("show", "task/mtv", "--latest", "--json", *flags)
+        assert json.loads(capsys.readouterr().out)["card"]["seed"] == seed
+
+
+class TestGc:
+    def test_vectors_that_no_result_names_are_listed_and_with_yes_removed(self, library, tmp_path, capsys):
+        run("combine", vector().id, vector(seed=1).id, "--task", "both")
+        combined, unnamed = library.resolve("both/combination"), library.resolve("other/task/random")
+        for name, text in (("a.txt", unnamed.id), ("cells/b.json", json.dumps({"mtv": {"id": combined.id}}))):
+            path = tmp_path / "results" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        capsys.readouterr()
+        run("gc", tmp_path / "results")
+        _, line, last = capsys.readouterr().out.splitlines()
+        assert line.startswith(unnamed.id)
+        assert last.startswith(f"1 of 4 vectors in {library.root} (")
+        assert last.endswith("named by no result. Nothing is removed: pass --yes to remove them")
+        assert len(library.entries()) == 4
+        run("gc", tmp_path / "results", "--yes")
+        assert "removed 1 of 4 vectors" in capsys.readouterr().out
+        assert {entry.id for entry in library.entries()} == {combined.id, vector().id, vector(seed=1).id}
+        run("gc", tmp_path / "results", "--yes")
+        assert capsys.readouterr().out == f"every vector in {library.root} is named by a result\n"
+
+    def test_folders_that_name_nothing_remove_nothing(self, library, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert "names a vector of this library, so nothing is removed" in fails("gc", tmp_path / "empty", "--yes")
+        assert "there is no folder" in fails("gc", tmp_path / "nowhere", "--yes")
+        # Part of a longer number is no id.
+        (tmp_path / "empty" / "a.json").write_text(f'"{vector().id}0"')
+        assert "so nothing is removed" in fails("gc", tmp_path / "empty", "--yes")
+        assert len(library.entries()) == 3
 
 
 def test_ls_fits_the_terminal(library, capsys, monkeypatch):

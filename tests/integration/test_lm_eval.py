@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmms_mtv import Edit, Episode, TaskVector, VectorCard, data, find_sites, methods
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DataError, HookError, LeakageError
 from lmms_mtv.harness.arguments import Arguments
+from lmms_mtv.harness.lm import command as lm_command
 from lmms_mtv.harness.lm.evaluation import Evaluation, Tasks
 from lmms_mtv.harness.lm.model import LmEvalMtv
 from lmms_mtv.harness.lm.runner import LmRunner
@@ -558,6 +559,20 @@ class TestBadInput:
         with pytest.raises(ArgumentError, match="no/such-model cannot be loaded"):
             LmEvalMtv(pretrained="no/such-model")
         assert {"shots", "base"} <= set(Arguments.__dataclass_fields__)
+
+    @pytest.mark.parametrize(
+        ("flags", "told"),
+        [
+            (["--model_args", "pretrained=x,device=cuda"], "device=cuda: torch .*: pass device=cpu"),
+            (["--model_args", "pretrained=x", "--device", "cuda:0"], "device=cuda:0: torch .*: pass device=cpu"),
+            (["--model_args", "pretrained=x,seed=-1"], "seed=-1.*, expected an integer, 0 or more"),
+        ],
+    )
+    def test_errors_of_the_command_before_tasks_and_model(self, flags, told, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr("lm_eval.tasks.TaskManager.__init__", lambda *_: pytest.fail("it reads tasks"))
+        with pytest.raises(ArgumentError, match=told):
+            lm_command.run(["run", "--model", "mtv", "--tasks", "lambada", *flags])
 
     def test_encoder_decoder_models(self, tmp_path, text_model):
         from transformers import T5Config, T5ForConditionalGeneration

@@ -21,6 +21,7 @@ from lmms_mtv.harness.lm.arguments import split_lm_eval_arguments
 from lmms_mtv.harness.lm.evaluation import Evaluation, evaluating
 from lmms_mtv.harness.lm.model import NAME
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
+from lmms_mtv.runtime.devices import check_cuda
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -78,6 +79,8 @@ def _evaluation(options: Namespace) -> Evaluation:
     config = EvaluatorConfig.from_cli(options)
     # An error shows before lm-eval reads all of its task files.
     split_lm_eval_arguments(config.model_args)
+    # lm-eval's own default is cuda:0, for which it takes the CPU on a machine without a GPU.
+    check_cuda(config.model_args.get("device", options.device or _configured(options).get("device")))
     return Evaluation(
         task=_tasks(config),
         system_instruction=config.system_instruction,

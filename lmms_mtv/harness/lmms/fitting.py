@@ -27,6 +27,7 @@ def fit_vectors(
     batch_size: int | str = 1,
     library: Path | None = None,
     reuse: bool = True,
+    include_path: Sequence[str] = (),
 ) -> Iterator[TaskFit]:
     """Yield the vector of each task and seed, fitted or from the library.
 
@@ -37,12 +38,13 @@ def fit_vectors(
         batch_size: rows of a forward, or ``auto``.
         library: folder of the vector library; None is the default folder.
         reuse: True takes a vector of the same recipe from the library.
+        include_path: folders of further task files.
 
     Raises:
         ArgumentError: a task or an argument is unknown.
         LibraryError: the library cannot be written to.
     """
-    run = load_run(tasks, arguments, batch_size=batch_size, library=library, reuse=reuse)
+    run = load_run(tasks, arguments, batch_size=batch_size, library=library, reuse=reuse, include_path=include_path)
     for seed in seeds if seeded(arguments) else seeds[:1]:
         arm = run.model.arm({"seed": seed})
         for name, task in run.tasks.items():

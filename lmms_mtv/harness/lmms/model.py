@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.utils import sanitize_model_name, simple_parse_args_string
+from lmms_eval.utils import sanitize_model_name
 from loguru import logger
 
 from lmms_mtv.errors import ArgumentError, DocumentError
 from lmms_mtv.harness import record
-from lmms_mtv.harness.arguments import with_text_restored
 from lmms_mtv.harness.lmms import bases
 from lmms_mtv.harness.lmms.bases import Base, LoadedBase
+from lmms_mtv.harness.lmms.command_line import parsed
 from lmms_mtv.harness.lmms.failure import caches_answers, fail_with_status
 from lmms_mtv.harness.lmms.requests import document_of, only_generation, task_of
 from lmms_mtv.harness.lmms.task import TaskPrompts, task_for_model, task_requests
@@ -74,8 +74,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             additional_config: ``--batch_size`` and ``--device``, even if the user did not pass them: the model
                 arguments win.
         """
-        flags = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        model = cls(**flags | with_text_restored(simple_parse_args_string(arg_string), arg_string))
+        model = cls(**parsed(arg_string, additional_config or {}))
         model._check_uncached()
         return model
 
@@ -86,14 +85,6 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             ArgumentError: an argument is unknown, or belongs to the base, which is loaded already.
         """
         return LmmsEvalMtv(self._loaded, **model_args)
-
-    def check(self, model_args: Mapping[str, Any]) -> None:
-        """Check that :meth:`arm` takes ``model_args``.
-
-        Raises:
-            ArgumentError: an argument is unknown, or belongs to the base, which is loaded already.
-        """
-        self._loaded.split(model_args)
 
     @property
     def base(self) -> Base:

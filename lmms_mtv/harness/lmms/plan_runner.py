@@ -40,7 +40,13 @@ class PlanRunner:
     def __init__(self, plan: Plan, library: Path | None = None, reuse: bool = True) -> None:
         self._plan = plan
         self._run = load_run(
-            plan.tasks, plan.model, plan.arms.values(), batch_size=plan.batch_size, library=library, reuse=reuse
+            plan.tasks,
+            plan.model,
+            plan.arms,
+            batch_size=plan.batch_size,
+            library=library,
+            reuse=reuse,
+            include_path=plan.include_path,
         )
 
     @property
@@ -65,7 +71,7 @@ class PlanRunner:
     def run(self, key: CellKey) -> tuple[Cell, dict[str, Any]] | None:
         """Return a cell and the harness's own figures of the cell; None on all processes except the first."""
         arguments = dict(self._plan.arms[key.arm])
-        arm = self._run.model.arm({**arguments, "seed": key.seed})
+        arm = self._run.model.arm({**self._run.arms[key.arm], "seed": key.seed})
         # The harness frees the model before it returns its results, so the references are taken now.
         task_records, vectors, base = arm.records, arm.vectors, self._run.model.base
         prompts: dict[str, dict[int, str]] = {}

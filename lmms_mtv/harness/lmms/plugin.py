@@ -62,8 +62,8 @@ def register_tasks() -> None:
 
     lmms-eval has entry points for models but none for tasks, so this function extends its index. This is the only place
     where this package changes another package. The harness's own tasks and the tasks of ``--include_path`` keep
-    precedence. A manager made for the model ``mtv`` is the first sign of its evaluation: from then on an error of the
-    harness ends the run.
+    precedence. A manager made for the model ``mtv`` is the first sign of its evaluation: its model arguments are
+    checked before the task files are read, and from then on an error of the harness ends the run.
     """
     from lmms_eval.tasks import TaskManager
 
@@ -75,6 +75,10 @@ def register_tasks() -> None:
     def initialize_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
         if getattr(self, "model_name", None) == NAME:
             end_failed_runs()
+            # This import would be one of lmms-eval's models while lmms-eval collects them.
+            from lmms_mtv.harness.lmms.command_line import check_evaluation
+
+            check_evaluation()
         index: dict[str, Any] = original(self, include_path=include_path, include_defaults=include_defaults)
         if not include_defaults:
             return index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,23 @@ class Entry:
         path: path of the file.
         card: the card in the file.
         bytes: size of the file in bytes.
+        modified: time when the file was written, in seconds since 1970.
     """
 
     path: Path
     card: VectorCard
     bytes: int
+    modified: float = 0.0
 
     @property
     def id(self) -> str:
         """Id of the recipe: :attr:`VectorCard.id`."""
         return self.card.id
+
+    @property
+    def date(self) -> str:
+        """Date and time when the file was written, in the zone of this machine."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.modified))
 
     @property
     def order(self) -> tuple[Any, ...]:

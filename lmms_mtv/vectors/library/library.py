@@ -76,15 +76,17 @@ class Library:
             shutil.rmtree(made, ignore_errors=True)
         return folder / FILE
 
-    def check_writable(self) -> None:
-        """Check before a fit that vectors can be added after the fit.
+    def check_writable(self, card: VectorCard | None = None) -> None:
+        """Check before a fit that a vector can be added after the fit. A folder is made for it, and removed.
+
+        Args:
+            card: the recipe of the vector; None checks the root alone.
 
         Raises:
-            LibraryError: the root cannot be written.
+            LibraryError: the folder for the vector cannot be made.
         """
-        there = next(place for place in (self.root, *self.root.parents) if place.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise LibraryError(f"the library {self.root} cannot be written to: {_ELSEWHERE}")
+        if (reason := files.obstacle(self.root if card is None else self.folder(card).parent)) is not None:
+            raise LibraryError(f"the library {self.root} cannot be written to ({reason}): {_ELSEWHERE}")
 
     def get(self, card: VectorCard) -> TaskVector | None:
         """Return the vector of exactly this recipe, or None. A damaged file gives a warning and None.
@@ -116,9 +118,10 @@ class Library:
         """
         card = VectorCard.load(path)
         try:
-            return Entry(path, card, path.stat().st_size)
+            status = path.stat()
         except OSError as error:
             raise VectorFileError(f"{path} cannot be read ({error.strerror or error})") from error
+        return Entry(path, card, status.st_size, status.st_mtime)
 
     def resolve(
         self,
@@ -128,6 +131,7 @@ class Library:
         task: str | None = None,
         seed: int | None = None,
         shots: int | None = None,
+        latest: bool = False,
     ) -> Entry:
         """Return the entry of the vector that a reference names.
 
@@ -138,6 +142,7 @@ class Library:
             task: task of the vector, if several vectors are left.
             seed: seed of the vector, if several vectors are left.
             shots: shots of the vector, if several vectors are left.
+            latest: True takes the newest file, if several vectors are left.
 
         Raises:
             ArgumentError: the reference names no vector, or several vectors.
@@ -150,7 +155,7 @@ class Library:
             inside = Path(os.path.abspath(path)).is_relative_to(self.root)
             return self.entry(self._own(Path(os.path.abspath(path))) if inside else path)
         criteria = {"model": model, "task": task, "seed": seed, "shots": shots}
-        return reference.chosen(wanted, self.entries(), criteria, self.root)
+        return reference.chosen(wanted, self.entries(), criteria, self.root, latest=latest)
 
     def pull(self, repository: str) -> Entry:
         """Add the vector of ``owner/name`` or ``owner/name@revision`` on the hub, and return its entry.

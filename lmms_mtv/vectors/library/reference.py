@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from lmms_mtv.errors import ArgumentError
+from lmms_mtv.vectors.library.differences import differences
 from lmms_mtv.vectors.library.entry import Entry
 from lmms_mtv.vectors.library.place import FILE
 
@@ -34,17 +35,25 @@ def file(wanted: str) -> Path | None:
     return None
 
 
-def chosen(wanted: str, entries: Sequence[Entry], criteria: Mapping[str, str | int | None], root: Path) -> Entry:
+def chosen(
+    wanted: str,
+    entries: Sequence[Entry],
+    criteria: Mapping[str, str | int | None],
+    root: Path,
+    *,
+    latest: bool = False,
+) -> Entry:
     """Return the entry that an id prefix or ``task/method`` names.
 
     If several entries match, the criteria select among them one after the other. Then entries without parents go before
-    entries with parents.
+    entries with parents, and with ``latest`` the newest entry before the others.
 
     Args:
         wanted: four or more first digits of an id, or ``task/method``.
         entries: the entries of the library.
         criteria: values of the card by field; None selects nothing.
         root: the library's root, for messages.
+        latest: True takes the newest of several entries.
 
     Raises:
         ArgumentError: no entry matches, a criterion leaves no entry, or several entries are left.
@@ -68,11 +77,14 @@ def chosen(wanted: str, entries: Sequence[Entry], criteria: Mapping[str, str | i
     if len(matches) > 1 and (fitted := [entry for entry in matches if not entry.card.parents]):
         # A vector that was made of other vectors has to be named by its id.
         matches = fitted
+    if latest:
+        return max(matches, key=lambda entry: entry.modified)
     if len(matches) > 1:
         telling = [name for name in _TELLING if len({getattr(entry.card, name) for entry in matches}) > 1]
         told = f"They differ in {', '.join(telling)}" if telling else "They differ in settings alone"
         raise ArgumentError(
-            f"{wanted!r} is {len(matches)} vectors. {told}: give {' or '.join((*telling, 'an id'))}.\n{_list(matches)}"
+            f"{wanted!r} is {len(matches)} vectors. {told}: give {' or '.join((*telling, 'an id'))} "
+            f"(`lmms-mtv library` takes the newest with --latest).\n{_list(matches)}"
         )
     return matches[0]
 
@@ -92,10 +104,12 @@ def _near(wanted: str, entries: Sequence[Entry]) -> str:
 
 
 def _list(entries: Sequence[Entry]) -> str:
+    settings = differences(entries)
     lines = [
         f"  {entry.id}: model {entry.card.model}, task {entry.card.task}, method {entry.card.method}, shots "
-        f"{entry.card.shots}, seed {entry.card.seed}"
+        f"{entry.card.shots}, seed {entry.card.seed}, {entry.date}{told and f', {told}'}"
         for entry in entries[:_LISTED]
+        for told in (settings[entry.path],)
     ]
     if len(entries) > _LISTED:
         lines.append(f"  and {len(entries) - _LISTED} more")

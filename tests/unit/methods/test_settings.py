@@ -32,7 +32,7 @@ def test_one_method_and_its_settings(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("icv  In-context vectors (Liu, Ye, Xing and Zou 2024, arXiv 2311.06668)")
     assert lines[3].split()[:4] == ["strength", "length", "of", "the"]
-    assert lines[-1].endswith("(float; 0.1)")
+    assert lines[-1].endswith("(float, default 0.1)")
 
 
 def test_all_methods_and_an_unknown_one(capsys):

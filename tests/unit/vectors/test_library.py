@@ -586,9 +586,24 @@ def test_a_root_that_is_a_file_or_cannot_be_made_is_named(tmp_path):
     for root in (tmp_path / "file", tmp_path / "file" / "deep"):
         with pytest.raises(LibraryError, match=f"{root}.*--library, library= or LMMS_MTV_LIBRARY"):
             Library(root).add(vector())
+        with pytest.raises(LibraryError, match=f"{root} cannot be written to .*--library"):
+            Library(root).check_writable(card())
     with pytest.raises(LibraryError, match=r"cannot be read.*--library"):
         Library(tmp_path / "file").entries()
     assert (tmp_path / "file").read_text() == "no folder"
+
+
+def test_a_folder_of_the_vector_that_cannot_be_made_is_told_before_a_fit(library):
+    """The root may be writable. The check leaves nothing behind."""
+    library.check_writable(card())
+    assert not library.root.exists()
+    library.root.mkdir()
+    library.check_writable(card())
+    assert list(library.root.iterdir()) == []
+    (library.root / "some--model").write_text("no folder")
+    library.check_writable()
+    with pytest.raises(LibraryError, match="cannot be written to"):
+        library.check_writable(card())
 
 
 def again_and_again(root: Path, values: int, started: Event) -> None:

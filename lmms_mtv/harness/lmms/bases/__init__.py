@@ -11,19 +11,20 @@ from lmms_eval.models import list_available_models
 from loguru import logger
 
 from lmms_mtv.errors import ArgumentError, unknown
-from lmms_mtv.harness.arguments import Arguments, field_names, split_arguments, validate
+from lmms_mtv.harness.arguments import Arguments, SplitArguments, field_names, split_arguments, validate
+from lmms_mtv.harness.hf_config import HfConfig
 from lmms_mtv.harness.lmms.bases import wrapped
 from lmms_mtv.harness.lmms.bases.base import Base
 from lmms_mtv.harness.lmms.bases.harness_model import HarnessModel, WrappedConfig
 from lmms_mtv.harness.lmms.bases.hf import HfBase
-from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
 from lmms_mtv.harness.lmms.bases.loaded import LoadedBase
 from lmms_mtv.harness.lmms.bases.wrapped import WrapperBase
 from lmms_mtv.harness.lmms.bases.wrapper_class import wrapper_class
+from lmms_mtv.runtime.devices import check_cuda, check_device
 
-__all__ = ["OWN", "Base", "LoadedBase", "build", "known", "load", "survey"]
+__all__ = ["OWN", "Base", "LoadedBase", "build", "check", "known", "load", "names_of", "survey"]
 
-OWN: Final = "hf"
+OWN: Final = Arguments.base
 """Name of the base of this package; all other bases are models of lmms-eval."""
 
 
@@ -95,8 +96,33 @@ def load(model_args: Mapping[str, Any]) -> LoadedBase:
         ArgumentError: an argument is unknown or wrong, or the base cannot be loaded.
         VectorFileError: ``vector=`` or ``heads=`` names a file that is no vector.
     """
-    name = model_args.get("base", Arguments.base)
-    names = known(name, bool(model_args.get("force_simple", False)))
+    arguments, names = check(model_args)
+    name = arguments.plugin.base
+    return LoadedBase(build(name, arguments.base, arguments.plugin.decoder), names, model_args)
+
+
+def names_of(model_args: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the arguments of the base that model arguments name.
+
+    Raises:
+        ArgumentError: there is no such base, or the base does not import.
+    """
+    return known(model_args.get("base", OWN), bool(model_args.get("force_simple", False)))
+
+
+def check(model_args: Mapping[str, Any]) -> tuple[SplitArguments, tuple[str, ...]]:
+    """Return model arguments by owner, and the names of the arguments of the base. No model is loaded.
+
+    Raises:
+        ArgumentError: an argument is unknown or wrong.
+        VectorFileError: ``vector=`` or ``heads=`` names a file that is no vector.
+    """
+    names = names_of(model_args)
     arguments = split_arguments(model_args, names)
     validate(arguments.plugin)
-    return LoadedBase(build(name, arguments.base, arguments.plugin.decoder), names, model_args)
+    if arguments.plugin.base == OWN:
+        HfConfig(**arguments.base)
+        check_device(arguments.base.get("device"))
+    else:
+        check_cuda(arguments.base.get("device"))
+    return arguments, names

@@ -8,8 +8,8 @@ from typing import Any, Final
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from loguru import logger
 
+from lmms_mtv.harness.hf_config import HfConfig
 from lmms_mtv.harness.lmms.bases.hf_checkpoint import IMAGE_SETTINGS, image_settings_of, load
-from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
 from lmms_mtv.models.generation import attention_of
 from lmms_mtv.models.prompts import Prompt
 from lmms_mtv.models.runner import FIXED, SAMPLING, PromptRunner

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lmms_mtv.errors import ArgumentError, MtvError
-from lmms_mtv.harness.lmms.bases.hf_config import HfConfig
+from lmms_mtv.harness.hf_config import HfConfig
 from lmms_mtv.models import gguf
 from lmms_mtv.models.identity import Identity, adapter_of, identity
 from lmms_mtv.models.text import one_line

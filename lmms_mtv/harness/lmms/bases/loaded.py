@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_mtv.errors import ArgumentError
 from lmms_mtv.harness.arguments import SplitArguments, split_arguments, validate
+from lmms_mtv.harness.arms import check_arm
 from lmms_mtv.harness.lmms.bases.base import Base
 
 
@@ -32,8 +32,7 @@ class LoadedBase:
         Raises:
             ArgumentError: an argument is unknown, or belongs to the base, which is loaded already.
         """
-        if fixed := sorted(key for key in changes if key in self.names or key in ("base", "decoder")):
-            raise ArgumentError(f"{', '.join(fixed)}: one model is loaded for all arms, so this belongs to the model")
+        check_arm(changes, self.names)
         return split_arguments({**self.model_args, **changes}, self.names)
 
     def changed(self, changes: Mapping[str, Any]) -> LoadedBase:
