@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,7 @@ from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.protocols import Logger, Model, Prompts
 from lmms_mtv.harness.recipe import declared_settings, vector_recipe
 from lmms_mtv.harness.record import TaskRecord
+from lmms_mtv.harness.summary import fit_line
 from lmms_mtv.harness.training import Training
 from lmms_mtv.harness.trial import doubts, run_trial
 from lmms_mtv.hooks import Sites
@@ -264,22 +265,5 @@ class TaskVectorProvider(Generic[P]):
             for line in (*warnings, *session.remarks):
                 self._logger.warning(f"{prompts.training.name}: {line}")
             if self._method.settings():
-                self._logger.info(_summary(vector, session.forwards))
+                self._logger.info(fit_line(vector, session.forwards))
         return vector, session.remarks
-
-
-def _summary(vector: TaskVector, forwards: int) -> str:
-    """Return a line about a fit that took ``forwards`` forwards."""
-    card = vector.card
-    losses: Mapping[str, Sequence[float]] = card.losses
-    loss = ""
-    if "chosen" in losses:
-        before, after = losses["unedited"][0], losses["chosen"][0]
-        loss = f", loss {before:.3f} -> {after:.3f} (without edit -> with it, on training queries)"
-    if tried := card.accuracy:
-        loss += f", right answers {tried['unedited']:.0%} -> {tried['edited']:.0%} of {tried['queries']:.0f}"
-    replay = "" if card.replay is None else f" (edits: {card.replay})"
-    return (
-        f"fitted {card.method} for {card.task} in {card.seconds:.1f} s: vector {vector.id}, {vector.described()}"
-        f"{loss}, {forwards} forwards{replay}"
-    )
