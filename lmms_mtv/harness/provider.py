@@ -256,6 +256,7 @@ class TaskVectorProvider(Generic[P]):
             stages={name: round(seconds, 3) for name, seconds in session.stages.items()},
             memory=memory.bytes,
             replay=session.replay,
+            used=session.used,
         )
         trial = run_trial(session, self._model, self._sites, prompts, fitted.edits)
         vector = TaskVector(dict(fitted.edits), dataclasses.replace(card, accuracy=trial.accuracy))

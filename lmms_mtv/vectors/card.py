@@ -55,6 +55,7 @@ class VectorCard:
         accuracy: trial of the vector on some training queries: the number of ``queries``, the share of right answers
             without the vector (``unedited``) and with the vector (``edited``), and the share of answers with the vector
             that did not end (``endless``).
+        used: number of different training examples that the fit drew; None if unknown.
         schema: version of the fields.
     """
 
@@ -78,9 +79,10 @@ class VectorCard:
     memory: int | None = None
     replay: str | None = None
     accuracy: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    used: int | None = None
     schema: int = SCHEMA
 
-    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy", "schema")
+    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy", "used", "schema")
 
     @property
     def id(self) -> str:
@@ -133,6 +135,8 @@ class VectorCard:
                     raise TypeError(f"{name} is {type(values[name]).__name__}, not text")
             if not isinstance(card.replay, str | None):
                 raise TypeError(f"replay is {type(card.replay).__name__}, not text")
+            if not isinstance(card.used, int | None):
+                raise TypeError(f"used is {type(card.used).__name__}, not a number")
             for name in ("shots", "seed", "schema"):
                 values[name] = int(getattr(card, name))
             for name in ("config", "versions"):
