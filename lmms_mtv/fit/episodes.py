@@ -18,10 +18,12 @@ class EpisodeSampler:
 
     Attributes:
         remarks: a line for each repeated use of training examples that a larger training split would have avoided.
+        used: indices of the examples that were drawn, as queries or as demonstrations.
     """
 
     def __init__(self, total: int, seed: int) -> None:
         self.remarks: list[str] = []
+        self.used: set[int] = set()
         self._total = total
         self._seed = seed
 
@@ -62,9 +64,9 @@ class EpisodeSampler:
         queries: list[int] = []
         while len(queries) < count:
             queries += rng.sample(candidates, min(len(candidates), count - len(queries)))
-        return [
+        return self._noted(
             self._drawn(query, shots, rng) if pool is None else _from_pool(query, shots, pool, rng) for query in queries
-        ]
+        )
 
     def with_other_demonstrations(self, episodes: Iterable[Episode], shots: int, purpose: str) -> list[Episode]:
         """Return the queries of ``episodes``, each with ``shots`` new random demonstrations.
@@ -79,7 +81,7 @@ class EpisodeSampler:
         """
         rng = self.random(purpose)
         self._check_enough(shots)
-        return [self._drawn(episode.query, shots, rng) for episode in episodes]
+        return self._noted(self._drawn(episode.query, shots, rng) for episode in episodes)
 
     def order(self, queries: Sequence[Episode], steps: int) -> list[Episode]:
         """Return a random query out of ``queries`` for each step of a selection."""
@@ -90,6 +92,12 @@ class EpisodeSampler:
         """Return an episode whose demonstrations may be any examples except the query."""
         drawn = rng.sample(range(self._total - 1), shots)
         return Episode(query, tuple(index + (index >= query) for index in drawn))
+
+    def _noted(self, episodes: Iterable[Episode]) -> list[Episode]:
+        """Return the episodes, whose examples are in ``used`` from now on."""
+        drawn = list(episodes)
+        self.used |= {index for episode in drawn for index in (episode.query, *episode.demonstrations)}
+        return drawn
 
     def _check_enough(self, shots: int) -> None:
         if self._total < shots + 1:

@@ -87,6 +87,11 @@ class FitSession(Generic[P]):
         return self._context.counter.count
 
     @property
+    def used(self) -> int:
+        """Number of different training examples that were drawn so far, as queries or as demonstrations."""
+        return len(self._sampler.used)
+
+    @property
     def remarks(self) -> list[str]:
         """A line for each repeated use of training examples that a larger training split would have avoided."""
         return self._sampler.remarks
@@ -177,6 +182,7 @@ class FitSession(Generic[P]):
         layers have not seen question and image yet. Late layers tell little more than the first token of the answer.
         """
         queries = [Episode(query, ()) for query in range(self.examples)]
+        self._sampler.used |= set(range(self.examples))
         middle = len(self.sites) // 2
         return self._reader.each(queries, HEADS, range(middle, middle + 1), "Embedding queries").flatten(1)
 

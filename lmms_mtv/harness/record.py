@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lmms_mtv.runtime import files
 from lmms_mtv.runtime.environment import versions
 from lmms_mtv.vectors import TaskVector
 from lmms_mtv.vectors.library.place import FILE, folder_name
+
+_SECRET: Final = re.compile(r"(?i)(\w*(?:api_key|token|secret|password))=[^,\s]+")
+_LIST: Final = re.compile(r"\[\n([-+.\deE,\s]*)\]")
+_LIST_OF_LISTS: Final = re.compile(r"\[\n((?:\s*\[[-+.\deE, ]*\],?)+)\s*\]")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class TaskRecord:
         prompt: digest of a prompt.
         declared: settings that the task declares and that were used.
         remarks: remarks of the session on the training split.
+        scores: metrics of the task with their standard errors; empty until they are known, and in lm-eval.
         evaluation: figures of the evaluation; None until the task is evaluated, and always None in lm-eval.
     """
 
@@ -90,6 +95,7 @@ class TaskRecord:
     prompt: str
     declared: Mapping[str, Any]
     remarks: Sequence[str]
+    scores: Mapping[str, float] = field(default_factory=dict)
     evaluation: EvaluationRecord | None = None
 
 
@@ -121,6 +127,47 @@ class ModelRecord:
     skipped: Sequence[int]
     base: Mapping[str, Any]
     arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The record of a run of lmms-eval.
+
+    Attributes:
+        model: record of the model.
+        model_args: model arguments as text.
+        tasks: record of each task, by the name of the task.
+    """
+
+    model: ModelRecord
+    model_args: str
+    tasks: Mapping[str, TaskRecord]
+
+    def scored(self, results: Mapping[str, Mapping[str, Any]]) -> RunRecord:
+        """Return the record with the scores in ``results``, the harness's figures of each task."""
+        tasks = {
+            name: dataclasses.replace(task, scores=_scores(results.get(name, {}))) for name, task in self.tasks.items()
+        }
+        return dataclasses.replace(self, tasks=tasks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as values for JSON. Passwords and keys in ``model_args`` are left out."""
+        return {
+            "model": as_json(self.model),
+            "model_args": _SECRET.sub(r"\1=[REDACTED]", self.model_args),
+            "versions": versions(),
+            "tasks": {name: as_json(task) for name, task in self.tasks.items()},
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON, atomically. A list of numbers is one line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.as_json(), indent=2, ensure_ascii=False)
+        for lists in (_LIST, _LIST_OF_LISTS):
+            text = lists.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 def task_record(
@@ -183,16 +230,10 @@ def unwritable(folder: Path) -> str | None:
     return None
 
 
-def write(folder: Path, model: ModelRecord, tasks: Mapping[str, TaskRecord]) -> Path:
-    """Write ``<time>_mtv.json`` into ``folder`` atomically, and return the path of the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{time.strftime('%Y%m%d_%H%M%S')}_mtv.json"
-    content = {
-        "model": as_json(model),
-        "versions": versions(),
-        "tasks": {name: as_json(record) for name, record in tasks.items()},
+def _scores(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a task's figures that are scores or standard errors: those that name a metric, a filter."""
+    return {
+        name: float(value)
+        for name, value in figures.items()
+        if "," in name and isinstance(value, int | float) and not isinstance(value, bool)
     }
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path

@@ -89,6 +89,7 @@ def fit_with_card(
         stages={name: round(seconds, 3) for name, seconds in session.stages.items()},
         memory=memory.bytes,
         replay=session.replay,
+        used=session.used,
         prompt_text=tuple(runner.text_parts(_example(examples))) if method.settings() else (),
     )
     trial = run_trial(session, runner, session.sites, examples, fitted.edits, stops)
@@ -118,15 +119,20 @@ def _example(examples: Examples[P]) -> P:
 def summary(vector: TaskVector, forwards: int) -> str:
     """Return a line about a fit that took ``forwards`` forwards."""
     card = vector.card
-    losses: Mapping[str, Sequence[float]] = card.losses
-    loss = ""
-    if "chosen" in losses:
-        before, after = losses["unedited"][0], losses["chosen"][0]
-        loss = f", loss {before:.3f} -> {after:.3f} (without edit -> with it, on training queries)"
-    if tried := card.accuracy:
-        loss += f", right answers {tried['unedited']:.0%} -> {tried['edited']:.0%} of {tried['queries']:.0f}"
     replay = "" if card.replay is None else f" (edits: {card.replay})"
     return (
         f"fitted {card.method} for {card.task} in {card.seconds:.1f} s: vector {vector.id}, {vector.described()}"
-        f"{loss}, {forwards} forwards{replay}"
+        f"{reached(vector)}, {forwards} forwards{replay}"
     )
+
+
+def reached(vector: TaskVector) -> str:
+    """Return what a fit reached on training queries: the loss and the right answers, without and with the vector."""
+    losses: Mapping[str, Sequence[float]] = vector.card.losses
+    text = ""
+    if "chosen" in losses:
+        before, after = losses["unedited"][0], losses["chosen"][0]
+        text = f", loss {before:.3f} -> {after:.3f} (without edit -> with it, on training queries)"
+    if tried := vector.card.accuracy:
+        text += f", right answers {tried['unedited']:.0%} -> {tried['edited']:.0%} of {tried['queries']:.0f}"
+    return text

@@ -57,6 +57,7 @@ class VectorCard:
             that did not end (``endless``).
         prompt_text: one prompt of the fit in parts: the text before the target, the delimiter before the target, the
             target, and the text after the target. Empty in vectors of older versions.
+        used: number of different training examples that the fit drew; None if unknown.
         schema: version of the fields.
     """
 
@@ -81,9 +82,11 @@ class VectorCard:
     replay: str | None = None
     accuracy: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt_text: Sequence[str] = ()
+    used: int | None = None
     schema: int = SCHEMA
 
-    _OUTCOME = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy", "prompt_text", "schema")
+    _MADE = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy")
+    _OUTCOME = (*_MADE, "prompt_text", "used", "schema")
 
     @property
     def id(self) -> str:
@@ -136,6 +139,8 @@ class VectorCard:
                     raise TypeError(f"{name} is {type(values[name]).__name__}, not text")
             if not isinstance(card.replay, str | None):
                 raise TypeError(f"replay is {type(card.replay).__name__}, not text")
+            if not isinstance(card.used, int | None):
+                raise TypeError(f"used is {type(card.used).__name__}, not a number")
             for name in ("shots", "seed", "schema"):
                 values[name] = int(getattr(card, name))
             for name in ("config", "versions"):

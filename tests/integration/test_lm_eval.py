@@ -237,11 +237,16 @@ class TestEdited:
         assert zoo.hooks(lm.model) == 0
 
     @pytest.mark.slow
-    def test_the_order_of_requests_is_kept_and_each_task_has_its_own_vector(self, text_model, folder):
+    def test_the_order_of_requests_is_kept_and_each_task_has_its_own_vector(self, text_model, folder, caplog):
         lm, both = run(text_model, folder, ["arc", "copa"], **SHORT)
         _, other = run(text_model, folder, ["copa", "arc"], **SHORT)
         assert both == other
-        used = lm.get_model_info()["mtv"]["tasks"]
+        with caplog.at_level(logging.INFO, logger="lm_eval"):
+            logging.getLogger("lm_eval").propagate = True
+            used = lm.get_model_info()["mtv"]["tasks"]
+        for name, line in zip(("own_arc", "own_copa"), caplog.messages[-2:], strict=True):
+            assert line.startswith(f"{name}: zero-shot, with vector {used[name]['vector']} of mtv (")
+            assert f"kept as {used[name]['source']}" in line
         assert used["own_arc"]["vector"] != used["own_copa"]["vector"]
         assert used["own_arc"]["settings"]["steps"] == 10
         assert used["own_arc"]["fit_seconds"] > 0

@@ -11,24 +11,35 @@ from lmms_mtv.experiments.report import tables
 from lmms_mtv.experiments.report.plots import Plot, plots
 from lmms_mtv.experiments.report.plots.style import COLOURS, GRID, INK
 from lmms_mtv.experiments.report.results import Results
-from lmms_mtv.experiments.report.tables import Table
+from lmms_mtv.experiments.report.table import Table
 
 # The colours of the series on a dark background: the same hues, lighter.
 _DARK: Final = ("#4ba3e3", "#f28a4b", "#35c79a", "#e3a0c6", "#f0b93a", "#8fd0f5", "#a8a8a8")
 
+_LONG: Final = ' class="long"'
+_LONGEST: Final = 44
+"""The number of characters of a cell above which its text is broken into lines."""
+
 _STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --ground: #ffffff; --soft: #5a5a5a; --line: #d9d9d9; LIGHT }
+:root { color-scheme: light dark; --ink: #1a1a1a; --ground: #ffffff; --soft: #5a5a5a; --line: #d9d9d9;
+  --shade: #00000059; LIGHT }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #ececec; --ground: #16181b; --soft: #b4b4b4; --line: #3c4046; DARK }
+  :root { --ink: #ececec; --ground: #16181b; --soft: #b4b4b4; --line: #3c4046; --shade: #ffffff59; DARK }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--ground); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.1rem; }
-.scroll { overflow-x: auto; }
+/* A table that is wider than the screen has a shadow at the side to which it scrolls. */
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--ground) 1.5rem, transparent) left / 3rem 100%,
+  linear-gradient(to left, var(--ground) 1.5rem, transparent) right / 3rem 100%,
+  linear-gradient(to right, var(--shade), transparent) left / 0.9rem 100%,
+  linear-gradient(to left, var(--shade), transparent) right / 0.9rem 100%; background-repeat: no-repeat;
+  background-attachment: local, local, scroll, scroll; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+td.long { text-align: left; white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
 thead th { vertical-align: bottom; white-space: normal; } th:first-child { text-align: left; }
 p.notes, figcaption { color: var(--soft); font-size: 0.85rem; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2rem;
@@ -79,7 +90,7 @@ def _table(table: Table) -> str:
     rows = "\n".join(
         "<tr>"
         + f'<th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "".join(f"<td{_LONG if len(cell) > _LONGEST else ''}>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in table.rows
     )

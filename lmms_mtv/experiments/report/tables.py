@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
 
 from lmms_mtv.errors import ArgumentError, unknown
 from lmms_mtv.experiments import published
-from lmms_mtv.experiments.report import summary
+from lmms_mtv.experiments.report import setup, summary
 from lmms_mtv.experiments.report.bootstrap import LEVEL, RESAMPLES, PairedDifference, differences
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.summary import MISSING, NONE, number
+from lmms_mtv.experiments.report.table import Table
 
 Differences = Mapping[tuple[str, str | None], PairedDifference]
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Attributes:
-        title: title of the table.
-        header: names of the columns.
-        rows: the rows; the first column has the name of the row.
-        notes: sentences below the table.
-    """
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = field(default=())
-
-    def markdown(self) -> str:
-        """Return the table as Markdown, followed by a paragraph of the notes."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        text = text.replace("| --- |", "|---|").replace(" --- |", "---|")
-        return "\n\n".join([text, " ".join(self.notes)]) if self.notes else text
-
-
 def markdown(results: Sequence[Results]) -> str:
-    """Return the whole report as Markdown: the summary, scores, differences and costs of each folder."""
+    """Return the whole report as Markdown: the tables of each folder."""
     parts = [] if len(results) == 1 else ["# Report", "## All results", scores(results).markdown()]
     for section in results:
         level = "#" if len(results) == 1 else "##"
@@ -52,12 +28,12 @@ def markdown(results: Sequence[Results]) -> str:
 
 
 def report(results: Results) -> list[Table]:
-    """Return the tables of one folder."""
+    """Return the tables of one folder: results, costs, and what was run."""
     intervals = differences(results)
     tables = [overview(results, intervals), scores([results])]
     if intervals:
         tables.append(compared(results, intervals))
-    return [*tables, costs(results)]
+    return [*tables, costs(results), setup.run(results), setup.arms(results)]
 
 
 def kind(name: str) -> Callable[[Results], Table]:
@@ -325,14 +301,4 @@ def _memory_notes(results: Results) -> list[str]:
 
 def _hardware_notes(results: Results) -> list[str]:
     """Return a note on the hardware and the versions; all of them if cells differ."""
-    machines = {
-        f"{cell.hardware['machine']}, {cell.hardware['cores']} cores, {cell.hardware['device']}, "
-        f"{cell.hardware['processes']} process{'es' if cell.hardware['processes'] > 1 else ''}"
-        for cell in results.cells
-    }
-    versions: dict[str, set[str]] = {}
-    for cell in results.cells:
-        for name, version in cell.versions.items():
-            versions.setdefault(name, set()).add(version)
-    libraries = ", ".join(f"{name} {' or '.join(sorted(own))}" for name, own in sorted(versions.items()))
-    return [f"{' or '.join(sorted(machines))}; {libraries}."]
+    return [f"{setup.machines(results)}; {setup.versions(results)}."]

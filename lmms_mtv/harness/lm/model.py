@@ -26,6 +26,7 @@ from lmms_mtv.harness.lm.scoring import Request, Row, reordered, rounds_of_disti
 from lmms_mtv.harness.lm.task import LmPrompt, LmPrompts, Turns
 from lmms_mtv.harness.provider import TaskVectorProvider
 from lmms_mtv.harness.record import TaskRecord, UneditedRecord
+from lmms_mtv.harness.summary import result_line
 from lmms_mtv.hooks import applied, find_sites
 from lmms_mtv.models import gguf
 from lmms_mtv.models.text import one_line
@@ -150,13 +151,17 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the library's entries of the results, and an entry ``mtv``.
+        """Return the library's entries of the results, and an entry ``mtv``. The log gets a line about each task.
 
         The entry ``mtv`` has method, vector, heads and settings of each task. ``skipped`` in this entry lists the
         blocks without softmax attention, or is None without edits, when no block is inspected.
         """
         skipped = None if self._plain else list(self._sites.skipped)
         tasks = {name: record.as_json(task_record) for name, task_record in self.records.items()}
+        folder = None if self._evaluation is None else self._evaluation.folder
+        for (name, _), (_, vector) in self._fitted.items():
+            if isinstance(task_record := self.records[name], TaskRecord):
+                logger.info(result_line(name, vector, task_record, folder))
         info: dict[str, Any] = super().get_model_info()
         return info | {"mtv": {"versions": versions(), "skipped": skipped, "tasks": tasks}}
 

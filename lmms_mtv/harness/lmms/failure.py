@@ -9,7 +9,6 @@ errors that the harness logs itself, for example for a task or a metric.
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import sys
 import traceback
@@ -25,8 +24,6 @@ R = TypeVar("R")
 
 COMMAND_LINE: Final = "lmms_eval.__main__"
 """The module that only the harness's command line imports."""
-
-EVALUATOR: Final = "lmms_eval.evaluator"
 
 VERBOSITY: Final = "VERBOSITY"
 """The environment variable in which the harness's command line keeps the value of ``--verbosity``."""
@@ -68,16 +65,3 @@ def end_failed_runs() -> None:
         raise SystemExit(1)
 
     logger.add(end, level="ERROR", filter=lambda record: record["name"] == COMMAND_LINE, catch=False)
-
-
-def caches_answers() -> bool:
-    """Return whether the evaluation that called this function caches answers (``--use_cache``).
-
-    lmms-eval does not inform its models about the cache, so this function searches the callers for ``simple_evaluate``.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "simple_evaluate" and frame.f_globals.get("__name__") == EVALUATOR:
-            return frame.f_locals.get("use_cache") is not None
-        frame = frame.f_back
-    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from lmms_eval.utils import sanitize_model_name
 from loguru import logger
 
 from lmms_mtv.errors import ArgumentError, DocumentError
-from lmms_mtv.harness import record
-from lmms_mtv.harness.lmms import bases
+from lmms_mtv.harness.lmms import bases, caller
 from lmms_mtv.harness.lmms.bases import Base, LoadedBase
 from lmms_mtv.harness.lmms.command_line import parsed
-from lmms_mtv.harness.lmms.failure import caches_answers, fail_with_status
-from lmms_mtv.harness.lmms.requests import document_of, only_generation, task_of
+from lmms_mtv.harness.lmms.failure import fail_with_status
+from lmms_mtv.harness.lmms.requests import document_of, only_generation, show_prompts, task_of
+from lmms_mtv.harness.lmms.results import finish
 from lmms_mtv.harness.lmms.task import TaskPrompts, task_for_model, task_requests
 from lmms_mtv.harness.lmms.task_evaluation import TaskEvaluation
 from lmms_mtv.harness.provider import TaskVectorProvider
-from lmms_mtv.harness.record import ModelRecord, TaskRecord
+from lmms_mtv.harness.record import ModelRecord, RunRecord, TaskRecord
 from lmms_mtv.models.prompts import Prompt
 from lmms_mtv.runtime import distributed
 from lmms_mtv.vectors import TaskVector
@@ -63,6 +64,10 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         self.vectors: dict[str, TaskVector] = {}
         self.records: dict[str, TaskRecord] = {}
         self.prompts: dict[str, dict[int, str]] | None = None
+        self._text = ",".join(f"{name}={value}" for name, value in self._loaded.model_args.items())
+        self._run: RunRecord | None = None
+        self._path: Path | None = None
+        self._rows: dict[str, int] = {}
 
     @classmethod
     @fail_with_status
@@ -76,6 +81,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         """
         model = cls(**parsed(arg_string, additional_config or {}))
         model._check_uncached()
+        model._text = arg_string
         return model
 
     def arm(self, model_args: Mapping[str, Any]) -> LmmsEvalMtv:
@@ -95,6 +101,22 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
     def identity(self) -> dict[str, Any]:
         """Name, revision and dtype of the loaded model, as in records and cells."""
         return {"name": self.base.name, "revision": self.base.revision, "dtype": self.base.dtype}
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """The rows of a batch of each task.
+
+        The harness asks for them after the scores are computed, and asks its model for nothing after that. So this is
+        where the record of the run gets the scores and goes into the results.
+        """
+        results = caller.evaluation().get("results")
+        if self._run is not None and isinstance(results, dict):
+            finished = finish(self._run, results, self.vectors, None if self._path is None else self._path.parent)
+            self._run = None
+            self._write(finished)
+            if self._path is not None:
+                logger.info(f"methods, vectors, heads and settings: {self._path}")
+        return self._rows
 
     @property
     def edits(self) -> bool:
@@ -129,8 +151,8 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             output = getattr(getattr(task, "args", None), "output_path", None)
             results = self._evaluate(task, [requests[index] for index in indices], output)
             answers |= dict(zip(indices, results, strict=True))
-        if output and self.rank == 0 and self.records:
-            self._write_record(output)
+        if self.rank == 0 and self.records:
+            self._record_run(output)
         return [answers[index] for index in range(len(requests))]
 
     @fail_with_status
@@ -143,7 +165,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
 
     def _evaluate(self, task: Any, requests: Sequence[Instance], output: str | None) -> list[GenerationResult]:
         """Return the answers to all requests of a task, in the order of the requests."""
-        wrapped = self.base.harness_model is not None
+        wrapped, sent = self.base.harness_model is not None, requests
         if wrapped and (own := task_for_model(task, self.base.config.name)) is not task:
             task, requests = own, task_requests(own, requests)
         prompts, shots = self._prompts_of(task), self._shots(task)
@@ -160,8 +182,11 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             shots=shots,
             seed=self._arguments.seed,
             as_sent=wrapped and not shots and not task.config.num_fewshot,
+            keeps_texts=caller.keeps_samples(),
         )
         answers, figures = evaluation.run(requests)
+        show_prompts(sent, evaluation.texts)
+        self._rows[prompts.name] = self.base.batch_size.rows
         self.vectors[prompts.name] = vector
         self.records[prompts.name] = dataclasses.replace(task_record, evaluation=figures)
         return answers
@@ -184,23 +209,34 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             logger.warning(f"shots={shots} is used, not the {of_harness} of --num_fewshot or of the task file")
         return of_harness if shots is None else shots
 
-    def _write_record(self, output: str) -> None:
-        """Write the record of the run beside the harness's results."""
+    def _record_run(self, output: str | None) -> None:
+        """Keep the record of the run, and write it beside the harness's results if there is a folder for results."""
         model = ModelRecord(
             **self.identity,
             skipped=list(self.base.sites.skipped),
             base=dataclasses.asdict(self.base.config),
             arguments=dataclasses.asdict(self._arguments),
         )
+        self._run = RunRecord(model, self._text, dict(self.records))
+        if output and self._path is None:
+            stem = caller.results_file() or self._folder(output) / time.strftime("%Y%m%d_%H%M%S")
+            self._path = stem.with_name(f"{stem.name}_mtv.json")
+        self._write(self._run)
+
+    def _write(self, run: RunRecord) -> None:
+        """Write the record of the run to its file, if there is one."""
+        if self._path is None:
+            return
         try:
-            path = record.write(self._folder(output), model, self.records)
-            logger.info(f"methods, vectors, heads and settings: {path}")
+            run.write(self._path)
         except OSError as error:
             # The answers exist, and the harness still shows their scores.
             logger.error(f"the record of this run is not written ({error}): choose another --output_path")
 
     def _folder(self, output: str) -> Path:
         """Return the folder into which the harness writes the results of this run."""
+        if (results := caller.results_file()) is not None:
+            return results.parent
         return Path(output, sanitize_model_name(self._loaded.model_args.get("pretrained", "")))
 
     def _check_uncached(self) -> None:
@@ -209,7 +245,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         Raises:
             ArgumentError: the harness would cache the answers.
         """
-        if self.edits and caches_answers():
+        if self.edits and caller.caches_answers():
             raise ArgumentError(
                 "--use_cache knows a model by the text of its arguments, and would give the answers of another vector "
                 "or of other training examples for those of this run: leave it out (fitted vectors are kept in the "

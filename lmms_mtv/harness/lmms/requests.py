@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmms_eval.api.instance import Instance
@@ -36,6 +36,18 @@ def settings_of(request: Instance) -> dict[str, Any]:
 def document_of(request: Instance) -> tuple[int, str]:
     """Return the number and the split of the document of a request."""
     return request.args[3], request.args[5]
+
+
+def show_prompts(requests: Sequence[Instance], texts: Mapping[int, str]) -> None:
+    """Put the text of the whole prompt into each request, so that the harness's samples have this text as ``input``.
+
+    Args:
+        requests: the requests of the harness.
+        texts: the text of a prompt, by the number of the document.
+    """
+    for request in requests:
+        if (text := texts.get(document_of(request)[0])) is not None:
+            request.arguments = (text, *request.arguments[1:])
 
 
 def groups_of_equal_settings(requests: Sequence[Instance]) -> list[list[int]]:

@@ -45,6 +45,10 @@ class TaskEvaluation:
         shots: demonstrations in a prompt.
         seed: the seed of the demonstrations.
         as_sent: True if the base answers the harness's own requests, instead of prompts that are made of the requests.
+        keeps_texts: True keeps the texts of prompts.
+
+    Attributes:
+        texts: the text of each prompt that was made of a request, by the number of the document.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class TaskEvaluation:
         shots: int,
         seed: int,
         as_sent: bool,
+        keeps_texts: bool = False,
     ) -> None:
         self._harness = harness
         self._base = base
@@ -68,6 +73,8 @@ class TaskEvaluation:
         self._direct = base.harness_model if as_sent else None
         # The reasons why documents could not be shown, by the number of the document.
         self._unreadable: dict[int, Exception] = {}
+        self._keeps_texts = keeps_texts
+        self.texts: dict[int, str] = {}
 
     def run(self, requests: Sequence[Instance]) -> tuple[list[GenerationResult], EvaluationRecord]:
         """Return the answers in the order of the requests, and the figures of the evaluation.
@@ -131,10 +138,13 @@ class TaskEvaluation:
         """Return the prompt of a request, or None if the document cannot be shown."""
         number, split = document_of(request)
         try:
-            return self._prompts.evaluation(number, split, self._shots, self._seed)
+            prompt = self._prompts.evaluation(number, split, self._shots, self._seed)
         except DocumentError as error:
             self._unreadable[number] = error
             return None
+        if self._keeps_texts:
+            self.texts[number] = self._base.rendered(prompt)
+        return prompt
 
     def _generate(self, batch: Sequence[Instance], prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], int]:
         """Return the answers to a batch and the number of tokens; an unreadable document costs no other answer."""

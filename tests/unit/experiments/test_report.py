@@ -417,3 +417,85 @@ def test_a_browser_opens_the_page_without_complaint(html, tmp_path: Path):
     done = processes.run(["chromium", *flags, path.as_uri()], timeout=120)
     assert done.stdout.count("<figure>") == 6
     assert "CONSOLE" not in done.stderr
+
+
+def test_the_report_says_what_was_run_and_how_the_arms_differ(tmp_path):
+    """Model, data and versions; of each arm the settings that are not the defaults, and what differs between tasks."""
+    arms = {"zero-shot": {"method": "none"}, "long": {"method": "mtv", "steps": 60, "shots": 1, "wrong": 0.25}}
+
+    def with_settings(key, cell):
+        settings = {"iterations": 100, "steps": 60, "lr": 0.1 if key.task == "a_en" else 0.2, "heads": None}
+        return dataclasses.replace(cell, settings=settings) if cell.vector else cell
+
+    planned = grids.plan(tasks=["a_en", "b_en"], arms=arms, seeds=[0, 1])
+    found = results.read(grids.write(tmp_path / "grid", planned, with_settings))
+    for text in (tables.markdown([found]), page([found])):
+        for said in ("tiny, revision sha256:0, float32", "a_en, b_en: 40 documents", "lmms-eval 0.7.3", "0, 1"):
+            assert said in text, said
+    table = tables.report(found)[-1]
+    assert table.rows == [["zero-shot", "none", "0", "-"], ["long", "mtv", "1", "steps=60, wrong=0.25, lr=0.2"]]
+
+
+def test_legends_have_the_names_of_the_tables(tmp_path):
+    arms = {"zero-shot": {"method": "none"}, "4-shot": {"method": "none", "shots": 4}}
+    arms |= {"MTV, mine": {"method": "mtv"}, "MTV, mine + 1-shot": {"method": "mtv", "shots": 1}}
+    arms |= {"function vector": {"method": "function_vector"}}
+    found = results.read(grids.write(tmp_path / "grid", grids.plan(tasks=["a_en"], arms=arms, seeds=[0])))
+    drawn = {plot.name: plot.figure for plot in plots(found)}
+    for name in ("score", "runtime", "memory"):
+        (legend,) = drawn[name].legends
+        shown = {text.get_text() for text in legend.get_texts()}
+        assert shown <= {"in the prompt", *arms}, name
+        assert {"MTV, mine", "function vector"} <= shown, name
+
+
+def test_a_map_of_heads_drawn_at_random_has_the_colours_of_the_draw(tmp_path):
+    """MTV's probabilities say nothing of them."""
+    arms = {"random heads": {"method": "random"}, "MTV": {"method": "mtv"}}
+
+    def apart(key, cell):
+        policy = np.random.default_rng(key.seed).random(32).tolist()
+        return dataclasses.replace(cell, vector={**cell.vector, "id": key.arm, "probabilities": policy})
+
+    found = results.read(grids.write(tmp_path / "grid", grids.plan(tasks=["a_en"], arms=arms), apart))
+    drawn = {plot.title.split(", ", 1)[1]: plot for plot in plots(found) if plot.name.startswith("heads")}
+    for arm, plot in drawn.items():
+        (image,) = plot.figure.axes[0].get_images()
+        vectors = [cell.vector for cell in found.of(arm)]
+        mean = np.mean([vector["probabilities"] for vector in vectors], axis=0).reshape(4, 8)
+        share = np.zeros((4, 8))
+        for vector in vectors:
+            for head in vector["heads"]:
+                share[tuple(head)] += 1 / len(vectors)
+        np.testing.assert_allclose(image.get_array(), share if arm == "random heads" else mean)
+    assert "drew the head at random" in drawn["random heads"].caption
+    assert "after REINFORCE" in drawn["MTV"].caption
+
+
+@pytest.mark.parametrize("dpi", [72, 200])
+def test_nothing_leaves_the_figure_at_any_resolution(drawn, dpi):
+    """The layout is made once, for all files."""
+    for plot in drawn:
+        plot.figure.set_dpi(dpi)
+        plot.figure.draw_without_rendering()
+        for axes in plot.figure.axes:
+            box, figure = axes.get_tightbbox(), plot.figure.bbox
+            assert figure.x0 - 0.5 <= box.x0 < box.x1 <= figure.x1 + 0.5, plot.name
+            assert figure.y0 - 0.5 <= box.y0 < box.y1 <= figure.y1 + 0.5, plot.name
+        plot.figure.set_dpi(100)
+
+
+def test_costs_far_apart_have_a_logarithmic_axis(tmp_path):
+    def slow(key, cell):
+        return dataclasses.replace(cell, seconds={**cell.seconds, "evaluation": 500.0}) if cell.shots == 2 else cell
+
+    (plot,) = (
+        p for p in plots(results.read(grids.write(tmp_path / "g", grids.plan(**SMALL), slow))) if p.name == "runtime"
+    )
+    assert plot.figure.axes[0].get_yscale() == "log"
+
+
+def test_wide_tables_show_that_they_scroll(html):
+    """By shadows at the sides that stay where they are, under covers that scroll with the table."""
+    assert "background-attachment: local, local, scroll, scroll" in html
+    assert html.count('class="scroll"') == html.count("<table>")

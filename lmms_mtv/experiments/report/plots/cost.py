@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from matplotlib.ticker import MaxNLocator
 
@@ -10,9 +11,13 @@ from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.report import summary
 from lmms_mtv.experiments.report.plots import layout, line
 from lmms_mtv.experiments.report.plots.plot import Plot
+from lmms_mtv.experiments.report.plots.vectors import methods_by_arm
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.summary import Mean
-from lmms_mtv.experiments.report.tables import Table
+from lmms_mtv.experiments.report.table import Table
+
+_FAR: Final = 50
+"""The ratio of the largest to the smallest cost above which the axis is logarithmic."""
 
 
 def runtime(results: Results) -> Plot | None:
@@ -59,14 +64,18 @@ def _against_shots(
         return summary.mean(costs, len(results.expected(arm)))
 
     shots = {arm: float(cells[0].shots) for arm in results.arms if (cells := results.of(arm))}
-    lines = line.lines(results, shots, {arm: results.of(arm)[0].method for arm in shots}, mean_of)
+    lines = line.lines(results, shots, methods_by_arm(results), mean_of)
     if len(line.positions_in(lines)) < 2:
         return None
     figure, axes = layout.single(title)
     line.draw(axes, lines)
     axes.set_xlabel("shots (demonstrations in the prompt)")
     axes.set_ylabel(label)
-    axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+    values = [point.mean.value for points in lines.values() for point in points if point.mean.value]
+    if values and max(values) > _FAR * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     layout.legend(figure, axes)
     rows = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +17,12 @@ from lmms_mtv.experiments.report.plots.plot import Plot
 from lmms_mtv.experiments.report.plots.vectors import cells_by_vectors
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.summary import NONE
-from lmms_mtv.experiments.report.tables import Table
+from lmms_mtv.experiments.report.table import Table
+
+_RANDOM: Final = "random"
+"""The method that draws heads at random, as many as MTV chose."""
+
+_DRAWN: Final = "share of seeds that drew the head at random"
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,18 @@ class HeadSelection:
         probability: mean probability of each head over seeds, float64 [layers, heads].
         chosen: share of seeds that chose each head, float64 [layers, heads].
         seeds: number of seeds.
+        drawn: True if the heads were drawn at random, whatever their probability.
     """
 
     probability: NDArray[np.float64]
     chosen: NDArray[np.float64]
     seeds: int
+    drawn: bool = False
+
+    @property
+    def colour(self) -> NDArray[np.float64]:
+        """The numbers behind the colours: the probabilities, or the shares of seeds for heads drawn at random."""
+        return self.chosen if self.drawn else self.probability
 
     @classmethod
     def of(cls, cells: Sequence[Cell]) -> HeadSelection:
@@ -44,7 +56,8 @@ class HeadSelection:
         for vector in vectors:
             for layer, head in vector["heads"]:
                 chosen[layer, head] += 1 / len(vectors)
-        return cls(probabilities.mean(axis=0).reshape(layers, heads), chosen.round(9), len(vectors))
+        probability = probabilities.mean(axis=0).reshape(layers, heads)
+        return cls(probability, chosen.round(9), len(vectors), cells[0].method == _RANDOM)
 
     def rows(self, task: str) -> list[list[str]]:
         """Return a row of text for each layer: the probability of each head and the seeds that chose the head."""
@@ -82,12 +95,14 @@ def heads(results: Results) -> list[Plot]:
 def _plot(name: str, arms: str, cells: Sequence[Cell]) -> Plot:
     tasks = sorted({cell.task for cell in cells})
     selections = {task: HeadSelection.of([cell for cell in cells if cell.task == task]) for task in tasks}
-    figure, panels = layout.panels(f"Chosen heads, {arms}", len(tasks), height=1.45)
+    layers = max(len(selection.probability) for selection in selections.values())
+    drawn = cells[0].method == _RANDOM
+    figure, panels = layout.panels(f"Chosen heads, {arms}", len(tasks), height=min(2.6, 1.1 + 0.09 * max(layers, 4)))
     for axes, (task, selection) in zip(panels, selections.items(), strict=True):
         image = _draw(axes, task, selection)
     layout.outer_labels(panels, "head", "layer")
     bar = figure.colorbar(image, ax=panels, location="bottom", shrink=0.8, aspect=35, pad=0.02)
-    bar.set_label("selection probability, mean over seeds")
+    bar.set_label(_DRAWN if drawn else "selection probability, mean over seeds")
     title = f"Selection probability and chosen heads, {arms}"
     most = max(selection.probability.shape[1] for selection in selections.values())
     rows = [row for task, selection in selections.items() for row in selection.rows(task)]
@@ -95,9 +110,9 @@ def _plot(name: str, arms: str, cells: Sequence[Cell]) -> Plot:
     return Plot(
         name,
         title,
-        "Colour: the probability of a head after REINFORCE, mean over seeds. Circles: heads that were chosen; "
-        "the area is the share of seeds that chose them. Layers and heads count from 0; layers are those with "
-        "softmax attention.",
+        f"Colour: {_DRAWN if drawn else 'the probability of a head after REINFORCE, mean over seeds'}. Circles: heads "
+        "that were chosen; the area is the share of seeds that chose them. Layers and heads count from 0; layers are "
+        "those with softmax attention.",
         f"A map of layers and heads for each task. {words} (layer.head).",
         Table(
             f"{title}: probability (seeds that chose it / seeds)",
@@ -111,9 +126,10 @@ def _plot(name: str, arms: str, cells: Sequence[Cell]) -> Plot:
 def _draw(axes: Axes, task: str, selection: HeadSelection) -> Any:
     """Draw the map of one task, and return the image that the colour bar describes."""
     layers, count = selection.probability.shape
-    image = axes.imshow(selection.probability, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="none")
+    image = axes.imshow(selection.colour, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="none")
     chosen = np.argwhere(selection.chosen > 0)
-    size = min(1.0, 12 / count) ** 2 * 34
+    # A circle fits into the cell of its head.
+    size = min(1.0, 12 / count, 14 / layers) ** 2 * 34
     axes.scatter(
         chosen[:, 1],
         chosen[:, 0],

@@ -34,12 +34,15 @@ def lines(
         results: the results that have the arms.
         positions: the position of each arm on the x axis.
         names: the name of the line that each arm belongs to. Where two arms of a line share a position, each arm of
-            this line becomes a line under the arm's name.
+            this line becomes a line under the arm's name. A line through one arm has the arm's name too, and a name
+            that is empty stays empty.
         mean_of: the function that returns the mean of an arm. Arms whose mean has no value are left out.
     """
     arms = [arm for arm in results.arms if arm in positions]
     occupied = [(names[arm], positions[arm]) for arm in arms]
+    lines_of = [names[arm] for arm in arms]
     crowded = {name for name, position in occupied if occupied.count((name, position)) > 1}
+    crowded |= {name for name in lines_of if name and lines_of.count(name) == 1}
     points: dict[str, list[Point]] = {}
     for arm in arms:
         mean = mean_of(arm)

@@ -16,7 +16,7 @@ from lmms_mtv.experiments.report.plots.plot import Plot
 from lmms_mtv.experiments.report.plots.vectors import cells_by_vectors
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.summary import number
-from lmms_mtv.experiments.report.tables import Table
+from lmms_mtv.experiments.report.table import Table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from lmms_mtv.experiments.report.plots import style
-from lmms_mtv.experiments.report.tables import Table
+from lmms_mtv.experiments.report.table import Table
 
 
 @dataclass(frozen=True)

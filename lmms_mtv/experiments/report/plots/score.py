@@ -12,15 +12,16 @@ from lmms_mtv.experiments.report import summary
 from lmms_mtv.experiments.report.plots import layout, line
 from lmms_mtv.experiments.report.plots.plot import Plot
 from lmms_mtv.experiments.report.plots.style import INK
+from lmms_mtv.experiments.report.plots.vectors import IN_THE_PROMPT
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.summary import NONE
-from lmms_mtv.experiments.report.tables import Table
+from lmms_mtv.experiments.report.table import Table
 
 
 def score(results: Results) -> Plot | None:
     """Return the plot of the mean score, or None if there are fewer than two positions on the x axis.
 
-    The x axis is the axis that the plan declares (``x``), else the number of demonstrations that each arm uses.
+    The x axis is the axis that the plan declares (``x``), else the number of training examples that each arm uses.
     """
     if not summary.poolable(results):
         return None
@@ -30,8 +31,8 @@ def score(results: Results) -> Plot | None:
         positions = {arm: float(value) for arm, value in declared.values.items()}
         names = {arm: declared.series.get(arm, "") for arm in positions}
     else:
-        axis = "demonstrations used, in the prompt and in the vector"
-        positions = {arm: count for arm in results.arms if (count := _demonstrations(results.of(arm)))}
+        axis = "examples used, in the prompt and in the fit"
+        positions = {arm: count for arm in results.arms if (count := _examples(results.of(arm)))}
         names = {arm: _series(results.of(arm)) for arm in positions}
     lines = line.lines(results, positions, names, lambda arm: summary.mean_score(results, arm))
     if len(line.positions_in(lines)) < 2:
@@ -49,6 +50,11 @@ def score(results: Results) -> Plot | None:
     if values and min(values) >= 0 and max(values) <= 1:
         axes.set_ylim(-0.03, 1.03)
     caption = f"{_metric(results, short=False)}, mean over seeds; the band is one standard deviation over seeds."
+    if declared is None:
+        caption += (
+            " Of a fit count the different examples that it drew; in older cells, the demonstrations of its prompts, "
+            "repeated ones each time."
+        )
     rows = [
         [name or NONE, point.arm, line.short(point.x), str(point.mean)]
         for name, points in lines.items()
@@ -80,8 +86,8 @@ def _scale_x(axes: Axes, positions: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(formatter)
 
 
-def _demonstrations(cells: Sequence[Cell]) -> float:
-    """Return the number of demonstrations that an arm uses: in the prompt, and averaged into the vector."""
+def _examples(cells: Sequence[Cell]) -> float:
+    """Return the number of training examples that an arm uses: in a prompt, and different ones in the fit."""
     if not cells:
         return 0
     return cells[0].shots + (summary.average(cell.vector["examples"] for cell in cells if cell.vector) or 0)
@@ -91,7 +97,7 @@ def _series(cells: Sequence[Cell]) -> str:
     """Return the name of the line that the cells of an arm belong to."""
     first = cells[0]
     if first.vector is None:
-        return "in the prompt"
+        return IN_THE_PROMPT
     return f"{first.method} + {first.shots}-shot" if first.shots else first.method
 
 

@@ -41,6 +41,8 @@ _SETTINGS: Final[dict[str, Any]] = {
     "legend.fontsize": LEGEND_FONT_SIZE,
     "lines.linewidth": 1.6,
     "lines.markersize": 5.5,
+    # Hinted text has other proportions at other resolutions, and would leave the room that the layout gave it.
+    "text.hinting": "none",
     "svg.fonttype": "path",
 }
 

@@ -8,7 +8,7 @@ from lmms_mtv.experiments.report.plots.plot import Plot
 from lmms_mtv.experiments.report.plots.style import COLOURS
 from lmms_mtv.experiments.report.results import Results
 from lmms_mtv.experiments.report.summary import MISSING, number
-from lmms_mtv.experiments.report.tables import Table
+from lmms_mtv.experiments.report.table import Table
 
 
 def tokens(results: Results) -> Plot | None:
@@ -25,7 +25,7 @@ def tokens(results: Results) -> Plot | None:
     axes.barh(bars, text, left=image, color="none", edgecolor=COLOURS[4], hatch="///", label="text", height=0.7)
     labels = [f"{arm}\n({_rounded(lengths[arm], 0)} tokens)" for arm in shares]
     axes.set_yticks(list(bars), labels, fontsize=7.5)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shares) - 0.4, -0.6)
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the tokens of a prompt, %")
     axes.set_ylabel("arm")

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from lmms_mtv.experiments.cell import Cell
 from lmms_mtv.experiments.report.results import Results
+
+IN_THE_PROMPT: Final = "in the prompt"
+"""The name of the line through the arms without a vector: all demonstrations are in the prompt."""
+
+
+def methods_by_arm(results: Results) -> dict[str, str]:
+    """Return the name of the method of each arm, as a table has it: the name of the method's arm of fewest shots."""
+    cells = {arm: own[0] for arm in results.arms if (own := results.of(arm))}
+    first: dict[str, str] = {"none": IN_THE_PROMPT}
+    for arm in sorted(cells, key=lambda arm: cells[arm].shots):
+        first.setdefault(cells[arm].method, arm)
+    return {arm: first[cell.method] for arm, cell in cells.items()}
 
 
 def cells_by_vectors(results: Results, field: str) -> dict[str, list[Cell]]:

@@ -29,6 +29,10 @@ class Base(Model[Prompt], Protocol):
     @property
     def harness_model(self) -> HarnessModel | None: ...
 
+    def rendered(self, prompt: Prompt) -> str:
+        """Return the prompt as text, with a mark for each image."""
+        ...
+
     def generate(
         self, prompts: Sequence[Prompt], settings: Mapping[str, Any], edited: bool
     ) -> tuple[list[GenerationResult], int]:

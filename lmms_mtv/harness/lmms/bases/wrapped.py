@@ -63,6 +63,10 @@ class WrapperBase:
         files = {} if self._text_files is None else {"files": self._text_files}
         return {"base": self.config.name, **arguments, **files}
 
+    def rendered(self, prompt: Prompt) -> str:
+        """Return the texts of the prompt one after the other; only the wrapper knows the tokens between them."""
+        return prompt.raw(_DEFAULT_PLACEHOLDER)
+
     def text_parts(self, prompt: Prompt) -> list[str]:
         """Return the tokens that the wrapper makes of the prompt, and the texts before, in and after its target."""
         kind = "simple" if self.harness_model.is_simple else "chat"
