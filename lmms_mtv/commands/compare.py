@@ -110,9 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not cell_keys:
             sys.stdout.write(f"nothing to do: all cells are in {output}\n")
         else:
-            sys.stdout.write(
-                f"{len(cell_keys)} cells run: {output}. Make a page with lmms-mtv report {output} --html\n"
-            )
+            sys.stdout.write(f"{len(cell_keys)} cells run: {output}. Plots and a page: lmms-mtv report --help\n")
 
 
 def _how_to_go_on(output: Path) -> str:
