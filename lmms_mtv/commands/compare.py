@@ -105,14 +105,12 @@ def run(arguments: argparse.Namespace) -> None:
         if distributed.current().rank == 0:
             sys.stderr.write(f"\nlmms-mtv: interrupted, {_how_to_go_on(output)}\n")
         raise SystemExit(INTERRUPTED) from None
-    if distributed.current().rank == 0:
-        sys.stdout.write(tables.markdown([results.read(output)]) + "\n")
-        if not cell_keys:
-            sys.stdout.write(f"nothing to do: all cells are in {output}\n")
-        else:
-            sys.stdout.write(
-                f"{len(cell_keys)} cells run: {output}. Make a page with lmms-mtv report {output} --html\n"
-            )
+    ranks = distributed.current()
+    # All processes end together: one that ends early may be aborted while the first one makes the tables.
+    with ranks.raise_together():
+        if ranks.rank == 0:
+            done = f"{len(cell_keys)} cells run:" if cell_keys else "nothing to do: all cells are in"
+            sys.stdout.write(f"{tables.markdown([results.read(output)])}\n{done} {output}\n")
 
 
 def _how_to_go_on(output: Path) -> str:
