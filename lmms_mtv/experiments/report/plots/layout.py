@@ -8,6 +8,7 @@ from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lmms_mtv.experiments.report.plots.style import LEGEND_FONT_SIZE
 
@@ -55,7 +56,7 @@ def legend(figure: Figure, axes: Axes) -> None:
     columns = 3 if longest < 16 else 2 if longest < 26 else 1
     rows = math.ceil(len(labels) / columns)
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - _LEGEND_ROWS))
-    if (engine := figure.get_layout_engine()) is not None:
+    if isinstance(engine := figure.get_layout_engine(), ConstrainedLayoutEngine):
         # The room for a long legend is measured a little short.
         engine.set(h_pad=0.055)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
