@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +127,19 @@ def test_the_last_lines_say_what_was_fitted_where_it_is_and_what_it_gained(fitte
     assert f"loss {card.losses['unedited'][0]:.3f} -> {card.losses['chosen'][0]:.3f} (without edit -> with" in line
     assert f"right answers {card.accuracy['unedited']:.0%} -> {card.accuracy['edited']:.0%} of 16" in line
     assert path.endswith("_mtv.json")
+
+
+@pytest.mark.slow
+def test_the_fit_is_in_the_run_that_wandb_args_opened_and_in_no_other(tmp_path, monkeypatch):
+    logged: list[dict[str, Any]] = []
+    fake = SimpleNamespace(run=object(), log=logged.append, define_metric=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    made(tmp_path / "without", f"pretrained=tiny,{SHORT}", limit=1)
+    assert logged == []
+    monkeypatch.setattr(Arguments, "wandb_args", "project=x", raising=False)
+    run = made(tmp_path / "with", f"pretrained=tiny,{SHORT}", limit=1)
+    assert [entry[f"fit/{TASK}/step"] for entry in logged[:-1]] == list(range(1, 11))
+    assert logged[-1][f"fit/{TASK}/heads"] == len(run.record["tasks"][TASK]["heads"])
 
 
 def test_secrets_are_not_in_the_record():

@@ -87,6 +87,7 @@ def _evaluation(options: Namespace) -> Evaluation:
         apply_chat_template=bool(config.apply_chat_template),
         fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
         folder=_results(config),
+        trackers=[name for name in ("wandb", "trackio") if getattr(config, f"{name}_args", None)],
     )
 
 

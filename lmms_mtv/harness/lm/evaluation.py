@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -47,6 +47,7 @@ class Evaluation:
         apply_chat_template: argument of ``simple_evaluate``.
         fewshot_as_multiturn: argument of ``simple_evaluate``.
         folder: the folder for fitted vectors; None for no folder.
+        trackers: experiment trackers that the harness opened, ``wandb`` or ``trackio``, which get the fits.
     """
 
     task: Callable[[str], Any]
@@ -54,6 +55,7 @@ class Evaluation:
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = False
     folder: Path | None = None
+    trackers: Sequence[str] = ()
 
 
 _CURRENT: ContextVar[Evaluation | None] = ContextVar("evaluation", default=None)

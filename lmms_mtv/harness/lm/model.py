@@ -27,6 +27,7 @@ from lmms_mtv.harness.lm.task import LmPrompt, LmPrompts, Turns
 from lmms_mtv.harness.provider import TaskVectorProvider
 from lmms_mtv.harness.record import TaskRecord, UneditedRecord
 from lmms_mtv.harness.summary import result_line
+from lmms_mtv.harness.tracking import log_fit
 from lmms_mtv.hooks import applied, find_sites
 from lmms_mtv.models import gguf
 from lmms_mtv.models.text import one_line
@@ -223,6 +224,9 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
             with torch.autocast(device, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None):
                 vector, self.records[name] = self._provider.of(prompts, prompts.shots, self._evaluation.folder)
             self._fitted[name, prompts.shots] = prompts, vector
+            if self.rank == 0:
+                for tracker in self._evaluation.trackers:
+                    log_fit(tracker, name, vector)
         return vector
 
     @contextmanager

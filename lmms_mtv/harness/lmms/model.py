@@ -25,6 +25,7 @@ from lmms_mtv.harness.lmms.task import TaskPrompts, task_for_model, task_request
 from lmms_mtv.harness.lmms.task_evaluation import TaskEvaluation
 from lmms_mtv.harness.provider import TaskVectorProvider
 from lmms_mtv.harness.record import ModelRecord, RunRecord, TaskRecord
+from lmms_mtv.harness.tracking import log_fit
 from lmms_mtv.models.prompts import Prompt
 from lmms_mtv.runtime import distributed
 from lmms_mtv.vectors import TaskVector
@@ -170,6 +171,8 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             task, requests = own, task_requests(own, requests)
         prompts, shots = self._prompts_of(task), self._shots(task)
         vector, task_record = self._provider.of(prompts, shots, self._folder(output) if output else None)
+        if self.rank == 0 and caller.tracks("wandb_args"):
+            log_fit("wandb", prompts.name, vector)
         if self.prompts is not None:
             self.prompts[prompts.name] = {
                 number: self._digest(prompts, number, split, shots) for number, split in map(document_of, requests)
