@@ -158,16 +158,14 @@ class FitSession(Generic[P]):
 
     def random_queries(self, queries: Sequence[Episode], steps: int) -> list[Episode]:
         """Return a random query out of ``queries`` for each step of a selection, prefilled by :meth:`prefetch`."""
-        chosen = self._sampler.order(queries, steps)
-        self.prefetch(chosen)
+        self.prefetch(chosen := self._sampler.order(queries, steps))
         return chosen
 
     def mean_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> Tensor:
-        """Return the mean over ``episodes`` of each head's activation at the last token, float32 [L, H, D] on the CPU.
+        """Return the mean over ``episodes`` of a stream's activation at the last token, float32 [L, H, D] on the CPU.
 
         Args:
-            episodes: T prompts.
-            stream: the stream to average; for heads MTV, arXiv 2406.15334, section 3.1: ``mu_l = (1/T) sum_t z_l``.
+            episodes, stream: T prompts and a stream; for heads MTV, arXiv 2406.15334, 3.1: ``mu_l = (1/T) sum_t z_l``.
         """
         return self._reader.mean(episodes, stream)
 
@@ -178,8 +176,8 @@ class FitSession(Generic[P]):
     def embeddings(self) -> Tensor:
         """Return an embedding of each training query, float32 [examples, H * D] on the CPU, by one prompt for each.
 
-        An embedding holds the activations of the middle layer's heads at the last token of the zero-shot prompt. Early
-        layers have not seen question and image yet. Late layers tell little more than the first token of the answer.
+        It holds the activations of the middle layer's heads at the last token of the zero-shot prompt: early layers
+        have not seen question and image, late layers tell little more than the first token of the answer.
         """
         queries = [Episode(query, ()) for query in range(self.examples)]
         self._sampler.used |= set(range(self.examples))
@@ -202,8 +200,7 @@ class FitSession(Generic[P]):
         """Return activations at the last token of N prompts and of their targets, float32 [N, L, H, D] each on the CPU.
 
         Args:
-            episodes: the queries with their demonstrations; a target ends with the tokens that end an answer.
-            stream: the stream to read.
+            episodes, stream: N prompts and a stream; a target ends with the tokens that end an answer.
         """
         return self._reader.answered(episodes, stream)
 
@@ -213,8 +210,7 @@ class FitSession(Generic[P]):
         Args:
             episode: the query and its demonstrations.
             edit: K edits of the heads, or K edits by stream; see :meth:`Replayer.losses` for how the edits run.
-            tokens: ``first`` counts tokens up to the first one that is not blank, ``all`` counts all; the loss is the
-                mean.
+            tokens: ``first`` is the mean over the tokens up to the first one that is not blank, ``all`` over all.
         """
         return self._replayer.losses(episode, edit, tokens)
 
@@ -238,8 +234,7 @@ class FitSession(Generic[P]):
     ) -> Tensor:
         """Return the mean over ``episodes`` of the losses of each of K edits, float32 [K] on the CPU."""
         self.prefetch(episodes)
-        bar = self.bar(episodes, description)
-        return torch.stack([self.losses(episode, edit, tokens) for episode in bar]).mean(0)
+        return torch.stack([self.losses(e, edit, tokens) for e in self.bar(episodes, description)]).mean(0)
 
     def prefetch(self, episodes: Sequence[Episode]) -> None:
         """Prefill the prompts of ``episodes`` for all processes, a share in each; see :meth:`PrefillCache.prefetch`."""
@@ -249,8 +244,7 @@ class FitSession(Generic[P]):
         """Return the unedited model's answer, as logits of the target's tokens, with the states of ``stream`` if given.
 
         Args:
-            episode, tokens: as in :meth:`losses`; the answer is kept while there is room.
-            stream: the stream whose activations are the states of the answer.
+            episode, tokens, stream: as in :meth:`losses`, and the stream of the states; kept while there is room.
 
         Raises:
             HookError: an edit is applied now, as in the function that ``loss`` of :meth:`gradients` returns.

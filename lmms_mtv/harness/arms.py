@@ -76,6 +76,10 @@ def arm_arguments(
 def check_arm(own: Mapping[str, Any], base: Sequence[str]) -> None:
     """Check that no argument of an arm belongs to the loaded model.
 
+    Args:
+        own: the arguments of the arm.
+        base: the names that the base knows.
+
     Raises:
         ArgumentError: an argument belongs to the base.
     """

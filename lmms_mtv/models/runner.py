@@ -31,7 +31,7 @@ FIXED: Final = {"use_cache": True, "cache_implementation": None}
 """Generation settings that never change."""
 
 
-class Answer(NamedTuple):
+class GeneratedAnswer(NamedTuple):
     """An answer, with the numbers of tokens of its prompt and of the answer itself."""
 
     text: str
@@ -173,7 +173,7 @@ class PromptRunner:
     @torch.no_grad()
     def answers(
         self, prompts: Sequence[Prompt], settings: Mapping[str, Any], more: Mapping[str, Any] | None = None
-    ) -> list[Answer]:
+    ) -> list[GeneratedAnswer]:
         """Return the answers to a batch of prompts.
 
         Args:
@@ -184,7 +184,9 @@ class PromptRunner:
         groups = (self._answers(group, settings, more or {}) for group in _with_images_or_without(prompts))
         return [answer for answers in groups for answer in answers]
 
-    def _answers(self, prompts: Sequence[Prompt], settings: Mapping[str, Any], more: Mapping[str, Any]) -> list[Answer]:
+    def _answers(
+        self, prompts: Sequence[Prompt], settings: Mapping[str, Any], more: Mapping[str, Any]
+    ) -> list[GeneratedAnswer]:
         stops = self._stops(prompts, settings.get("until") or ())
         limit = int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or 256)
         chosen = {name: settings[name] for name in SAMPLING if settings.get(name) is not None} | dict(more)
@@ -202,7 +204,7 @@ class PromptRunner:
             text = self._tokenizer.decode(row, skip_special_tokens=True)
             for stop in stops:
                 text = text.split(stop)[0]
-            answers.append(Answer(text, taken, int((row != self._tokenizer.pad_token_id).sum())))
+            answers.append(GeneratedAnswer(text, taken, int((row != self._tokenizer.pad_token_id).sum())))
         return answers
 
     def _stops(self, prompts: Sequence[Prompt], until: str | Sequence[str]) -> list[str]:

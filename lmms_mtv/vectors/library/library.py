@@ -138,10 +138,7 @@ class Library:
         Args:
             wanted: the path of a vector's file or of its folder, the first four or more digits of an id,
                 ``task/method``, or ``hub:owner/name`` with an optional ``@revision``, which is pulled first.
-            model: model of the vector, if an id or ``task/method`` names several vectors.
-            task: task of the vector, if several vectors are left.
-            seed: seed of the vector, if several vectors are left.
-            shots: shots of the vector, if several vectors are left.
+            model, task, seed, shots: of the vector, one after the other, while an id or ``task/method`` names several.
             latest: True takes the newest file, if several vectors are left.
 
         Raises:

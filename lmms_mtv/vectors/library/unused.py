@@ -22,6 +22,10 @@ def unused(entries: Sequence[Entry], folders: Sequence[Path]) -> list[Entry]:
     A vector is named if its whole id is anywhere in a JSON or YAML file. Vectors that a named vector was made of
     (``parents`` of its card) count as named too.
 
+    Args:
+        entries: the entries of a library.
+        folders: folders of results.
+
     Raises:
         ArgumentError: a folder does not exist, or the results name no entry at all: then the folders, or the library,
             are probably not the right ones.
