@@ -214,16 +214,16 @@ def logged() -> Iterator[list[str]]:
 
 def test_a_vector_under_other_prompts_is_a_warning(recorded, tmp_path):
     """Also where geometry, model and task are the same: a vector of raw prompts does not fit a chat."""
-    short = SHORT.replace("steps=10", "steps=2")
-    recorded(f"pretrained=tiny,{short}", ["shapes_color_en"], limit=2)
+    short = SHORT.replace("steps=10", "steps=1").replace("iterations=8", "iterations=2")
+    recorded(f"pretrained=tiny,{short}", ["shapes_color_en"], limit=1)
     (path,) = tmp_path.rglob("vector.safetensors")
     card = TaskVector.load(path).card
     assert card.prompt_text[1:] == (" ", card.prompt_text[2], "\n")
     assert card.prompt_text[0].endswith("<image>What is it? Answer:")
     with logged() as same:
-        recorded(f"pretrained=tiny,vector={path}", ["shapes_color_en"], limit=2)
+        recorded(f"pretrained=tiny,vector={path}", ["shapes_color_en"], limit=1)
     with logged() as other:
-        recorded(f"pretrained=tiny,vector={path},prompt_style=chat", ["shapes_color_en"], limit=2)
+        recorded(f"pretrained=tiny,vector={path},prompt_style=chat", ["shapes_color_en"], limit=1)
     assert not [line for line in same if "with other prompts" in line]
     (line,) = [line for line in other if "with other prompts" in line]
     assert card.id in line

@@ -103,7 +103,11 @@ def test_unknown_names_are_one_error_before_anything_runs(loaded, examples):
 class TestUse:
     @pytest.fixture(scope="class")
     def vector(self, loaded, examples):
-        return fitted(loaded, examples)
+        return fitted(loaded, examples[:40], steps=2, iterations=2)
+
+    @pytest.fixture(scope="class")
+    def other(self, loaded, examples):
+        return fitted(loaded, examples[:40], steps=2, iterations=2, seed=1)
 
     @pytest.fixture
     def logits(self, loaded):
@@ -138,8 +142,7 @@ class TestUse:
         assert (vector * 0.5).card.parents == {vector.id: 0.5}
         assert len({vector.id, (vector * 0.5).id, (vector * 0.25).id}) == 3
 
-    def test_a_sum_moves_by_both_changes(self, loaded, examples, vector):
-        other = fitted(loaded, examples, seed=1)
+    def test_a_sum_moves_by_both_changes(self, vector, other):
         x = torch.randn(vector.edits["heads"].value.shape, generator=torch.Generator().manual_seed(0))
 
         def change(each: TaskVector) -> torch.Tensor:
@@ -152,8 +155,7 @@ class TestUse:
         with pytest.raises(ArgumentError, match="given twice"):
             vector + vector
 
-    def test_rows_of_a_batch_have_vectors_of_their_own(self, loaded, examples, vector, logits):
-        other = fitted(loaded, examples, seed=1)
+    def test_rows_of_a_batch_have_vectors_of_their_own(self, loaded, vector, other, logits):
         rows = logits(applied(loaded[0], stacked([vector, None, other])))
         for row, context in enumerate((vector.apply(loaded[0]), None, other.apply(loaded[0]))):
             torch.testing.assert_close(rows[row], logits(context)[row], rtol=1e-5, atol=1e-5)
