@@ -127,6 +127,7 @@ class TestCells:
         assert [tuple(head) for head in kept.vector["heads"]] == list(vector.heads)
         assert kept.vector["shape"] == [4, 8, 16]
         assert kept.vector["examples"] == SHORT["iterations"] * SHORT["fit_shots"]
+        assert kept.vector["used"] == vector.card.used > 0
         assert len(kept.vector["policy"]) == SHORT["steps"]
         assert len(kept.vector["probabilities"]) == 32
 

@@ -20,7 +20,7 @@ from lmms_mtv.experiments.plan import CellKey, Plan
 from lmms_mtv.harness.lmms.loaded_run import load_run
 from lmms_mtv.runtime import distributed
 from lmms_mtv.runtime.environment import versions
-from lmms_mtv.vectors import TaskVector, VectorCard
+from lmms_mtv.vectors import TaskVector
 
 _OF_HARNESS: Final = ("results", "versions", "n-shot", "higher_is_better", "n-samples")
 
@@ -177,17 +177,11 @@ def _vector(vector: TaskVector) -> dict[str, Any] | None:
         "probabilities": [round(p, 4) for p in card.losses.get("probabilities", ())] or None,
         "policy": _thinned(card.losses.get("policy", ())),
         "loss": {name: card.losses[name][0] for name in ("unedited", "chosen") if name in card.losses},
-        "examples": _examples(card),
+        "examples": card.config.get("iterations", 0) * card.config.get("fit_shots", 0),
+        "used": card.used,
         "checksum": vector.checksum,
         "bytes": len(vector.content()),
     }
-
-
-def _examples(card: VectorCard) -> int:
-    """Return the number of training examples that a fit used; of older vectors, the demonstrations of its prompts."""
-    if card.used is not None:
-        return card.used
-    return int(card.config.get("iterations", 0) * card.config.get("fit_shots", 0))
 
 
 def _thinned(losses: Sequence[float]) -> list[float]:

@@ -90,7 +90,9 @@ def _examples(cells: Sequence[Cell]) -> float:
     """Return the number of training examples that an arm uses: in a prompt, and different ones in the fit."""
     if not cells:
         return 0
-    return cells[0].shots + (summary.average(cell.vector["examples"] for cell in cells if cell.vector) or 0)
+    vectors = [cell.vector for cell in cells if cell.vector]
+    used = (vector["examples"] if vector.get("used") is None else vector["used"] for vector in vectors)
+    return cells[0].shots + (summary.average(used) or 0)
 
 
 def _series(cells: Sequence[Cell]) -> str:
