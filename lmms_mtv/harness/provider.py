@@ -175,7 +175,7 @@ class TaskVectorProvider(Generic[P]):
     def _prompt_differs(self, card: VectorCard, prompts: Prompts[P]) -> bool:
         """Return whether the prompts of a task are written otherwise than those of a vector; False if unknown."""
         try:
-            return prompt_digest(self._model, prompts) != card.prompt
+            return len(prompts) > 0 and prompt_digest(self._model, prompts) != card.prompt
         except DataError:
             # The training examples are not here; a vector can be used without them.
             return False

@@ -220,14 +220,8 @@ def vector_path(folder: Path, vector: TaskVector) -> Path:
 
 def unwritable(folder: Path) -> str | None:
     """Return the reason why nothing can be written into ``folder``, in one line, or None if writing works."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = files.temporary(folder / "probe")
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        return f"results cannot be written to {folder} ({error.strerror or error}): choose another --output_path"
-    return None
+    reason = files.obstacle(folder)
+    return None if reason is None else f"results cannot be written to {folder} ({reason}): choose another --output_path"
 
 
 def _scores(figures: Mapping[str, Any]) -> dict[str, float]:

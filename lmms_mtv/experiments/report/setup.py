@@ -45,9 +45,9 @@ def arms(results: Results) -> Table:
     rows = []
     for arm in results.arms:
         cells = results.of(arm)
-        method, shots = ({str(value) for value in values} for values in _columns(cells))
+        method, shots = _either(cell.method for cell in cells), _either(str(cell.shots) for cell in cells)
         settings = ", ".join(f"{name}={value}" for name, value in _changed(cells).items())
-        rows.append([arm, _either(method) or MISSING, _either(shots) or MISSING, settings or NONE])
+        rows.append([arm, method or MISSING, shots or MISSING, settings or NONE])
     return Table("Arms", ["arm", "method", "shots", "settings that differ from the defaults"], rows)
 
 
@@ -67,11 +67,6 @@ def versions(results: Results) -> str:
         for name, version in cell.versions.items():
             found.setdefault(name, set()).add(version)
     return ", ".join(f"{name} {_either(own)}" for name, own in sorted(found.items()))
-
-
-def _columns(cells: Iterable[Cell]) -> tuple[set[str], set[int]]:
-    """Return the methods and the numbers of shots of cells."""
-    return {cell.method for cell in cells}, {cell.shots for cell in cells}
 
 
 def _changed(cells: Iterable[Cell]) -> dict[str, str]:

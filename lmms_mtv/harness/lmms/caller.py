@@ -1,7 +1,7 @@
-"""The evaluation of lmms-eval that calls the model.
+"""The evaluation of lmms-eval that calls this package.
 
-lmms-eval does not pass a model the arguments or the results of the evaluation. This module finds the call of
-``simple_evaluate`` among the callers, and reads its local variables.
+lmms-eval does not pass a model the arguments or the results of the evaluation, and its task manager nothing about the
+model. This module finds the functions of lmms-eval among the callers, and reads their local variables.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-EVALUATOR: Final = "lmms_eval.evaluator"
+_EVALUATOR: Final = "lmms_eval.evaluator"
 """The module of ``simple_evaluate``."""
 
 
 def evaluation() -> Mapping[str, Any]:
     """Return the local variables of the ``simple_evaluate`` that called this function, or an empty mapping."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "simple_evaluate" and frame.f_globals.get("__name__") == EVALUATOR:
-            return frame.f_locals
-        frame = frame.f_back
-    return {}
+    return _locals_of("simple_evaluate", _EVALUATOR)
+
+
+def options() -> Any:
+    """Return the options of the evaluation that lmms-eval's command line has begun, or None."""
+    return _locals_of("cli_evaluate_single").get("args")
 
 
 def caches_answers() -> bool:
@@ -49,3 +49,13 @@ def results_file() -> Path | None:
 def tracks(flag: str) -> bool:
     """Return whether the command line has a ``flag`` such as ``wandb_args``, with a value."""
     return bool(getattr(evaluation().get("cli_args"), flag, None))
+
+
+def _locals_of(function: str, module: str | None = None) -> Mapping[str, Any]:
+    """Return the local variables of the nearest caller of a name, in ``module`` if given, or an empty mapping."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == function and module in (None, frame.f_globals.get("__name__")):
+            return frame.f_locals
+        frame = frame.f_back
+    return {}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Final
 
 from lmms_eval.utils import simple_parse_args_string
 
 from lmms_mtv.harness.arguments import with_text_restored
-from lmms_mtv.harness.lmms import bases
+from lmms_mtv.harness.lmms import bases, caller
 from lmms_mtv.harness.lmms.failure import fail_with_status
-
-_EVALUATION: Final = "cli_evaluate_single"
-"""The function of lmms-eval that runs one evaluation of its command line."""
 
 _FLAGS: Final = ("batch_size", "max_batch_size", "device")
 """Flags of the command line that lmms-eval passes to a model besides ``--model_args``."""
@@ -34,14 +30,9 @@ def parsed(arg_string: str, flags: Mapping[str, Any]) -> dict[str, Any]:
 def check_evaluation() -> None:
     """Check the model arguments of the evaluation that the command line has begun, if it has begun one.
 
-    lmms-eval tells its task manager nothing about the model arguments, so this function searches the callers.
-
     Raises:
         ArgumentError: an argument is unknown or wrong.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != _EVALUATION:
-        frame = frame.f_back
-    options = None if frame is None else frame.f_locals.get("args")
+    options = caller.options()
     if isinstance(arg_string := getattr(options, "model_args", None), str):
         bases.check(parsed(arg_string, {name: getattr(options, name, None) for name in _FLAGS}))
