@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
         plan.check_include_path(include_path)
 
     def load(requested: plan.Plan, library: Path) -> compare.CellRunner:
-        from lmms_mtv.harness.lmms.plan_runner import PlanRunner
+        from lmms_mtv.harness import plan_runners
 
-        return PlanRunner(dataclasses.replace(requested, include_path=include_path), library, reuse=False)
+        return plan_runners.load(dataclasses.replace(requested, include_path=include_path), library, reuse=False)
 
     if cell_keys:
         with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ import yaml
 
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.experiments.cell import FOLDER
-from lmms_mtv.experiments.plan import FILE, Plan, read
+from lmms_mtv.experiments.plan import FILE, HARNESSES, Plan, read
 from lmms_mtv.runtime import distributed
 
 ARMS: Final = {
@@ -50,6 +50,9 @@ def add(commands: Any) -> None:
         metavar="KEY=VALUE,...",
         help="model arguments of all arms; a setting of a method applies to the arms whose method has it",
     )
+    parser.add_argument(
+        "--harness", choices=HARNESSES, help=f"the harness of the tasks (default: that of the plan, or {HARNESSES[0]})"
+    )
     parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="TASK,...", help="tasks or task groups")
     parser.add_argument(
         "--arm",
@@ -83,6 +86,7 @@ def add_include_path(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from lmms_mtv.experiments import compare
     from lmms_mtv.experiments.report import results, tables
+    from lmms_mtv.harness import plan_runners
 
     output = arguments.output
     if output is None:
@@ -91,16 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
         output = arguments.plan
     requested = planned(arguments, output.resolve().name)
 
-    def load(plan: Plan, library: Path) -> compare.CellRunner:
-        from lmms_mtv.harness.arms import check_early
-
-        check_early(plan.model, plan.arms)
-        from lmms_mtv.harness.lmms.plan_runner import PlanRunner
-
-        return PlanRunner(plan, library)
-
     try:
-        cell_keys = compare.run(requested, output, load)
+        cell_keys = compare.run(requested, output, plan_runners.load)
     except KeyboardInterrupt:
         if distributed.current().rank == 0:
             sys.stderr.write(f"\nlmms-mtv: interrupted, {_how_to_go_on(output)}\n")
@@ -133,7 +129,7 @@ def planned(arguments: argparse.Namespace, name: str) -> Plan:
     """
     changes: dict[str, Any] = {
         key: getattr(arguments, key)
-        for key in ("tasks", "seeds", "batch_size", "limit")
+        for key in ("harness", "tasks", "seeds", "batch_size", "limit")
         if getattr(arguments, key, None) is not None
     }
     if arguments.include_path:

@@ -124,7 +124,7 @@ def _check_agreement(stored: Plan, requested: Plan, output: Path) -> None:
         ArgumentError: the plans contradict each other.
     """
     again = f"choose another --output, or delete {output}"
-    for name in ("name", "model", "limit"):
+    for name in ("name", "harness", "model", "limit"):
         before, now = getattr(stored, name), getattr(requested, name)
         if before != now:
             raise ArgumentError(f"{output} has results with {name} {before!r}, this plan has {now!r}: {again}")

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from lmms_mtv.errors import ArgumentError
+from lmms_mtv.errors import ArgumentError, unknown
 from lmms_mtv.runtime import files
 
 FILE: Final = "plan.yaml"
@@ -18,6 +18,12 @@ FILE: Final = "plan.yaml"
 
 OF_THE_PLAN: Final = ("seed", "batch_size", "limit", "library", "reuse")
 """Model arguments that the plan sets, and that no arm may set."""
+
+LM_EVAL: Final = "lm-eval"
+"""Name of lm-evaluation-harness in a plan."""
+
+HARNESSES: Final = ("lmms-eval", LM_EVAL)
+"""The harnesses that a plan can name."""
 
 SEEDS: Final = "different integers, 0 or more"
 """The seeds of a plan, in words."""
@@ -70,6 +76,7 @@ class Plan:
         groups: tasks of each task group, after the harness has listed the tasks.
         seeds_of: seeds of the arms that run with only some of the seeds.
         include_path: folders of further task files. In a plan file, relative to the folder of the file.
+        harness: the harness that has the tasks and runs the cells, one of :data:`HARNESSES`.
 
     Raises:
         ArgumentError: a field is missing, has a wrong value, or contradicts another field.
@@ -90,11 +97,14 @@ class Plan:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
     include_path: Sequence[str] = field(default_factory=list)
+    harness: str = HARNESSES[0]
 
     def __post_init__(self) -> None:
         for name in ("tasks", "arms", "seeds"):
             if not getattr(self, name):
                 raise ArgumentError(f"the plan {self.name!r} has no {name}")
+        if self.harness not in HARNESSES:
+            raise unknown("harness", str(self.harness), HARNESSES)
         if not self.name or any(c in self.name for c in "/\\"):
             raise ArgumentError(f"a plan's name is one word for a folder, found {self.name!r}: change name")
         for arm, arguments in self.arms.items():

@@ -26,10 +26,11 @@ _LOADING: Final = (
     "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_type",
 )
-_BASE: Final = (
+BASE: Final = (
     *(name for name, p in inspect.signature(HFLM).parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD),
     *_LOADING,
 )
+"""Names of the arguments of lm-eval's model ``hf``."""
 
 
 def split_lm_eval_arguments(model_args: Mapping[str, Any]) -> SplitArguments:
@@ -38,10 +39,19 @@ def split_lm_eval_arguments(model_args: Mapping[str, Any]) -> SplitArguments:
     Raises:
         ArgumentError: an argument is unknown or belongs to lm-eval, or there is no model.
     """
-    for name, instead in _ELSEWHERE.items():
-        if name in model_args:
-            raise ArgumentError(f"{name}={model_args[name]} is no argument of mtv in lm-eval; {instead}")
-    parts = split_arguments(model_args, _BASE, _PLUGIN)
+    refuse_foreign(model_args)
+    parts = split_arguments(model_args, BASE, _PLUGIN)
     if "pretrained" not in model_args:
         raise ArgumentError("pretrained= is missing: give the name of a model on the hub, or a folder")
     return parts
+
+
+def refuse_foreign(model_args: Mapping[str, Any]) -> None:
+    """Refuse the arguments of ``mtv`` that are not arguments in lm-eval.
+
+    Raises:
+        ArgumentError: there is one; the message says what to do instead.
+    """
+    for name, instead in _ELSEWHERE.items():
+        if name in model_args:
+            raise ArgumentError(f"{name}={model_args[name]} is no argument of mtv in lm-eval; {instead}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import jinja2
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError, HookError
 from lmms_mtv.harness import record
-from lmms_mtv.harness.arguments import validate, with_text_restored
+from lmms_mtv.harness.arguments import SplitArguments, validate, with_text_restored
 from lmms_mtv.harness.lm.arguments import split_lm_eval_arguments
 from lmms_mtv.harness.lm.evaluation import Evaluation, current
 from lmms_mtv.harness.lm.runner import LmRunner
@@ -34,6 +37,7 @@ from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.runtime.environment import versions
+from lmms_mtv.runtime.memory import peak
 from lmms_mtv.runtime.threads import limit_threads
 from lmms_mtv.vectors import TaskVector
 
@@ -49,12 +53,26 @@ _CACHE_OWNER: Final = "lmms-mtv"
 A = TypeVar("A")
 
 
+@dataclass(frozen=True)
+class Cost:
+    """The cost of an evaluation.
+
+    Attributes:
+        seconds: time of the evaluation, in seconds.
+        bytes: peak memory in bytes; None if unknown.
+    """
+
+    seconds: float
+    bytes: int | None
+
+
 @register_model(NAME)
 class LmEvalMtv(HFLM):  # type: ignore[misc]
     """MTV and its controls on lm-eval's ``hf`` model. With ``method=none`` the model is ``hf`` itself.
 
     Attributes:
         records: the record of each task, by the name of the task.
+        costs: seconds and memory of the evaluation of each task, without the fit, by the name of the task.
         hf_arguments: the arguments of ``hf``.
 
     Args:
@@ -67,9 +85,9 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, evaluation: Evaluation | None = None, **model_args: Any) -> None:
-        self._arguments, method, settings, for_base = split_lm_eval_arguments(model_args)
-        validate(self._arguments)
-        self._plain = self._arguments.vector is None and method.name == "none"
+        parts = split_lm_eval_arguments(model_args)
+        validate(parts.plugin)
+        for_base = dict(parts.base)
         source, file = gguf.located(str(for_base["pretrained"]), for_base.get("gguf_file"))
         if file is not None:
             for_base |= {"pretrained": source, "gguf_file": file}
@@ -82,10 +100,17 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         check_attention(unwrapped(self.model))
         if (line := limit_threads(self.model)) is not None:
             logger.info(line)
+        self._configure(parts)
+
+    def _configure(self, parts: SplitArguments) -> None:
+        """Set everything that depends on the method and on the arguments of the plugin."""
+        self._arguments = parts.plugin
+        self._plain = parts.plugin.vector is None and parts.method.name == "none"
         self._edit: TaskVector | None = None
         self._expected: deque[Row] = deque()
         self._fitted: dict[tuple[str, int], tuple[LmPrompts, TaskVector]] = {}
         self.records: dict[str, TaskRecord | UneditedRecord] = {}
+        self.costs: dict[str, Cost] = {}
         if self._plain:
             return
         if self.backend != "causal":
@@ -93,10 +118,42 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
                 f"{self.pretrained} is an encoder-decoder model (backend={self.backend}), whose heads mtv does not "
                 "edit: use method=none"
             )
-        self._sites = find_sites(unwrapped(self.model), self._arguments.decoder)
+        self._sites = find_sites(unwrapped(self.model), parts.plugin.decoder)
         self._provider = TaskVectorProvider[LmPrompt](
-            self._arguments, method, settings, LmRunner(self, for_base), self._sites, logger
+            parts.plugin,
+            parts.method,
+            parts.settings,
+            LmRunner(self, self.hf_arguments),
+            self._sites,
+            logger,
         )
+
+    def arm(self, evaluation: Evaluation, model_args: Mapping[str, Any]) -> LmEvalMtv:
+        """Return the same loaded model in another evaluation, with other arguments of the plugin and of a method.
+
+        Args:
+            evaluation: the evaluation.
+            model_args: model arguments by name, without those of ``hf``.
+
+        Raises:
+            ArgumentError: an argument is unknown or wrong.
+        """
+        parts = split_lm_eval_arguments({"pretrained": self.hf_arguments["pretrained"], **model_args})
+        validate(parts.plugin)
+        arm = copy.copy(self)
+        arm._evaluation = evaluation
+        arm._configure(parts)
+        return arm
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name, revision and dtype of the loaded model, as in cells."""
+        runner = LmRunner(self, self.hf_arguments)
+        return {"name": runner.name, "revision": runner.revision, "dtype": runner.dtype}
+
+    def vector_of(self, task: str) -> TaskVector | None:
+        """Return the vector that a task was last evaluated with; None without one."""
+        return next((vector for (name, _), (_, vector) in reversed(self._fitted.items()) if name == task), None)
 
     @classmethod
     def create_from_arg_obj(
@@ -189,14 +246,28 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         if self._plain:
             for name in groups:
                 self.records[name] = UneditedRecord()
-            return answer(requests, disable_tqdm)
+            with self._watching(groups):
+                return answer(requests, disable_tqdm)
         self._refuse_ambiguous_cache(requests)
         answers: dict[int, A] = {}
         for name, indices in groups.items():
             own = [requests[index] for index in indices]
-            with self._editing(self._vector(name, own)):
+            with self._editing(self._vector(name, own)), self._watching([name]):
                 answers |= dict(zip(indices, answer(own, disable_tqdm), strict=True))
         return [answers[index] for index in range(len(requests))]
+
+    @contextmanager
+    def _watching(self, tasks: Iterable[str]) -> Iterator[None]:
+        """Measure the cost of the block. Tasks that are answered together, unedited, share the cost of all."""
+        began = time.perf_counter()
+        with peak(self.device) as memory:
+            yield
+        seconds = time.perf_counter() - began
+        for task in tasks:
+            before = self.costs.get(task, Cost(0.0, None))
+            self.costs[task] = Cost(
+                before.seconds + seconds, max(filter(None, (before.bytes, memory.bytes)), default=None)
+            )
 
     def _refuse_ambiguous_cache(self, requests: Sequence[Instance]) -> None:
         if self.cache_hook.dbdict is None:
