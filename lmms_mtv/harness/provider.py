@@ -21,6 +21,7 @@ from lmms_mtv.harness.training import Training
 from lmms_mtv.hooks import Sites
 from lmms_mtv.methods import Method
 from lmms_mtv.models.fitting import fit_with_card, prompt_digest
+from lmms_mtv.runtime import files
 from lmms_mtv.runtime.distributed import Ranks
 from lmms_mtv.runtime.environment import versions
 from lmms_mtv.vectors import HEADS, TaskVector, VectorCard
@@ -238,9 +239,13 @@ class TaskVectorProvider(Generic[P]):
             return "nothing to fit"
         if self._leads:
             # The library comes first: if the copy cannot be written, the fit is not lost.
-            self._library.add(vector)
-        if folder is not None and self._leads and record.unwritable(folder) is None:
-            return str(vector.save(record.vector_path(folder, vector)).relative_to(folder))
+            kept = self._library.add(vector)
+            if folder is not None and record.unwritable(folder) is None:
+                path = record.vector_path(folder, vector)
+                # The library may have the same edits with the seconds of an earlier fit.
+                if kept.read_bytes() != vector.content() or not files.link(kept, path):
+                    vector.save(path)
+                return str(path.relative_to(folder))
         return str(self._library.folder(vector.card))
 
     def _fit(self, prompts: Prompts[P], config: Any, recipe: VectorCard) -> tuple[TaskVector, list[str]]:

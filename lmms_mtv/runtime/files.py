@@ -87,6 +87,30 @@ def write(path: Path, content: bytes) -> None:
         raise
 
 
+def link(existing: Path, path: Path) -> bool:
+    """Give a file a second name, atomically, so that its content is on the disk once. Return whether that worked.
+
+    Args:
+        existing: path of the file.
+        path: the second path. A file there is replaced.
+
+    Returns:
+        False if the file system has no such links, or the paths are on different file systems; nothing has changed
+        then.
+    """
+    partial = temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(existing, partial, follow_symlinks=False)
+        os.replace(partial, path)
+    except OSError:
+        return False
+    finally:
+        # Renaming one name of a file to another name of the same file leaves both.
+        partial.unlink(missing_ok=True)
+    return True
+
+
 def temporary(path: Path) -> Path:
     """Return a hidden, unique path beside ``path``, for a file or folder that is renamed to ``path`` when complete."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")

@@ -277,6 +277,8 @@ def test_model_arguments_win_over_the_flags_defaults():
 def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):
     fitted = recorded(f"pretrained=tiny,{SHORT}", ["shapes_color_en"], limit=6)
     (path,) = tmp_path.rglob("vector.safetensors")
+    # The library and the results have one file, under two names.
+    assert path.samefile(Library().folder(TaskVector.load(path).card) / "vector.safetensors")
     loaded = recorded(f"pretrained=tiny,vector={path}", ["shapes_color_en"], limit=6)
     assert loaded["shapes_color_en"]["vector"] == fitted["shapes_color_en"]["vector"]
     assert loaded["shapes_color_en"]["source"] == str(path)

@@ -17,6 +17,7 @@ from lmms_mtv.experiments.report.table import Table
 _DARK: Final = ("#4ba3e3", "#f28a4b", "#35c79a", "#e3a0c6", "#f0b93a", "#8fd0f5", "#a8a8a8")
 
 _LONG: Final = ' class="long"'
+_WORDS: Final = ' class="words"'
 _LONGEST: Final = 44
 """The number of characters of a cell above which its text is broken into lines."""
 
@@ -40,6 +41,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { fon
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 td.long { text-align: left; white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
+table.words th, table.words td { text-align: left; white-space: normal; min-width: 0; overflow-wrap: break-word; }
+table.words tbody th { white-space: nowrap; }
 thead th { vertical-align: bottom; white-space: normal; } th:first-child { text-align: left; }
 p.notes, figcaption { color: var(--soft); font-size: 0.85rem; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2rem;
@@ -95,8 +98,9 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     notes = f'\n<p class="notes">{escape(" ".join(table.notes))}</p>' if table.notes else ""
+    aligned = _WORDS if table.words else ""
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(table.title)}">\n<table>\n'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(table.title)}">\n<table{aligned}>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>{notes}"
     )
 

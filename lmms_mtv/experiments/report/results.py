@@ -62,6 +62,11 @@ class Results:
         """Return the cells of an arm, or of an arm and a task, in the order of task and seed."""
         return [cell for cell in self._by_arm.get(arm, ()) if task in (None, cell.task)]
 
+    def devices(self, arm: str | None = None) -> list[str]:
+        """Return the devices that ran the cells of an arm, or all cells."""
+        cells = self.cells if arm is None else self.of(arm)
+        return sorted({str(cell.hardware["device"]) for cell in cells})
+
     @cached_property
     def _by_arm(self) -> dict[str, list[Cell]]:
         by_arm: dict[str, list[Cell]] = {}

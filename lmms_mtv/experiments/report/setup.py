@@ -37,7 +37,7 @@ def run(results: Results) -> Table:
         ["hardware", machines(results)],
         ["versions", versions(results)],
     ]
-    return Table("Run", ["what", "value"], rows)
+    return Table("Run", ["what", "value"], rows, words=True)
 
 
 def arms(results: Results) -> Table:
@@ -48,7 +48,7 @@ def arms(results: Results) -> Table:
         method, shots = _either(cell.method for cell in cells), _either(str(cell.shots) for cell in cells)
         settings = ", ".join(f"{name}={value}" for name, value in _changed(cells).items())
         rows.append([arm, method or MISSING, shots or MISSING, settings or NONE])
-    return Table("Arms", ["arm", "method", "shots", "settings that differ from the defaults"], rows)
+    return Table("Arms", ["arm", "method", "shots", "settings that differ from the defaults"], rows, words=True)
 
 
 def machines(results: Results) -> str:

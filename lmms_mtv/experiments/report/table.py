@@ -15,12 +15,14 @@ class Table:
         header: names of the columns.
         rows: the rows; the first column has the name of the row.
         notes: sentences below the table.
+        words: True if the cells are words and not numbers.
     """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = field(default=())
+    words: bool = False
 
     def markdown(self) -> str:
         """Return the table as Markdown, followed by a paragraph of the notes."""

@@ -290,8 +290,7 @@ def _bootstrap_note(results: Results) -> str:
 
 
 def _memory_notes(results: Results) -> list[str]:
-    devices = {cell.hardware["device"] for cell in results.cells}
-    notes = []
+    devices, notes = set(results.devices()), []
     if "cpu" in devices:
         notes.append("Memory on a CPU: resident memory of the process, weights and libraries included.")
     if devices - {"cpu"}:
@@ -300,5 +299,13 @@ def _memory_notes(results: Results) -> list[str]:
 
 
 def _hardware_notes(results: Results) -> list[str]:
-    """Return a note on the hardware and the versions; all of them if cells differ."""
-    return [f"{setup.machines(results)}; {setup.versions(results)}."]
+    """Return notes on the hardware and the versions: all of them if cells differ, and the arms that each device ran."""
+    notes = [f"{setup.machines(results)}; {setup.versions(results)}."]
+    arms: dict[str, list[str]] = {}
+    for arm in results.arms:
+        if results.of(arm):
+            arms.setdefault(" and ".join(results.devices(arm)), []).append(arm)
+    if len(arms) > 1:
+        listed = "; ".join(f"{devices}: {', '.join(names)}" for devices, names in arms.items())
+        notes.append(f"Seconds and memory of different devices do not compare. {listed}.")
+    return notes

@@ -498,4 +498,19 @@ def test_costs_far_apart_have_a_logarithmic_axis(tmp_path):
 def test_wide_tables_show_that_they_scroll(html):
     """By shadows at the sides that stay where they are, under covers that scroll with the table."""
     assert "background-attachment: local, local, scroll, scroll" in html
-    assert html.count('class="scroll"') == html.count("<table>")
+    assert html.count('class="scroll"') == html.count("<table")
+
+
+def test_costs_of_different_devices_are_kept_apart(tmp_path, found):
+    def moved(key, cell):
+        device = "NVIDIA H200" if key.arm == "MTV" else cell.hardware["device"]
+        return dataclasses.replace(cell, hardware={**cell.hardware, "device": device})
+
+    mixed = results.read(grids.write(tmp_path / "grid", grids.plan(**SMALL), moved))
+    warning = "Seconds and memory of different devices do not compare. cpu: zero-shot, 2-shot; NVIDIA H200: MTV."
+    for made, told in ((mixed, True), (found, False)):
+        for table in (tables.overview(made), tables.costs(made)):
+            assert (warning in table.notes) == told
+        (costs,) = (plot for plot in plots(made) if plot.name == "runtime")
+        lines = {row[0] for row in costs.table.rows}
+        assert lines == ({"in the prompt (cpu)", "MTV (NVIDIA H200)"} if told else {"in the prompt", "MTV"})

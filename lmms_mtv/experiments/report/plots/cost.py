@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from matplotlib.ticker import MaxNLocator
@@ -64,7 +64,8 @@ def _against_shots(
         return summary.mean(costs, len(results.expected(arm)))
 
     shots = {arm: float(cells[0].shots) for arm in results.arms if (cells := results.of(arm))}
-    lines = line.lines(results, shots, methods_by_arm(results), mean_of)
+    names = _with_devices(results, methods_by_arm(results))
+    lines = line.lines(results, shots, names, mean_of, _with_devices(results, {arm: arm for arm in shots}))
     if len(line.positions_in(lines)) < 2:
         return None
     figure, axes = layout.single(title)
@@ -85,3 +86,10 @@ def _against_shots(
     ]
     words = f"Line plot. {line.in_words(lines, 'shots', label)}"
     return Plot(name, title, caption, words, Table(title, ["method", "arm", "shots", label], rows), figure)
+
+
+def _with_devices(results: Results, names: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of arms, with the device of the arm if several devices ran the cells."""
+    if len(results.devices()) == 1:
+        return dict(names)
+    return {arm: f"{name} ({', '.join(results.devices(arm))})" for arm, name in names.items()}

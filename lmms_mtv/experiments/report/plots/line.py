@@ -26,7 +26,11 @@ Lines = Mapping[str, list[Point]]
 
 
 def lines(
-    results: Results, positions: Mapping[str, float], names: Mapping[str, str], mean_of: Callable[[str], Mean]
+    results: Results,
+    positions: Mapping[str, float],
+    names: Mapping[str, str],
+    mean_of: Callable[[str], Mean],
+    arm_names: Mapping[str, str] | None = None,
 ) -> Lines:
     """Return the lines through the arms that have a position.
 
@@ -37,6 +41,7 @@ def lines(
             this line becomes a line under the arm's name. A line through one arm has the arm's name too, and a name
             that is empty stays empty.
         mean_of: the function that returns the mean of an arm. Arms whose mean has no value are left out.
+        arm_names: the names of the arms in the plot; None for the names of the plan.
     """
     arms = [arm for arm in results.arms if arm in positions]
     occupied = [(names[arm], positions[arm]) for arm in arms]
@@ -47,7 +52,7 @@ def lines(
     for arm in arms:
         mean = mean_of(arm)
         if mean.value is not None:
-            name = arm if names[arm] in crowded else names[arm]
+            name = (arm_names or {}).get(arm, arm) if names[arm] in crowded else names[arm]
             points.setdefault(name, []).append(Point(positions[arm], mean, arm))
     return {name: sorted(line, key=lambda point: point.x) for name, line in points.items()}
 
