@@ -123,6 +123,8 @@ def show(arguments: argparse.Namespace) -> None:
         return
     rows = [("file", str(entry.path)), ("size", _size(entry.bytes)), *page.facts(vector)]
     rows += [(f"setting {name}", json.dumps(value)) for name, value in sorted(entry.card.config.items())]
+    if entry.card.prompt_text:
+        rows.append(("a prompt of the fit", json.dumps("".join(entry.card.prompt_text), ensure_ascii=False)))
     width = max(len(name) for name, _ in rows)
     _write("\n".join(f"{_plain(name):<{width}}  {_plain(value)}" for name, value in rows))
 
@@ -156,7 +158,12 @@ def collect(arguments: argparse.Namespace) -> None:
     if not found:
         _write(f"every vector in {library.root} is named by a result")
     elif not arguments.yes:
-        _write(f"{_listing(found)}\n{counted} are named by no result. Nothing is removed: pass --yes to remove them")
+        own = sum(not entry.card.split for entry in found)
+        from_python = f", {own} of them fitted in Python or combined, which no result can name" if own else ""
+        _write(
+            f"{_listing(found)}\n{counted} are named by no result{from_python}. Nothing is removed: pass --yes to "
+            "remove them"
+        )
     else:
         for entry in found:
             library.remove(entry)

@@ -20,7 +20,7 @@ from lmms_mtv.harness.record import TaskRecord
 from lmms_mtv.harness.training import Training
 from lmms_mtv.hooks import Sites
 from lmms_mtv.methods import Method
-from lmms_mtv.models.fitting import fit_with_card, prompt_digest
+from lmms_mtv.models.fitting import example_text, fit_with_card, prompt_digest
 from lmms_mtv.runtime import files
 from lmms_mtv.runtime.distributed import Ranks
 from lmms_mtv.runtime.environment import versions
@@ -160,9 +160,9 @@ class TaskVectorProvider(Generic[P]):
         card, task = vector.card, prompts.training.name
         if card.task == task and card.prompt and self._prompt_differs(card, prompts):
             self._logger.warning(
-                f"vector {vector.id} was fitted for {task} with other prompts (prompt_style, chat template, processor "
-                "settings, or training examples): pass the arguments of its fit, which `lmms-mtv library show "
-                f"{vector.id}` describes"
+                f"vector {vector.id} was fitted for {task} with prompts of another form (prompt_style, chat template, "
+                "or processor settings): pass the arguments of its fit; `lmms-mtv library show "
+                f"{self._arguments.vector}` shows a prompt of it"
             )
         if card.task != task:
             self._logger.warning(f"vector {vector.id} was fitted on task {card.task} and is used on {task}")
@@ -174,9 +174,19 @@ class TaskVectorProvider(Generic[P]):
         return record.task_record(vector, source, seed=seed, shots=shots, reused=True, declared={}, remarks=[])
 
     def _prompt_differs(self, card: VectorCard, prompts: Prompts[P]) -> bool:
-        """Return whether the prompts of a task are written otherwise than those of a vector; False if unknown."""
+        """Return whether the prompts of a task are written otherwise than those of a vector; False if unknown.
+
+        The digest of a prompt covers everything, and the words of the first training example too. So for a vector of
+        other examples only what stands around an answer is compared.
+        """
         try:
-            return len(prompts) > 0 and prompt_digest(self._model, prompts) != card.prompt
+            if len(prompts) == 0:
+                return False
+            if card.examples == prompts.digest():
+                return prompt_digest(self._model, prompts) != card.prompt
+            around = (card.prompt_text[1:2], card.prompt_text[3:])
+            parts = tuple(example_text(self._model, prompts))
+            return bool(card.prompt_text) and around != (parts[1:2], parts[3:])
         except DataError:
             # The training examples are not here; a vector can be used without them.
             return False
@@ -243,7 +253,7 @@ class TaskVectorProvider(Generic[P]):
             if folder is not None and record.unwritable(folder) is None:
                 path = record.vector_path(folder, vector)
                 # The library may have the same edits with the seconds of an earlier fit.
-                if kept.read_bytes() != vector.content() or not files.link(kept, path):
+                if VectorCard.load(kept) != vector.card or not files.link(kept, path):
                     vector.save(path)
                 return str(path.relative_to(folder))
         return str(self._library.folder(vector.card))

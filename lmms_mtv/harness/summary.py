@@ -24,8 +24,9 @@ def result_line(task: str, vector: TaskVector, record: TaskRecord, folder: Path 
     if not vector.edits:
         return f"{task}: {scored}{prompts}, without a vector"
     other = "" if vector.card.task == task else f" fitted on {vector.card.task}"
-    kept = Path(record.source) if folder is None else folder / record.source
+    # A vector of this run is in the folder; any other is where vector= says.
+    kept = record.source if folder is None or not (folder / record.source).exists() else folder / record.source
     return (
         f"{task}: {scored}{prompts}, with vector {vector.id} of {vector.card.method} ({vector.described()}){other}, "
-        f"kept as {kept}{reached(vector)}"
+        f"{'from' if record.reused else 'kept as'} {kept}{reached(vector)}"
     )

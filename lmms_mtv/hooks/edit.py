@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmms_mtv.errors import DiscoveryError, GeometryError, HookError, NumericsError
+from lmms_mtv.errors import ArgumentError, DiscoveryError, GeometryError, HookError, NumericsError
 from lmms_mtv.hooks.gates import Gates
 from lmms_mtv.hooks.generation import token_by_token
 from lmms_mtv.hooks.positions import Positions
@@ -161,10 +161,18 @@ def applied(
         The numbers of runs of the edits.
 
     Raises:
+        ArgumentError: ``target`` or ``vector`` has another type.
         GeometryError: the vector does not fit the sites.
         DiscoveryError: the model has no modules for one of the streams.
         HookError: a forward cannot be edited exactly, or the model ran without the edit.
     """
+    if not isinstance(target, nn.Module | Sites):
+        raise ArgumentError(f"the model is {type(target).__name__}: pass a loaded model, or its sites")
+    if not isinstance(vector, TaskVector | Mapping | Edit):
+        raise ArgumentError(
+            f"the vector is {type(vector).__name__}, expected a TaskVector, an Edit, or edits by stream: "
+            "lmms_mtv.stacked([...]) gives each row of a batch a vector"
+        )
     sites = target if isinstance(target, Sites) else find_sites(target)
     if isinstance(vector, TaskVector):
         vector.check(sites.geometry)
@@ -246,7 +254,10 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
             return None
         rows, length = x.shape[:2]
         if batch not in (None, rows):
-            raise HookError(f"an edit of {batch} rows met a batch of {rows} rows")
+            raise HookError(
+                f"an edit of {batch} rows met a batch of {rows} rows: stack one vector for each row (with num_beams or "
+                "num_return_sequences, each vector that many times)"
+            )
         if alike and (edit.everywhere or length == 1):
             edited = mixed(x)
         elif edit.everywhere or length == 1:

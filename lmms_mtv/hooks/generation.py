@@ -35,11 +35,19 @@ def token_by_token(sites: Sites, tail: int | Tensor = 1) -> Iterator[None]:
     to_model, to_decoder = naming(sites.model), naming(sites.decoder)
     # The tokens of the last forward that was called with use_cache=False.
     uncached: list[Tensor] = []
-    prompted = False
+    prompted = seen = False
 
     def entered(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        nonlocal seen
         given = to_model(args, kwargs)
-        tokens = _tokens(given)
+        tokens, goes_on = _tokens(given), cached_tokens(given_cache(given)) > 0
+        # Once for each prompt: the answer has to wait for a GPU.
+        if goes_on and not seen and _padded_inside(given):
+            raise HookError(
+                "the model generates after prompts that are padded on the right, so that the first new token follows "
+                "padding: pad on the left (tokenizer.padding_side='left')"
+            )
+        seen = goes_on
         if given.get("use_cache") is not False or tokens is None:
             uncached.clear()
             return
@@ -65,6 +73,14 @@ def token_by_token(sites: Sites, tail: int | Tensor = 1) -> Iterator[None]:
 
     with before(sites.model, entered), before(sites.decoder, begins):
         yield
+
+
+def _padded_inside(inputs: Mapping[str, Any]) -> bool:
+    """Return whether a row has padding between real tokens."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return False
+    return bool((mask[:, 1:] < mask[:, :-1]).any())
 
 
 def _tokens(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -14,6 +14,7 @@ import torch
 
 from lmms_mtv.fit.examples import Episode, Examples
 from lmms_mtv.fit.session import FitSession
+from lmms_mtv.hooks.fingerprint import fingerprint
 from lmms_mtv.methods import Method
 from lmms_mtv.models.trial import AnsweringRunner, doubts, run_trial
 from lmms_mtv.runtime.environment import versions
@@ -90,7 +91,8 @@ def fit_with_card(
         memory=memory.bytes,
         replay=session.replay,
         used=session.used,
-        prompt_text=tuple(runner.text_parts(_example(examples))) if method.settings() else (),
+        weights=fingerprint(session.sites),
+        prompt_text=tuple(example_text(runner, examples)) if method.settings() else (),
     )
     trial = run_trial(session, runner, session.sites, examples, fitted.edits, stops)
     vector = TaskVector(dict(fitted.edits), dataclasses.replace(card, accuracy=trial.accuracy))
@@ -102,13 +104,18 @@ def fit_with_card(
 def prompt_digest(runner: DescribedRunner[P], examples: Examples[P]) -> str:
     """Return the SHA-256 of one prompt with its target, which changes with everything that shapes a prompt."""
     example = _example(examples)
-    parts: list[Any] = runner.text_parts(example)
+    parts: list[Any] = list(runner.text_parts(example))
     if recipe := dict(runner.recipe):
         parts.append(recipe)
     if lead := runner.lead_ids(example):
         # loss=first once ended at the leading blanks: its older vectors differ.
         parts.append({"lead": lead})
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def example_text(runner: DescribedRunner[P], examples: Examples[P]) -> list[str]:
+    """Return the text of one prompt with its target, in the parts of :meth:`DescribedRunner.text_parts`."""
+    return runner.text_parts(_example(examples))
 
 
 def _example(examples: Examples[P]) -> P:

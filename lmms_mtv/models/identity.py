@@ -14,9 +14,8 @@ from transformers.utils import cached_file
 
 from lmms_mtv.data.official import checksum
 from lmms_mtv.models import gguf
-
-LOCAL: Final = "local/"
-"""Beginning of the name of a model that is a folder. The digest of the model follows."""
+from lmms_mtv.shapes import CHECKPOINT
+from lmms_mtv.vectors.card import BUNDLED, LOCAL
 
 _WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTERS: Final = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
@@ -57,6 +56,8 @@ def identity(source: str, commit: str | None, gguf_file: str | None = None) -> I
     """
     if gguf_file is None:
         revision = revision_of(source, commit)
+        if Path(source).is_dir() and Path(source).resolve() == CHECKPOINT.resolve():
+            return Identity(BUNDLED, revision, None)
         return Identity(name_of(source, revision), revision, text_files_of(source))
     local = Path(source).is_dir()
     path = Path(source, gguf_file) if local else cached_file(source, gguf_file, revision=commit)

@@ -20,6 +20,12 @@ logger = logging.getLogger(__name__)
 SCHEMA: Final = 1
 """Version of the card's fields."""
 
+LOCAL: Final = "local/"
+"""Beginning of the name of a model that is a folder. The digest of the model follows."""
+
+BUNDLED: Final = "lmms-mtv/tiny"
+"""Name of the bundled model."""
+
 Geometry = tuple[tuple[int, str, int, int], ...]
 """Index of the block, name of the module, number of heads and size of a head, for each site."""
 
@@ -58,6 +64,7 @@ class VectorCard:
         prompt_text: one prompt of the fit in parts: the text before the target, the delimiter before the target, the
             target, and the text after the target. Empty in vectors of older versions.
         used: number of different training examples that the fit drew; None if unknown.
+        weights: :func:`~lmms_mtv.hooks.fingerprint.fingerprint` of the model's weights; None if unknown.
         schema: version of the fields.
     """
 
@@ -83,10 +90,11 @@ class VectorCard:
     accuracy: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt_text: Sequence[str] = ()
     used: int | None = None
+    weights: str | None = None
     schema: int = SCHEMA
 
     _MADE = ("versions", "losses", "seconds", "stages", "memory", "replay", "accuracy")
-    _OUTCOME = (*_MADE, "prompt_text", "used", "schema")
+    _OUTCOME = (*_MADE, "prompt_text", "used", "weights", "schema")
 
     @property
     def id(self) -> str:
@@ -141,6 +149,8 @@ class VectorCard:
                 raise TypeError(f"replay is {type(card.replay).__name__}, not text")
             if not isinstance(card.used, int | None):
                 raise TypeError(f"used is {type(card.used).__name__}, not a number")
+            if not isinstance(card.weights, str | None):
+                raise TypeError(f"weights is {type(card.weights).__name__}, not text")
             for name in ("shots", "seed", "schema"):
                 values[name] = int(getattr(card, name))
             for name in ("config", "versions"):

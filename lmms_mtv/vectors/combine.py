@@ -90,6 +90,10 @@ def stacked(vectors: Sequence[TaskVector | None]) -> Edits:
         ArgumentError: there is no vector.
     """
     present = [vector for vector in vectors if vector is not None]
+    if other := [vector for vector in present if not isinstance(vector, TaskVector)]:
+        raise ArgumentError(
+            f"a row is {type(other[0]).__name__}, expected a TaskVector or None: TaskVector.load reads one"
+        )
     if not present:
         raise ArgumentError("no vectors to stack: give a vector for at least one row")
     if len({vector.card.geometry for vector in present}) > 1:
@@ -118,7 +122,9 @@ def _rows(edits: Sequence[Edit | None]) -> Edit:
 def _card(vectors: Sequence[TaskVector], shares: Sequence[float], task: str) -> VectorCard:
     """Return the card of a combination, after a check that the vectors can be combined."""
     cards = [vector.card for vector in vectors]
-    for name in ("model", "revision", "dtype", "geometry"):
+    # The same weights under another name are the same model.
+    weights = ("revision",) if cards[0].revision is not None else ("model", "revision")
+    for name in (*weights, "dtype", "geometry"):
         if len(values := {getattr(card, name) for card in cards}) > 1:
             listed = "" if name == "geometry" else f" ({', '.join(sorted(map(repr, values)))})"
             raise GeometryError(f"vectors that differ in {name}{listed} cannot be combined")
@@ -143,6 +149,7 @@ def _card(vectors: Sequence[TaskVector], shares: Sequence[float], task: str) -> 
         config={},
         parents=dict(zip([card.id for card in cards], shares, strict=True)),
         versions=dict(sorted(set.intersection(*versions))),
+        weights=_agreed(cards, "weights", None),
     )
 
 

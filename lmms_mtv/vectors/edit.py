@@ -34,7 +34,7 @@ STREAMS: Final = (HEADS, ATTENTION, MLP, RESIDUAL)
 """The streams that can be edited, which are the names of the edits in :attr:`TaskVector.edits`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Edit:
     """The change ``x' = keep * x + gain * value`` of the heads of all layers, or of another stream of all layers.
 

@@ -24,12 +24,13 @@ _GATE: Final = "gate"
 _FLAGS: Final = ("everywhere", "once", "renormed")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TaskVector:
     """Edits by stream, and the card with their origin.
 
     ``vector * 0.5`` moves activations half as far, and ``a + b`` moves them by both changes; see
-    :func:`~lmms_mtv.vectors.combine.summed`.
+    :func:`~lmms_mtv.vectors.combine.summed`. Two vectors are equal only if they are the same object: compare
+    :attr:`id` and :attr:`checksum`.
 
     Attributes:
         edits: an :class:`Edit` for each edited stream of :data:`STREAMS`; empty for the method ``none``.
@@ -80,15 +81,36 @@ class TaskVector:
         tasks = dict.fromkeys((self.card.task, other.card.task))
         return summed([self, other], [1.0, 1.0], task=" + ".join(tasks))
 
+    def __radd__(self, other: object) -> TaskVector:
+        """Return the vector itself for 0, with which ``sum`` begins."""
+        return self if other == 0 else NotImplemented
+
+    def __neg__(self) -> TaskVector:
+        return self * -1.0
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self + -1.0 * other
+
+    def __truediv__(self, divisor: float) -> TaskVector:
+        return self * (1 / divisor)
+
     def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Return the context in which every forward of ``model`` is edited: :func:`lmms_mtv.applied`.
+        """Return a context in which every forward of ``model`` is edited, as in :func:`lmms_mtv.applied`.
+
+        The context can be entered several times. If the weights of the model are not those of the fit, the log gets a
+        warning: the values of the vector are those of another model then.
 
         Args:
             model: the model that the vector was fitted for.
-        """
-        from lmms_mtv.hooks import applied
 
-        return applied(model, self)
+        Raises:
+            ArgumentError: ``model`` is no module.
+            DiscoveryError: the attention heads of the model are not found.
+            GeometryError: the vector does not fit the model.
+        """
+        from lmms_mtv.hooks.application import Application
+
+        return Application(model, self)
 
     def described(self) -> str:
         """Return a description of the edited parts: ``15 of 32 heads``, ``residual of 1 of 4 layers``."""
@@ -186,8 +208,12 @@ class TaskVector:
             return hub.pushed(self.save(Path(folder, "vector.safetensors")), repository, private=private)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> TaskVector:
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> TaskVector:
         """Return a vector from a file or folder, or else from the repository ``owner/name`` of the Hugging Face hub.
+
+        Args:
+            source: the file, the folder or the repository.
+            revision: a branch, tag or commit of the repository; None for the newest.
 
         Raises:
             ArgumentError: ``source`` is neither a path nor a name of a repository.
@@ -196,16 +222,22 @@ class TaskVector:
         """
         from lmms_mtv.vectors.library import hub
 
-        return cls.load(source) if Path(source).exists() else hub.pulled(str(source))
+        if Path(source).exists():
+            return cls.load(source)
+        return hub.pulled(f"{source}" if revision is None else f"{source}@{revision}")
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], *, library: str | os.PathLike[str] | None = None) -> TaskVector:
+    def load(
+        cls, source: str | os.PathLike[str], *, library: str | os.PathLike[str] | None = None, **criteria: Any
+    ) -> TaskVector:
         """Return the vector that a reference names.
 
         Args:
             source: a file written by :meth:`save` or its folder; or as text four or more digits of an id,
                 ``task/method``, or ``hub:owner/name``.
             library: the folder of the library with the ids; None for the default folder.
+            criteria: ``model``, ``seed``, ``shots`` or ``latest=True``, which choose among several vectors of
+                ``task/method``; see :meth:`Library.resolve`.
 
         Raises:
             VectorFileError: the file does not exist, is a link, is too large, is no task vector, or is not intact.
@@ -216,7 +248,7 @@ class TaskVector:
 
         path = reference.file(os.fspath(source))
         if path is None and isinstance(source, str):
-            return cls._read(Library(None if library is None else Path(library)).resolve(source).path)
+            return cls._read(Library(None if library is None else Path(library)).resolve(source, **criteria).path)
         return cls._read(path or Path(source))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -224,10 +225,19 @@ def test_a_vector_under_other_prompts_is_a_warning(recorded, tmp_path):
         recorded(f"pretrained=tiny,vector={path}", ["shapes_color_en"], limit=1)
     with logged() as other:
         recorded(f"pretrained=tiny,vector={path},prompt_style=chat", ["shapes_color_en"], limit=1)
-    assert not [line for line in same if "with other prompts" in line]
-    (line,) = [line for line in other if "with other prompts" in line]
+    assert not [line for line in same if "with prompts of another form" in line]
+    (line,) = [line for line in other if "with prompts of another form" in line]
     assert card.id in line
     assert "prompt_style" in line
+    # Other examples have other words, which is no other form.
+    fitted = TaskVector.load(path)
+    for ending, told in (("\n", False), ("<end_of_turn>", True)):
+        text = (*card.prompt_text[:3], ending)
+        elsewhere = dataclasses.replace(card, examples="e" * 64, prompt="p" * 64, prompt_text=text)
+        moved = TaskVector(fitted.edits, elsewhere).save(tmp_path / "moved.safetensors")
+        with logged() as said:
+            recorded(f"pretrained=tiny,vector={moved}", ["shapes_color_en"], limit=1)
+        assert any("prompts of another form" in line for line in said) == told
 
 
 def answers(results: dict) -> dict:
@@ -274,7 +284,8 @@ def test_model_arguments_win_over_the_flags_defaults():
 
 
 @pytest.mark.slow
-def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path):
+def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LMMS_MTV_LIBRARY", str(tmp_path_factory.mktemp("library")))
     fitted = recorded(f"pretrained=tiny,{SHORT}", ["shapes_color_en"], limit=6)
     (path,) = tmp_path.rglob("vector.safetensors")
     # The library and the results have one file, under two names.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from lmms_eval.tasks import get_task_dict
@@ -9,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_mtv import TaskVector, applied, fit_vector, stacked
-from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv.errors import ArgumentError, DataError, HookError
 from lmms_mtv.models.examples import ExampleList
 from lmms_mtv.shapes import CHECKPOINT
 from lmms_mtv.vectors.library import Library
@@ -54,6 +56,8 @@ def test_a_vector_is_that_of_the_harness_to_the_last_bit(loaded, examples, metho
     assert vector.card.losses == expected.card.losses
     assert vector.card.accuracy == expected.card.accuracy
     assert vector.card.prompt == expected.card.prompt
+    assert (vector.card.model, vector.card.revision) == (expected.card.model, expected.card.revision)
+    assert vector.card.weights == expected.card.weights is not None
 
 
 def test_rows_of_a_dataset_and_files_are_the_same_examples(loaded, examples, tmp_path):
@@ -141,6 +145,8 @@ class TestUse:
         assert torch.equal(logits((vector * 1).apply(loaded[0])), logits(vector.apply(loaded[0])))
         assert (vector * 0.5).card.parents == {vector.id: 0.5}
         assert len({vector.id, (vector * 0.5).id, (vector * 0.25).id}) == 3
+        assert (vector / 2).id == (0.5 * vector).id
+        assert (-vector).card.parents == {vector.id: -1.0}
 
     def test_a_sum_moves_by_both_changes(self, vector, other):
         x = torch.randn(vector.edits["heads"].value.shape, generator=torch.Generator().manual_seed(0))
@@ -150,6 +156,8 @@ class TestUse:
             return (edit.keep[..., None] - 1) * x + edit.gain[..., None] * edit.value
 
         torch.testing.assert_close(change(vector + other), change(vector) + change(other))
+        torch.testing.assert_close(change(vector - other), change(vector) - change(other))
+        assert sum([vector, other]).id == (vector + other).id
         mean = 0.5 * vector + 0.5 * other
         torch.testing.assert_close(change(mean), (change(vector) + change(other)) / 2)
         with pytest.raises(ArgumentError, match="given twice"):
@@ -161,6 +169,55 @@ class TestUse:
             torch.testing.assert_close(rows[row], logits(context)[row], rtol=1e-5, atol=1e-5)
         with pytest.raises(ArgumentError, match="at least one row"):
             stacked([None, None])
+        with pytest.raises(ArgumentError, match=r"a row is str, expected a TaskVector or None"):
+            stacked(["colors/mtv", vector])  # type: ignore[list-item]
+        with pytest.raises(
+            HookError, match=r"2 rows met a batch of 3 rows: stack one vector for each row \(with num_beams"
+        ):
+            logits(applied(loaded[0], stacked([vector, None])))
+
+    def test_a_context_can_be_entered_again(self, loaded, vector, logits):
+        context = vector.apply(loaded[0])
+        assert torch.equal(logits(context), logits(context))
+        with context:
+            once = logits()
+        assert torch.equal(once, logits(context))
+        assert not any(module._forward_pre_hooks for module in loaded[0].modules())
+
+    @pytest.mark.parametrize("wrong", ["tiny", None])
+    def test_what_is_no_model_or_no_vector_is_one_line(self, loaded, vector, wrong):
+        with pytest.raises(ArgumentError, match=r"the model is (str|NoneType): pass a loaded model"):
+            vector.apply(wrong)
+        for no_vector in (wrong, [vector, None]):
+            with pytest.raises(ArgumentError, match=r"expected a TaskVector.*stacked"), applied(loaded[0], no_vector):
+                pass
+
+    def test_other_weights_are_told(self, loaded, vector, caplog):
+        model = loaded[0]
+        vector.apply(model)
+        vector.apply(copy.deepcopy(model).to(torch.bfloat16))
+        assert not caplog.records
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, weight in other.named_parameters():
+                if "o_proj" in name:
+                    weight.mul_(1.5)
+        vector.apply(other)
+        assert "was fitted for other weights (lmms-mtv/tiny, revision sha256:" in caplog.text
+
+    def test_prompts_padded_on_the_right_do_not_generate(self, loaded, vector):
+        model, processor = loaded
+        pictures = [[Image.new("RGB", (128, 128), color)] for color in ("red", "blue")]
+        texts = ["<image>What is it? Answer:", "<image>What color is it? What is it? Answer:"]
+
+        def answers(side: str) -> torch.Tensor:
+            inputs = processor(text=texts, images=pictures, padding=True, padding_side=side, return_tensors="pt")
+            with vector.apply(model):
+                return model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)[:, -3:]
+
+        assert answers("left").shape == (2, 3)
+        with pytest.raises(HookError, match=r"padded on the right.*tokenizer\.padding_side='left'"):
+            answers("right")
 
     def test_it_is_shown_in_a_few_lines(self, vector):
         shown = repr(vector)
@@ -168,7 +225,7 @@ class TestUse:
         assert len(shown) < 400
         assert all(part in shown for part in (vector.id, TASK, vector.described()))
 
-    def test_it_is_loaded_by_whatever_names_it(self, vector, tmp_path):
+    def test_it_is_loaded_by_whatever_names_it(self, vector, other, tmp_path):
         library = Library(tmp_path / "library")
         folder = library.add(vector)
         for name in (vector.id, vector.id[:8], f"{TASK}/mtv"):
@@ -177,6 +234,10 @@ class TestUse:
         for place in (path, str(path), tmp_path, str(tmp_path), TaskVector.load(path).save(tmp_path / "b.safetensors")):
             assert TaskVector.load(place).checksum == vector.checksum
         assert TaskVector.from_pretrained(tmp_path).id == vector.id
+        library.add(other)
+        with pytest.raises(ArgumentError, match="give seed or an id"):
+            TaskVector.load(f"{TASK}/mtv", library=library.root)
+        assert TaskVector.load(f"{TASK}/mtv", library=library.root, seed=1).id == other.id
         with pytest.raises(ArgumentError, match="no vector 'shapes_color_es/live' in the library"):
             TaskVector.load(f"{TASK}/live", library=library.root)
         assert folder.exists()

@@ -114,8 +114,7 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
         if self._run is not None and isinstance(results, dict):
             finished = finish(self._run, results, self.vectors, None if self._path is None else self._path.parent)
             self._run = None
-            self._write(finished)
-            if self._path is not None:
+            if self._write(finished):
                 logger.info(f"methods, vectors, heads and settings: {self._path}")
         return self._rows
 
@@ -226,15 +225,17 @@ class LmmsEvalMtv(lmms):  # type: ignore[misc]
             self._path = stem.with_name(f"{stem.name}_mtv.json")
         self._write(self._run)
 
-    def _write(self, run: RunRecord) -> None:
-        """Write the record of the run to its file, if there is one."""
+    def _write(self, run: RunRecord) -> bool:
+        """Write the record of the run to its file, if there is one, and return whether the record is there."""
         if self._path is None:
-            return
+            return False
         try:
             run.write(self._path)
+            return True
         except OSError as error:
             # The answers exist, and the harness still shows their scores.
             logger.error(f"the record of this run is not written ({error}): choose another --output_path")
+            return False
 
     def _folder(self, output: str) -> Path:
         """Return the folder into which the harness writes the results of this run."""

@@ -39,7 +39,8 @@ def _told_apart(group: Sequence[Entry]) -> list[tuple[Entry, str]]:
 
 def _recipe(card: VectorCard) -> dict[str, str]:
     """Return the settings and fields as short texts. Settings that are None do not count, as in an id."""
-    fields = {name: getattr(card, name) for name in _FIELDS} | {"parents": list(card.parents)}
+    parents = " + ".join(f"{weight:g} * {parent[:4]}" for parent, weight in card.parents.items())
+    fields = {name: getattr(card, name) for name in _FIELDS} | {"parents": parents}
     values = dict(card.config) | {name: value for name, value in fields.items() if value}
     return {name: _short(value) for name, value in values.items() if value is not None}
 

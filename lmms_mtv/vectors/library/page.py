@@ -8,6 +8,7 @@ import shlex
 from typing import Final
 
 from lmms_mtv.vectors import HEADS, Edit, TaskVector, VectorCard
+from lmms_mtv.vectors.card import BUNDLED, LOCAL
 
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -22,7 +23,9 @@ def of(vector: TaskVector, repository: str | None = None) -> str:
     card = vector.card
     wanted = f"hub:{repository}" if repository else card.id
     # Quoted, since anyone may have written the card, and readers copy the line into a shell.
-    arguments, task = shlex.quote(_line(f"pretrained={card.model},vector={wanted}")), shlex.quote(_line(card.task))
+    arguments = shlex.quote(_line(f"pretrained={_loaded(card)},vector={wanted}"))
+    # A vector that was fitted in Python has no task of a harness.
+    task = shlex.quote(_line(card.task)) if card.split else "TASK"
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts(vector))
     heads = set(vector.edits) <= {HEADS} and not any(edit.gate is not None for edit in vector.edits.values())
     what = "Activations that stand at some attention heads" if heads else "Changes of the hidden states"
@@ -39,15 +42,20 @@ lmms-eval --model mtv --model_args {arguments} --tasks {task}
 ```
 
 ```python
+from transformers import AutoModelForImageTextToText, AutoProcessor  # a text model: AutoModelForCausalLM, AutoTokenizer
+
 from lmms_mtv import TaskVector
 
+model = AutoModelForImageTextToText.from_pretrained({_source(card)}, dtype={json.dumps(_line(card.dtype))})
+processor = AutoProcessor.from_pretrained({_source(card)})
 vector = TaskVector.from_pretrained({json.dumps(_line(named))})
-with vector.apply(model):  # the model of transformers that the table names
-    ...
+inputs = processor(text=prompt, images=images, return_tensors="pt")  # a prompt as below, without the demonstration
+with vector.apply(model):
+    output = model.generate(**inputs)
 ```
 
-`pip install lmms-mtv` installs both ([documentation](https://github.com/lmms-mtv/lmms-mtv)). The licences of the model
-and of the training data hold for the vector too.
+`pip install git+https://github.com/lmms-mtv/lmms-mtv` installs lmms-mtv.{_unnamed(card)} The licences of the
+model and of the training data hold for the vector too.
 
 | | |
 |---|---|
@@ -63,6 +71,25 @@ and of the training data hold for the vector too.
 """
 
 
+def _loaded(card: VectorCard) -> str:
+    """Return the value of ``pretrained=`` that loads the model of a vector."""
+    if card.model == BUNDLED:
+        return "tiny"
+    return "FOLDER" if card.model.startswith(LOCAL) else card.model
+
+
+def _source(card: VectorCard) -> str:
+    """Return the expression in Python that names the model of a vector."""
+    return "lmms_mtv.shapes.CHECKPOINT" if card.model == BUNDLED else json.dumps(_line(_loaded(card)))
+
+
+def _unnamed(card: VectorCard) -> str:
+    """Return a sentence about a model that has no name by which others can load it."""
+    if not card.model.startswith(LOCAL):
+        return ""
+    return f" `FOLDER` is your folder of the model, with the weights of revision {_code(card.revision or 'unknown')}."
+
+
 def _prompt(card: VectorCard) -> str:
     """Return a prompt of the fit as a code block, so that others can write the same; empty if the card has none."""
     if not card.prompt_text:
@@ -71,7 +98,8 @@ def _prompt(card: VectorCard) -> str:
     shown = "".join((before, delimiter, target, *after))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
     marks = json.dumps([delimiter, target, "".join(after)], ensure_ascii=False)
-    return f"""A prompt of the fit, with one demonstration. Delimiter, answer and end of the query: `{_line(marks)}`.
+    return f"""A prompt of the fit: one demonstration, then a query with its answer. Delimiter, answer and end of the
+query: `{_line(marks)}`.
 
 {fence}text
 {shown.replace(chr(0), "")}
@@ -108,7 +136,7 @@ def facts(vector: TaskVector) -> list[tuple[str, str]]:
 def _metadata(card: VectorCard) -> str:
     """Return the YAML front matter. JSON texts in it are YAML texts too."""
     lines = ["library_name: lmms-mtv"]
-    if _REPOSITORY.fullmatch(card.model):
+    if _REPOSITORY.fullmatch(card.model) and card.model != BUNDLED and not card.model.startswith(LOCAL):
         lines.append(f"base_model: {json.dumps(card.model)}")
     lines += ["tags:", "- task-vector", "- multimodal-task-vectors", f"- {json.dumps(card.method)}"]
     return "\n".join(("---", *lines, "---"))

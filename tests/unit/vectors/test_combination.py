@@ -112,7 +112,6 @@ def test_a_card_without_parents_has_the_id_it_always_had():
 @pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
-        ({"model": "other/model"}, GeometryError, "differ in model .'other/model', 'some/model'"),
         ({"revision": None}, GeometryError, "differ in revision .'abc', None"),
         ({"dtype": "float16"}, GeometryError, "differ in dtype"),
         ({"geometry": ((0, "x", 2, 4), (1, "y", 2, 4))}, GeometryError, "differ in geometry"),
@@ -124,6 +123,14 @@ def test_a_card_without_parents_has_the_id_it_always_had():
 def test_vectors_that_do_not_belong_together_are_refused(changes, kind, said):
     with pytest.raises(kind, match=said):
         combined([vector(), vector(**{"seed": 1} | changes)], task="mixed")
+
+
+def test_the_same_weights_under_another_name_are_the_same_model():
+    made = [vector(), vector(seed=1, model="local/elsewhere")]
+    assert combined(made, task="mixed").card.model == "some/model"
+    unknown = [vector(revision=None), vector(seed=1, revision=None, model="local/elsewhere")]
+    with pytest.raises(GeometryError, match=r"differ in model .'local/elsewhere', 'some/model'"):
+        combined(unknown, task="mixed")
 
 
 def test_other_streams_and_no_edits_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import huggingface_hub
 import pytest
@@ -13,6 +14,7 @@ from lmms_mtv import Edit, Library, TaskVector, applied, find_sites
 from lmms_mtv.errors import ArgumentError, HubError, LibraryError, MtvError, VectorFileError
 from lmms_mtv.runtime import files
 from lmms_mtv.vectors.library import hub as hub_of_vectors
+from lmms_mtv.vectors.library import page
 from lmms_mtv.vectors.library.place import FILE, PAGE
 from support import fake_hub, zoo
 from support.vectors import card, vector
@@ -106,6 +108,24 @@ def test_a_push_is_one_commit_with_a_page_of_the_hub(hub, tmp_path):
     assert len(repository.commits) == 2
 
 
+@pytest.mark.parametrize(
+    ("model", "split", "said", "base"),
+    [
+        ("some/model", "train", "pretrained=some/model,vector=hub:owner/name --tasks task", True),
+        ("some/model", "", "pretrained=some/model,vector=hub:owner/name --tasks TASK", True),
+        ("lmms-mtv/tiny", "train", "pretrained=tiny,vector=hub:owner/name --tasks task", False),
+        ("local/4af64c71", "train", "pretrained=FOLDER,vector=hub:owner/name --tasks task", False),
+    ],
+)
+def test_the_page_has_only_what_others_can_run(model, split, said, base):
+    text = page.of(vector(model=model, split=split), "owner/name")
+    assert said in text
+    assert ("base_model" in text) == base
+    assert ("FOLDER` is your folder of the model" in text) == model.startswith("local/")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, "page", "exec")
+
+
 def test_a_revision_is_pulled_by_its_name(hub, library):
     first = offered(hub, {FILE: vector(seed=1).content()}).commits.keys()
     (oid,) = list(first)
@@ -113,6 +133,8 @@ def test_a_revision_is_pulled_by_its_name(hub, library):
     assert library.pull(f"owner/name@{oid}").card.seed == 1
     assert library.resolve("hub:owner/name").card.seed == 2
     assert library.resolve(f"hub:owner/name@{oid}").card.seed == 1
+    assert TaskVector.from_pretrained("owner/name", revision=oid).card.seed == 1
+    assert TaskVector.from_pretrained("owner/name").card.seed == 2
     with pytest.raises(HubError, match=r"has no such revision: check what follows the @"):
         library.pull("owner/name@nowhere")
 

@@ -85,8 +85,6 @@ def load(config: HfConfig) -> HfCheckpoint:
     # A branch or a tag can move; a commit cannot.
     known = identity(source, getattr(settings, "_commit_hash", None), file)
     known = known._replace(revision=known.revision or config.revision)
-    if config.pretrained == TINY:
-        known = known._replace(name="lmms-mtv/tiny", text_files=None)
     return HfCheckpoint(
         model=model.eval(),
         processor=processor,
