@@ -451,7 +451,10 @@ class TestBadInput:
         self.refused(ArgumentError, "base=openai.*cannot be edited.*Use base=hf", "pretrained=tiny,base=openai")
 
     def test_unknown_model(self):
-        self.refused(ArgumentError, "pretrained=no/such-model cannot be loaded", "pretrained=no/such-model")
+        self.refused(
+            ArgumentError, "pretrained=no/such-model cannot be loaded: (?!Did you)", "pretrained=no/such-model"
+        )
+        self.refused(ArgumentError, "pretrained=tinyy cannot be loaded: Did you mean 'tiny'", "pretrained=tinyy")
 
     @pytest.mark.parametrize(
         ("wrong", "named"),
