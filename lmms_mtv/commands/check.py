@@ -57,8 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
     if differences:
         sys.stdout.write(check.table(differences) + "\n")
         raise ResultsError(f"{arguments.results}: {len(differences)} differences, see the table above")
-    tables = ", ".join(map(str, pages)) or "no page has tables of these results"
-    again = f", {len(cell_keys)} run again and the same within {dict(stored_plan.tolerance)}" if cell_keys else ""
+    score, values = (stored_plan.tolerance.get(name, 0.0) for name in ("score", "values"))
+    limits = f"scores within {score:g}, values of vectors within {values:g} of the largest value"
+    again = f", {len(cell_keys)} run again and the same ({limits})" if cell_keys else ""
+    tables = f"the tables in {', '.join(map(str, pages))} match them" if pages else "no README.md has tables of them"
     sys.stdout.write(
-        f"{arguments.results}: {len(stored_plan.cell_keys())} cells as they were measured{again}; tables: {tables}\n"
+        f"{arguments.results}: {len(stored_plan.cell_keys())} cells as they were measured{again}; {tables}\n"
     )

@@ -91,6 +91,10 @@ def run(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if output is None:
         if arguments.plan is None or not arguments.plan.is_dir():
+            if arguments.plan is not None and not arguments.plan.exists():
+                raise ArgumentError(
+                    f"{arguments.plan} does not exist: PLAN is a YAML file, or a folder that lmms-mtv compare wrote"
+                )
             raise ArgumentError("--output is missing: pass a folder for the results")
         output = arguments.plan
     requested = planned(arguments, output.resolve().name)

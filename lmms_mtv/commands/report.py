@@ -39,6 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.html or arguments.plots) and importlib.util.find_spec("matplotlib") is None:
         raise ArgumentError("--html and --plots need matplotlib: python -m pip install 'lmms-mtv[report]'")
+    for option in ("markdown", "html", "plots"):
+        if (path := getattr(arguments, option)) is not None:
+            _check_writable(option, path)
+    for path in arguments.insert:
+        if not path.is_file():
+            raise ArgumentError(f"there is no file {path} with marks: choose another --insert")
     sections = [results.read(folder) for folder in arguments.results]
     for path in arguments.insert:
         text = path.read_text(encoding="utf-8")
@@ -64,6 +70,24 @@ def run(arguments: argparse.Namespace) -> None:
                     sys.stdout.write(f"{path}\n")
     if not (arguments.markdown or arguments.html or arguments.plots or arguments.insert):
         sys.stdout.write(tables.markdown(sections))
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Check that an option names a folder, or a file in a folder, in which something can be written.
+
+    Raises:
+        ArgumentError: nothing can be written there.
+    """
+    from lmms_mtv.errors import ArgumentError
+    from lmms_mtv.runtime import files
+
+    is_folder = option == "plots"
+    reason = files.obstacle(path if is_folder else path.parent)
+    if not is_folder and path.is_dir():
+        reason = "a folder of this name exists"
+    if reason is not None:
+        what = "plots cannot be written to" if is_folder else "the report cannot be written to"
+        raise ArgumentError(f"{what} {path} ({reason}): choose another --{option}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -101,10 +101,11 @@ class EpisodeSampler:
 
     def _check_enough(self, shots: int) -> None:
         if self._total < shots + 1:
+            fewer = f", or fit_shots= (and shots=) of at most {self._total - 1}" if self._total > 1 else ""
             raise DataError(
                 f"the training split has {self._total} examples, but prompts of {shots} demonstrations and a query "
-                f"need at least {shots + 1}: pass fit_shots= (and shots=) of at most {max(self._total - 1, 0)}, or a "
-                "larger split with demonstrations="
+                f"need at least {shots + 1}: pass more examples (in a harness, a larger split with demonstrations=)"
+                f"{fewer}"
             )
 
     def _remark(self, reused: str) -> None:

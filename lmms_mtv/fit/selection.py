@@ -65,13 +65,13 @@ class Selection:
     )
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "samples", "examples", "candidates", "candidate_examples"):
+        for name in ("iterations", "steps", "samples", "examples", "candidates", "candidate_examples"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name}={getattr(self, name)}, expected at least 1")
-        if self.fit_shots < 0 or self.steps < 0 or self.lr <= 0 or not 0 <= self.floor < 1:
+        if self.fit_shots < 0 or self.lr <= 0 or not 0 <= self.floor < 1:
             raise ArgumentError(
-                f"fit_shots={self.fit_shots}, steps={self.steps}, lr={self.lr}, floor={self.floor}: expected fit_shots "
-                "and steps of at least 0, lr above 0, floor in [0, 1)"
+                f"fit_shots={self.fit_shots}, lr={self.lr}, floor={self.floor}: expected fit_shots of at least 0, lr "
+                "above 0, floor in [0, 1)"
             )
         self._check_final()
         if self.diverse is not None and self.diverse < self.fit_shots + 1:

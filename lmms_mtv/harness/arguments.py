@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from lmms_mtv import methods
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.methods import Method
+from lmms_mtv.runtime.settings import check_whole
 from lmms_mtv.vectors import HEADS, TaskVector
 
 
@@ -50,15 +51,14 @@ class Arguments:
     cache_gb: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.shots is not None and (not isinstance(self.shots, int) or self.shots < 0):
-            raise ArgumentError(f"shots={self.shots!r}, expected a number of demonstrations, 0 or more")
+        if self.shots is not None:
+            check_whole("shots", self.shots)
         for name in ("vector", "heads", "library", "demonstrations", "decoder"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise ArgumentError(
                     f"{name}={value!r} is of type {type(value).__name__}, expected text: put it in quotes"
                 )
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ArgumentError(f"seed={self.seed!r}, expected an integer, 0 or more")
+        check_whole("seed", self.seed)
         if not isinstance(self.reuse, bool):
             raise ArgumentError(f"reuse={self.reuse!r}, expected True or False")
         if not isinstance(self.wrong, int | float) or not 0 <= self.wrong <= 1:

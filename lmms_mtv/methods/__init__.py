@@ -68,6 +68,8 @@ class Method:
         summary: the first paragraph of the documentation, with the paper.
         moved: former settings of the method, with the arguments that replace them: ``MOVED`` of the method's module, if
             the module has it.
+        control: True if the method is a control, whose vectors may be worse than no vector: ``CONTROL`` of the method's
+            module, if the module has it.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Method:
     fit: Callable[[FitSession[Any], Any], Fitted]
     summary: str = ""
     moved: Mapping[str, str] = field(default_factory=dict)
+    control: bool = False
 
     def settings(self) -> tuple[str, ...]:
         """Return the names of the settings, the fields of the configuration."""
@@ -151,7 +154,8 @@ def _get(name: str, points: _Points) -> Method:
     else:
         module = _loaded(name, points[name])
     summary = " ".join((module.__doc__ or "").split("\n\n")[0].split())
-    return Method(name, module.Config, module.fit, summary, getattr(module, "MOVED", {}))
+    moved, control = getattr(module, "MOVED", {}), getattr(module, "CONTROL", False)
+    return Method(name, module.Config, module.fit, summary, moved, control)
 
 
 def _own() -> set[str]:

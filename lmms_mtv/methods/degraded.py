@@ -8,7 +8,7 @@ these heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -17,6 +17,9 @@ from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted, mtv
 from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import HEADS
+
+CONTROL: Final = True
+"""A vector of this method may be worse than no vector."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.fit.policy import Policy, concrete
 from lmms_mtv.fit.selection import Selection, mean_values, select
@@ -34,11 +33,6 @@ class Config(Selection):
     steps: int = setting(30, "steps that follow the gradient")
     samples: int = setting(8, "masks between 0 and 1 that are sampled in a step")
     lr: float = setting(1.0, "learning rate of Adam on the logits of the policy")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ArgumentError(f"steps={self.steps}, expected at least 1")
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:

@@ -6,13 +6,16 @@ Stored, Injected, Trained and Cost: as ``mtv``. The control shows if the choice 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted, mtv
 from lmms_mtv.vectors import HEADS
+
+CONTROL: Final = True
+"""A vector of this method may be worse than no vector."""
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,13 @@ class Config:
     loss: Tokens = setting("all", "tokens of the answer that count: `first`, or the mean over `all`")
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "fit_shots", "top", "clusters", "examples", "candidate_examples"):
+        for name in ("iterations", "fit_shots", "top", "clusters", "steps", "examples", "candidate_examples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ArgumentError(f"{name}={value}, expected at least 1")
         if self.samples < 2:
             raise ArgumentError(f"samples={self.samples}, expected at least 2: combinations are compared")
-        if self.steps < 0 or self.lr <= 0:
-            raise ArgumentError(f"steps={self.steps}, lr={self.lr}: expected steps of at least 0 and lr above 0")
+        if self.lr <= 0:
+            raise ArgumentError(f"lr={self.lr}, expected above 0")
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:

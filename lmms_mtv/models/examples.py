@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -11,10 +12,13 @@ from typing import Any, Final
 
 from PIL import Image
 
-from lmms_mtv.data.pictures import opened, rgb
+from lmms_mtv.data.pictures import UNREADABLE, opened, rgb
 from lmms_mtv.errors import DataError
 from lmms_mtv.fit.examples import Episode
 from lmms_mtv.models.prompts import Demonstration, Prompt
+from lmms_mtv.models.text import one_line
+
+_LIST: Final = "a list of (text, answer) or (text, images, answer), or the rows of a datasets.Dataset"
 
 _FORMS: Final = (
     "expected (text, answer), (text, images, answer), or a mapping with text, answer and, for pictures, image or images"
@@ -32,12 +36,29 @@ class ExampleList:
         description: the text at the beginning of each prompt.
         target_delimiter: the text between a question and its answer, in raw prompts.
         fewshot_delimiter: the text between two examples, in raw prompts.
+        image_marks: the texts that stand for an image in a prompt. No example may have one of them, since images are
+            put in front of its text.
+
+    Raises:
+        DataError: ``rows`` is no list of examples, or is empty.
     """
 
     rows: Sequence[Any]
     description: str = ""
     target_delimiter: str = " "
     fewshot_delimiter: str = "\n\n"
+    image_marks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, str | PathLike):
+            raise DataError(
+                f"examples={str(self.rows)!r}: a path is no list of examples, read the file and pass {_LIST}"
+            )
+        listed = hasattr(self.rows, "__len__") and hasattr(self.rows, "__getitem__")
+        if not listed or isinstance(self.rows, Mapping):
+            raise self._unlisted()
+        if not len(self):
+            raise DataError(f"there are no examples: pass {_LIST}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,7 +67,7 @@ class ExampleList:
         """Return the prompt of an episode, with the target of its query.
 
         Raises:
-            DataError: an example has an unknown form.
+            DataError: an example has an unknown form, an empty answer, or an image that cannot be opened.
         """
         query = self._shown(episode.query)
         shown = [self._shown(index) for index in episode.demonstrations]
@@ -56,7 +77,11 @@ class ExampleList:
         return self._prompt(query, shown)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the examples: of their texts, answers and pixels."""
+        """Return the SHA-256 of the examples: of their texts, answers and pixels.
+
+        Raises:
+            DataError: as :meth:`prompt`, of any example.
+        """
         digest = hashlib.sha256()
         for index in range(len(self)):
             shown = self._shown(index)
@@ -72,7 +97,11 @@ class ExampleList:
         )
 
     def _shown(self, index: int) -> Demonstration:
-        row = self.rows[index]
+        try:
+            row = self.rows[index]
+        except (KeyError, TypeError) as error:
+            # A table of pandas has columns at its keys.
+            raise self._unlisted() from error
         if isinstance(row, Mapping):
             if not {"text", "answer"} <= row.keys():
                 raise DataError(f"example {index} has {', '.join(map(str, row))}: {_FORMS}")
@@ -84,15 +113,41 @@ class ExampleList:
         if not isinstance(text, str) or not isinstance(answer, str):
             found = f"text {type(text).__name__} and answer {type(answer).__name__}"
             raise DataError(f"example {index} has {found}: expected two texts")
-        return _demonstration(text, images, answer)
+        self._check_texts(index, text, answer)
+        if images is None:
+            images = ()
+        elif not isinstance(images, Sequence) or isinstance(images, str | bytes):
+            images = (images,)
+        content: list[dict[str, Any]] = [{"type": "image", "url": _picture(index, image)} for image in images]
+        return Demonstration([{"role": "user", "content": [*content, {"type": "text", "text": text}]}], answer)
+
+    def _check_texts(self, index: int, text: str, answer: str) -> None:
+        """Check that an example has an answer, and no text that stands for an image."""
+        if not answer.strip():
+            raise DataError(
+                f"example {index} has an empty answer, from which nothing is learned: give it one, or omit it"
+            )
+        for name, written in (("text", text), ("answer", answer)):
+            for mark in self.image_marks:
+                if mark in written:
+                    raise DataError(
+                        f"example {index}: its {name} already has {mark}: leave it out, images are put in front of the "
+                        "text"
+                    )
+
+    def _unlisted(self) -> DataError:
+        return DataError(f"examples is a {type(self.rows).__name__}, expected {_LIST}")
 
 
-def _demonstration(text: str, images: Any, answer: str) -> Demonstration:
-    if images is None:
-        images = ()
-    elif isinstance(images, Image.Image | str | PathLike):
-        images = (images,)
-    content: list[dict[str, Any]] = [
-        {"type": "image", "url": rgb(image) if isinstance(image, Image.Image) else opened(image)} for image in images
-    ]
-    return Demonstration([{"role": "user", "content": [*content, {"type": "text", "text": text}]}], answer)
+def _picture(index: int, image: Any) -> Image.Image:
+    """Return the image of an example in RGB."""
+    if isinstance(image, Image.Image):
+        return rgb(image)
+    if not isinstance(image, str | PathLike):
+        raise DataError(f"example {index}: an image is a Pillow image or a path, found {type(image).__name__}")
+    try:
+        return opened(image)
+    except FileNotFoundError as error:
+        raise DataError(f"example {index}: there is no image at {os.fspath(image)}") from error
+    except UNREADABLE as error:
+        raise DataError(f"example {index}: the image {os.fspath(image)} cannot be read: {one_line(error)}") from error

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from lmms_mtv import methods
-from lmms_mtv.errors import DataError
+from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.models.examples import ExampleList
 from lmms_mtv.models.fitting import fit_with_card, prompt_digest
 from lmms_mtv.models.identity import identity_of
 from lmms_mtv.models.runner import PromptRunner
+from lmms_mtv.runtime.settings import check_whole
 from lmms_mtv.vectors import TaskVector, VectorCard
 
 logger = logging.getLogger(__name__)
@@ -62,15 +63,19 @@ def fit_vector(
         settings: settings of the method, see ``lmms-mtv methods NAME``.
 
     Raises:
-        ArgumentError: the method, a setting or the style of prompts is unknown.
-        DataError: there are too few examples, or an example has an unknown form.
+        ArgumentError: the method, a setting or the style of prompts is unknown, an argument has a value that cannot be
+            used, or the processor does not fit the model.
+        DataError: there are too few examples, or an example has an unknown form, an empty answer, an image that cannot
+            be opened, or a text that stands for an image.
         DiscoveryError: the attention heads of the model are not found.
     """
     chosen = methods.get(method)
     config = chosen.configure(settings)
-    rows = ExampleList(examples, description, target_delimiter, fewshot_delimiter)
-    if not len(rows):
-        raise DataError("there are no examples: pass a list of (text, answer) or (text, images, answer)")
+    _check(model, task, seed=seed, shots=shots)
+    check_whole("batch_size", batch_size, 1)
+    marks = {str(mark) for mark in (image_placeholder, getattr(processor, "image_token", None)) if mark}
+    rows = ExampleList(examples, description, target_delimiter, fewshot_delimiter, sorted(marks))
+    digest = rows.digest()
     known = identity_of(model)
     runner = PromptRunner(
         model,
@@ -87,7 +92,7 @@ def fit_vector(
         geometry=runner.sites.geometry,
         task=task,
         split="",
-        examples=rows.digest(),
+        examples=digest,
         prompt=prompt_digest(runner, rows),
         shots=shots,
         seed=seed,
@@ -109,3 +114,14 @@ def fit_vector(
         logger.warning("%s: %s", task, line)
     logger.info("%s", fitted.summary)
     return fitted.vector
+
+
+def _check(model: object, task: object, **counts: object) -> None:
+    """Check arguments of :func:`fit_vector`: the model, the name of the task, and numbers of at least 0."""
+    if not isinstance(model, nn.Module):
+        load = "AutoModelForImageTextToText.from_pretrained(...)"
+        raise ArgumentError(f"model is a {type(model).__name__}: pass a loaded model ({load})")
+    if not isinstance(task, str) or not task.strip():
+        raise ArgumentError(f"task={task!r}, expected a name, which the vector's card has")
+    for name, value in counts.items():
+        check_whole(name, value)

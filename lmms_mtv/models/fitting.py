@@ -96,8 +96,7 @@ def fit_with_card(
     )
     trial = run_trial(session, runner, session.sites, examples, fitted.edits, stops)
     vector = TaskVector(dict(fitted.edits), dataclasses.replace(card, accuracy=trial.accuracy))
-    blind = trial.same_first_token and getattr(config, "loss", None) == "first"
-    warnings = doubts(trial.accuracy, blind) if trial.accuracy else []
+    warnings = doubts(trial, vector.card, method.control)
     return FittedVector(vector, session.remarks, warnings, summary(vector, session.forwards))
 
 

@@ -121,10 +121,19 @@ class PromptRunner:
         """Return the prompt as the text that goes to the processor."""
         pictured = bool(prompt.images())
         if pictured and not self._multimodal:
-            raise ArgumentError(f"{self.name} is a text model, but the task has images: choose another pretrained=")
+            raise self._imageless()
         if self._chat:
             return self._template(self._conversation(prompt).chat(), True)
         return prompt.raw(self._placeholder if pictured else "")
+
+    def _imageless(self) -> ArgumentError:
+        """Return the error for prompts with images if the processor has no part for images."""
+        config: Any = self.model.config
+        if config.get_text_config() is config:
+            mend = "choose a model that takes images (in a harness, another pretrained=)"
+            return ArgumentError(f"{self.name} is a text model, but the task has images: {mend}")
+        found = f"but the processor is a {type(self._processor).__name__}, which takes none"
+        return ArgumentError(f"the task has images, {found}: pass the processor of {self.name}, not its tokenizer")
 
     def _conversation(self, prompt: Prompt) -> Prompt:
         return prompt if self._multiturn else prompt.inline()

@@ -11,7 +11,7 @@ from lmms_mtv.fit.session import FitSession
 from lmms_mtv.hooks import Sites, applied
 from lmms_mtv.models.prompts import Reply
 from lmms_mtv.runtime.batches import BatchSize
-from lmms_mtv.vectors import Edit
+from lmms_mtv.vectors import Edit, VectorCard
 
 P = TypeVar("P")
 P_contra = TypeVar("P_contra", contravariant=True)
@@ -122,25 +122,45 @@ def _cut(reply: Reply, stops: Sequence[str]) -> Reply:
     return Reply(reply.text[: min(ends)], True) if ends else reply
 
 
-def doubts(accuracy: Mapping[str, float], blind: bool) -> list[str]:
+def doubts(trial: Trial, card: VectorCard, control: bool = False) -> list[str]:
     """Return the reasons to doubt a vector whose loss may be small, a line for each reason.
 
     Args:
-        accuracy: the ``accuracy`` of a :class:`Trial`, not empty.
-        blind: True if the loss depended on no token in which the answers differ.
+        trial: the trial of the vector.
+        card: the card of the vector, with its method, seed and settings.
+        control: True if the vector is a control, which may be worse than no vector.
     """
+    accuracy, loss = trial.accuracy, card.config.get("loss")
+    if not accuracy:
+        return []
     lines = []
-    if blind:
+    if trial.same_first_token and loss == "first":
         lines.append("all targets begin with the same token, so that loss=first tells nothing of them: pass loss=all")
-    if accuracy["edited"] < accuracy["unedited"]:
+    if accuracy["edited"] < accuracy["unedited"] and not control:
+        ways = ["loss=all"] if loss == "first" else []
+        ways += [f"more {name}=" for name in ("steps", "epochs", "iterations") if name in card.config]
         lines.append(
-            f"with the vector {accuracy['edited']:.0%} of {accuracy['queries']:.0f} training queries are answered "
-            f"right, without it {accuracy['unedited']:.0%}: the loss it was chosen by does not tell (loss=all, more "
-            "iterations=, or another method=)"
+            f"method={card.method}, seed={card.seed}: with the vector {accuracy['edited']:.0%} of "
+            f"{accuracy['queries']:.0f} training queries are answered right, without it {accuracy['unedited']:.0%}: "
+            f"pass {', '.join([*ways, 'or another method='])}"
         )
     if accuracy["endless"] > 0.5:
         lines.append(
-            f"{accuracy['endless']:.0%} of the answers with the vector run on past the target: pass loss=all, which "
-            "learns the end of an answer too"
+            f"{accuracy['endless']:.0%} of the answers with the vector run on past the target: {mend_endless(card)}"
         )
     return lines
+
+
+def mend_endless(card: VectorCard) -> str:
+    """Return advice for a vector whose answers do not end.
+
+    Args:
+        card: the card of the vector, with the settings that it was fitted with.
+    """
+    if card.config.get("loss") == "first":
+        return "fit it with loss=all, which learns the end of an answer too"
+    longer = next((f", fit it with more {name}=" for name in ("steps", "epochs") if name in card.config), "")
+    return (
+        "check that the text that ends an answer is the same in the fit and in use (fewshot_delimiter, and until of a "
+        f"task){longer}, or take another method="
+    )

@@ -123,7 +123,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     if os.path.islink(path):
         raise VectorFileError(f"{path} is a link, and links are not followed: name the file itself")
     if not os.path.isfile(path):
-        raise VectorFileError(f"no vector file at {path}: check vector=, or fit one by leaving it out")
+        raise VectorFileError(f"no vector file at {path}: check the path (in a harness, vector=), or fit a vector")
     try:
         with open(path, "rb", opener=_unfollowed) as file:
             found = os.fstat(file.fileno())

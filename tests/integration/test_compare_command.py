@@ -127,6 +127,11 @@ def test_without_a_folder_the_output_is_missing(tmp_path):
             cli.main(["compare", *arguments])
 
 
+def test_a_plan_that_does_not_exist_is_told_before_the_output(tmp_path):
+    with pytest.raises(SystemExit, match="nofolder does not exist: PLAN is a YAML file, or a folder"):
+        cli.main(["compare", str(tmp_path / "nofolder")])
+
+
 class TestFoldersOfTasks:
     @pytest.fixture
     def folder(self, tmp_path, monkeypatch) -> Path:
@@ -150,7 +155,9 @@ class TestFoldersOfTasks:
         assert {cell.arm for cell in cells.read_all(output)} == {"zero-shot", "1-shot"}
         assert plan.read(output).include_path == [str(folder)]
         cli.main(["check", str(output)])
-        assert "2 run again" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "2 run again and the same (scores within 0.02, values of vectors within 0.001 of the largest" in said
+        assert said.endswith("; no README.md has tables of them\n")
 
         moved = Path(shutil.move(folder, tmp_path / "moved"))
         (task,) = moved.glob("*.yaml")

@@ -297,14 +297,17 @@ def test_a_saved_vector_is_used_instead_of_fitting(recorded, tmp_path, tmp_path_
 
 
 @pytest.mark.slow
-def test_answers_that_do_not_end_are_told_with_what_mends_it(recorded, tmp_path):
+@pytest.mark.parametrize("loss", ["first", "all"])
+def test_answers_that_do_not_end_are_told_with_what_mends_it(recorded, tmp_path, loss):
     """A vector that was selected on the first token alone does not learn where an answer ends."""
     recorded(f"pretrained=tiny,{SHORT}", ["shapes_color_en"], limit=6)
     (path,) = tmp_path.rglob("vector.safetensors")
     fitted = TaskVector.load(path)
     shape = fitted.edits["heads"].value.shape
     value = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    TaskVector({"heads": Edit.replace(value, torch.ones(shape[:2]))}, fitted.card).save(path)
+    config = {**fitted.card.config, "loss": loss}
+    broken = dataclasses.replace(fitted.card, config=config)
+    TaskVector({"heads": Edit.replace(value, torch.ones(shape[:2]))}, broken).save(path)
     said: list[str] = []
     sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
     told = {
@@ -316,7 +319,7 @@ def test_answers_that_do_not_end_are_told_with_what_mends_it(recorded, tmp_path)
     assert told["with"]["shapes_color_en"]["evaluation"]["cut_off"] == 6
     (line,) = (line for line in said if "reach max_new_tokens" in line)
     assert line.startswith("6 of 6 answers to task shapes_color_en")
-    assert "loss=all" in line
+    assert ("loss=all" in line, "fewshot_delimiter" in line) == (loss == "first", loss == "all")
 
 
 def test_a_vector_of_the_same_recipe_is_reused_from_the_library(recorded, tmp_path):
@@ -458,7 +461,10 @@ class TestBadInput:
         self.refused(ArgumentError, "base=openai.*cannot be edited.*Use base=hf", "pretrained=tiny,base=openai")
 
     def test_unknown_model(self):
-        self.refused(ArgumentError, "pretrained=no/such-model cannot be loaded", "pretrained=no/such-model")
+        self.refused(
+            ArgumentError, "pretrained=no/such-model cannot be loaded: (?!Did you)", "pretrained=no/such-model"
+        )
+        self.refused(ArgumentError, "pretrained=tinyy cannot be loaded: Did you mean 'tiny'", "pretrained=tinyy")
 
     @pytest.mark.parametrize(
         ("wrong", "named"),

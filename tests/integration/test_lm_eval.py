@@ -563,6 +563,8 @@ class TestBadInput:
             LmEvalMtv(method="none")
         with pytest.raises(ArgumentError, match="no/such-model cannot be loaded"):
             LmEvalMtv(pretrained="no/such-model")
+        with pytest.raises(ArgumentError, match=r"cannot be loaded: Did you mean 'smollm2'\?"):
+            LmEvalMtv(pretrained="smollm")
         assert {"shots", "base"} <= set(Arguments.__dataclass_fields__)
 
     @pytest.mark.parametrize(

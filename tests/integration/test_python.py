@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from lmms_eval.tasks import get_task_dict
@@ -87,7 +89,21 @@ def test_rows_of_a_dataset_and_files_are_the_same_examples(loaded, examples, tmp
         (["blue", "red"], "example 0 is str: expected"),
         ([{"question": "?", "answer": "red"}] * 9, "example 0 has question, answer: expected"),
         ([("What?", (), 3)] * 9, "expected two texts"),
-        ([("What?", "red")], "has 1 examples, but prompts of 2"),
+        ([("What?", "red")], "has 1 examples, but prompts of 2 demonstrations .*: pass more examples [^0]*$"),
+        ([("What?", "red")] * 2, "pass more examples .*, or fit_shots= .* of at most 1$"),
+        ({"a": "b"}, "examples is a dict, expected a list of"),
+        (iter([("What?", "red")]), "examples is a list_iterator, expected a list of"),
+        ("train.jsonl", "examples='train.jsonl': a path is no list of examples"),
+        (Path("train.jsonl"), "examples='train.jsonl': a path is no list of examples"),
+        ([("What?", "red"), ("What?", " ")] * 9, "example 1 has an empty answer"),
+        ([("What?", "no.png", "red")] * 9, "example 0: there is no image at no.png"),
+        ([("What?", [__file__], "red")] * 9, "example 0: the image .*test_python.py cannot be read"),
+        ([("What?", numpy.zeros((8, 8, 3)), "red")] * 9, "example 0: an image is .* or a path, found ndarray"),
+        ([("What?", [numpy.zeros((8, 8, 3))], "red")] * 9, "example 0: an image is .* or a path, found ndarray"),
+        ([("What?", b"PNG", "red")] * 9, "example 0: an image is .* or a path, found bytes"),
+        ([("<image>What?", Image.new("RGB", (8, 8)), "red")] * 9, "example 0: its text already has <image>: leave it"),
+        ([("<image>What?", "red")] * 9, "example 0: its text already has <image>: leave it"),
+        ([("What?", "<image>")] * 9, "example 0: its answer already has <image>: leave it"),
     ],
 )
 def test_examples_of_no_known_form_are_one_error(loaded, wrong, said):
@@ -102,6 +118,31 @@ def test_unknown_names_are_one_error_before_anything_runs(loaded, examples):
         fit_vector(*loaded, examples, itertions=3)
     with pytest.raises(ArgumentError, match="unknown prompt_style 'chatty'"):
         fit_vector(*loaded, examples, prompt_style="chatty")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"seed": -1}, "^seed=-1, expected an integer, 0 or more$"),
+        ({"seed": True}, "^seed=True, expected an integer, 0 or more$"),
+        ({"shots": -1}, "^shots=-1, expected an integer, 0 or more$"),
+        ({"shots": "2"}, "^shots='2', expected an integer, 0 or more$"),
+        ({"batch_size": 0}, "^batch_size=0, expected an integer, 1 or more$"),
+        ({"task": ""}, "^task='', expected a name"),
+        ({"steps": 0}, "^steps=0, expected at least 1$"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_one_error(loaded, examples, wrong, said):
+    with pytest.raises(ArgumentError, match=said):
+        fit_vector(*loaded, examples, progress=False, **SHORT | wrong)
+
+
+def test_a_name_or_a_tokenizer_in_the_wrong_place_is_one_error(loaded, examples):
+    model, processor = loaded
+    with pytest.raises(ArgumentError, match=r"^model is a str: pass a loaded model"):
+        fit_vector("tiny", processor, examples)
+    with pytest.raises(ArgumentError, match=r"pass the processor of .*, not its tokenizer"):
+        fit_vector(model, processor.tokenizer, examples, progress=False, **SHORT)
 
 
 class TestUse:

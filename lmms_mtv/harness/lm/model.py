@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError, HookError
 from lmms_mtv.harness import record
-from lmms_mtv.harness.arguments import SplitArguments, validate, with_text_restored
+from lmms_mtv.harness.arguments import SplitArguments, near_argument, validate, with_text_restored
 from lmms_mtv.harness.lm.arguments import split_lm_eval_arguments
 from lmms_mtv.harness.lm.evaluation import Evaluation, current
 from lmms_mtv.harness.lm.runner import LmRunner
@@ -96,7 +96,9 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         try:
             super().__init__(**for_base)
         except (OSError, ValueError, KeyError) as error:
-            raise ArgumentError(f"pretrained={for_base['pretrained']} cannot be loaded: {one_line(error)}") from error
+            name = str(for_base["pretrained"])
+            hint = near_argument(name, gguf.PACKAGED)
+            raise ArgumentError(f"pretrained={name} cannot be loaded:{hint} {one_line(error)}") from error
         check_attention(unwrapped(self.model))
         if (line := limit_threads(self.model)) is not None:
             logger.info(line)

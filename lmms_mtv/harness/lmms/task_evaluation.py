@@ -22,6 +22,7 @@ from lmms_mtv.harness.record import EvaluationRecord
 from lmms_mtv.hooks import Fired, Watch, applied, watched
 from lmms_mtv.models.prompts import Prompt
 from lmms_mtv.models.text import one_line
+from lmms_mtv.models.trial import mend_endless
 from lmms_mtv.runtime import distributed
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.runtime.memory import peak
@@ -211,8 +212,8 @@ class TaskEvaluation:
         self._warn_of_unreadable(len(requests))
         if self._vector.edits and limit >= _FEW_TOKENS and all_cut_off > counted / 2 and self._harness.rank == 0:
             logger.warning(
-                f"{int(all_cut_off)} of {int(counted)} answers to task {name} reach max_new_tokens={limit}: a vector "
-                "that did not learn where an answer ends runs on (fit it with loss=all, or with another method=)"
+                f"{int(all_cut_off)} of {int(counted)} answers to task {name} reach max_new_tokens={limit}: the vector "
+                f"may not have learned where an answer ends, {mend_endless(self._vector.card)}"
             )
         return EvaluationRecord(
             requests=int(total),

@@ -20,7 +20,7 @@ from lmms_mtv.errors import ArgumentError, DataError, ResultsError
 from lmms_mtv.experiments import cell as cells
 from lmms_mtv.experiments.report import bootstrap, marks, results, summary, tables
 from lmms_mtv.experiments.report.page import page
-from lmms_mtv.experiments.report.plots import plots
+from lmms_mtv.experiments.report.plots import line, plots
 from support import grids, matrix, processes
 
 SMALL = {"tasks": ["a_en", "b_en"], "arms": {name: grids.ARMS[name] for name in ("zero-shot", "2-shot", "MTV")}}
@@ -315,6 +315,30 @@ def test_a_plan_says_what_a_curve_is_against(tmp_path):
     assert [row[2] for row in plot.table.rows] == ["1", "10", "100", "-"]
 
 
+def test_positions_are_whole_numbers_and_bands_stay_within_the_metric(tmp_path):
+    """A fit of one task may use other examples than a fit of another; and no share is below 0 or above 1."""
+
+    def uneven(key, cell):
+        if cell.vector is None:
+            return cell
+        used = 336 if key.task == "a_en" else 337
+        return dataclasses.replace(cell, vector={**cell.vector, "used": used})
+
+    arms = {name: grids.ARMS[name] for name in ("zero-shot", "1-shot", "2-shot", "8-shot", "MTV", "random heads")}
+    found = results.read(grids.write(tmp_path / "grid", grids.plan(tasks=["a_en", "b_en"], arms=arms), uneven))
+    (plot,) = (plot for plot in plots(found) if plot.name == "score")
+    assert {row[2] for row in plot.table.rows} == {"1", "2", "8", "336", "-"}
+    (axes,) = plot.figure.axes
+    mean = summary.Mean(0.95, 0.2, 3, 3)
+    points = [line.Point(x, dataclasses.replace(mean, value=y), "arm") for x, y in ((0.0, 0.95), (1.0, 0.05))]
+    axes.clear()
+    line.draw(axes, {"line": points, "alone": points[:1]}, (0.0, 1.0))
+    band, bar = (collection.get_paths() for collection in axes.collections)
+    for path in (*band, *bar):
+        assert path.vertices[:, 1].min() >= 0
+        assert path.vertices[:, 1].max() == 1
+
+
 @pytest.mark.parametrize("count", matrix.members([2, 24], 2))
 def test_axes_keep_their_height_above_a_legend_of_any_length(count):
     """The legend stands below the axes, inside the figure."""
@@ -407,6 +431,24 @@ def test_the_command_writes_what_it_is_asked_for(folder, tmp_path, capsys):
     assert str(html) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--html", "FILE/x.html"], "the report cannot be written to .*x.html .*: choose another --html"),
+        (["--html", "."], "the report cannot be written to .* .a folder of this name exists.: choose another --html"),
+        (["--markdown", "FILE/x.md"], "the report cannot be written to .*x.md .*: choose another --markdown"),
+        (["--plots", "FILE"], "plots cannot be written to .*FILE .*: choose another --plots"),
+        (["--insert", "none.md"], "there is no file .*none.md with marks: choose another --insert"),
+    ],
+)
+def test_a_place_that_takes_no_file_is_told_before_anything_is_written(folder, tmp_path, flags, said):
+    (tmp_path / "FILE").write_text("")
+    option, place = flags
+    with pytest.raises(SystemExit, match=rf"^lmms-mtv: ArgumentError: {said}$"):
+        cli.main(["report", str(folder), "--markdown", str(tmp_path / "report.md"), option, str(tmp_path / place)])
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on this machine")
 def test_a_browser_opens_the_page_without_complaint(html, tmp_path: Path):
     path = tmp_path / "page.html"
@@ -467,7 +509,11 @@ def test_a_map_of_heads_drawn_at_random_has_the_colours_of_the_draw(tmp_path):
         for vector in vectors:
             for head in vector["heads"]:
                 share[tuple(head)] += 1 / len(vectors)
-        np.testing.assert_allclose(image.get_array(), share if arm == "random heads" else mean)
+        shown = share if arm == "random heads" else mean
+        np.testing.assert_allclose(image.get_array(), shown)
+        figures = [[float(text.split()[0]) for text in row[2:]] for row in plot.table.rows]
+        np.testing.assert_allclose(figures, shown, atol=0.0051)
+        assert ("drew it / seeds" in plot.table.title) == (arm == "random heads")
     assert "drew the head at random" in drawn["random heads"].caption
     assert "after REINFORCE" in drawn["MTV"].caption
 

@@ -84,6 +84,13 @@ def test_a_seed_is_an_integer_of_0_or_more(seed):
         Arguments(seed=seed)
 
 
+@pytest.mark.parametrize("name", ["seed", "shots"])
+def test_a_negative_number_is_told_as_it_was_written(name):
+    """A harness makes the number -1.0 of the text -1."""
+    with pytest.raises(ArgumentError, match=f"^{name}=-1, expected an integer, 0 or more$"):
+        Arguments(**{name: -1.0})
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

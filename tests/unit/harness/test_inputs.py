@@ -18,7 +18,7 @@ from lmms_eval.evaluator import simple_evaluate
 from loguru import logger
 from PIL import Image
 
-from lmms_mtv import TaskVector
+from lmms_mtv import TaskVector, methods
 from lmms_mtv.commands.compare import ARMS
 from lmms_mtv.data.pictures import opened, rgb
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, ResultsError
@@ -28,11 +28,12 @@ from lmms_mtv.experiments.report import results
 from lmms_mtv.harness import record
 from lmms_mtv.harness.lmms.bases.hf import HfBase, HfConfig
 from lmms_mtv.models.prompts import Demonstration, Prompt, blanks
-from lmms_mtv.models.trial import doubts
+from lmms_mtv.models.trial import Trial, doubts
 from lmms_mtv.shapes import CHECKPOINT
 from support import checkpoints, processes
 from support.evaluations import own_tasks
 from support.shape_tasks import SHORT, Arguments, records, task_file
+from support.vectors import card
 
 from support import grids  # isort: skip
 
@@ -340,12 +341,29 @@ class TestTrial:
 
     def test_what_speaks_against_a_vector(self):
         good = {"queries": 16.0, "unedited": 0.1, "edited": 0.9, "endless": 0.0}
-        assert doubts(good, blind=False) == []
-        assert "same token" in doubts(good, blind=True)[0]
-        (worse,) = doubts(good | {"edited": 0.0}, blind=False)
-        assert "0% of 16 training queries are answered right, without it 10%" in worse
-        (endless,) = doubts(good | {"endless": 0.9}, blind=False)
-        assert "90% of the answers with the vector run on" in endless
+        first = card(config={"loss": "first", "steps": 9}, seed=7)
+        assert doubts(Trial(), first) == doubts(Trial(good), first) == []
+        assert "same token" in doubts(Trial(good, True), first)[0]
+        (worse,) = doubts(Trial(good | {"edited": 0.0}), first)
+        assert worse.startswith("method=mtv, seed=7: with the vector 0% of 16 training queries are answered right")
+        assert worse.endswith("without it 10%: pass loss=all, more steps=, or another method=")
+        (endless,) = doubts(Trial(good | {"endless": 0.9}), first)
+        assert endless.startswith("90% of the answers with the vector run on past the target: fit it with loss=all")
+
+    @pytest.mark.parametrize("config", [{"loss": "all", "steps": 9}, {"iterations": 9}])
+    def test_a_loss_that_is_in_use_already_is_no_advice(self, config):
+        bad = Trial({"queries": 16.0, "unedited": 0.1, "edited": 0.0, "endless": 0.9}, True)
+        worse, endless = doubts(bad, card(config=config))
+        assert "loss=all" not in worse + endless
+        assert "fewshot_delimiter" in endless
+        assert ("more steps=" in worse and "more steps=" in endless) == ("steps" in config)
+
+    @pytest.mark.parametrize("name", methods.own())
+    def test_a_control_may_be_worse_than_no_vector(self, name):
+        method = methods.get(name)
+        assert method.control == (name in ("random", "degraded"))
+        worse = Trial({"queries": 16.0, "unedited": 0.1, "edited": 0.0, "endless": 0.0})
+        assert bool(doubts(worse, card(), method.control)) != method.control
 
     @pytest.mark.slow
     def test_a_loss_on_a_token_that_all_targets_share_is_told(self, tmp_path, said):

@@ -207,6 +207,7 @@ def test_settings_that_cannot_work_are_refused():
         ({"clusters": 0}, "clusters=0"),
         ({"fit_shots": 0}, "fit_shots=0"),
         ({"samples": 1}, "samples=1"),
+        ({"steps": 0}, "steps=0, expected at least 1"),
         ({"lr": 0.0}, "lr=0"),
     ):
         with pytest.raises(ArgumentError, match=message):

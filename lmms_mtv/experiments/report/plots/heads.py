@@ -60,14 +60,14 @@ class HeadSelection:
         return cls(probability, chosen.round(9), len(vectors), cells[0].method == _RANDOM)
 
     def rows(self, task: str) -> list[list[str]]:
-        """Return a row of text for each layer: the probability of each head and the seeds that chose the head."""
+        """Return a row of text for each layer: the number behind each head's colour, and the seeds with the head."""
         layers, heads = self.probability.shape
         return [
             [
                 task,
                 str(layer),
                 *(
-                    f"{self.probability[layer, head]:.2f} ({round(self.chosen[layer, head] * self.seeds)}/{self.seeds})"
+                    f"{self.colour[layer, head]:.2f} ({round(self.chosen[layer, head] * self.seeds)}/{self.seeds})"
                     for head in range(heads)
                 ),
             ]
@@ -103,7 +103,8 @@ def _plot(name: str, arms: str, cells: Sequence[Cell]) -> Plot:
     layout.outer_labels(panels, "head", "layer")
     bar = figure.colorbar(image, ax=panels, location="bottom", shrink=0.8, aspect=35, pad=0.02)
     bar.set_label(_DRAWN if drawn else "selection probability, mean over seeds")
-    title = f"Selection probability and chosen heads, {arms}"
+    title = f"{'Heads drawn at random' if drawn else 'Selection probability and chosen heads'}, {arms}"
+    what = f"{_DRAWN} (seeds that drew it / seeds)" if drawn else "probability (seeds that chose it / seeds)"
     most = max(selection.probability.shape[1] for selection in selections.values())
     rows = [row for task, selection in selections.items() for row in selection.rows(task)]
     words = "; ".join(selection.in_words(task) for task, selection in selections.items())
@@ -115,7 +116,7 @@ def _plot(name: str, arms: str, cells: Sequence[Cell]) -> Plot:
         "those with softmax attention.",
         f"A map of layers and heads for each task. {words} (layer.head).",
         Table(
-            f"{title}: probability (seeds that chose it / seeds)",
+            f"{title}: {what}",
             ["task", "layer", *(f"head {head}" for head in range(most))],
             [row + [NONE] * (most + 2 - len(row)) for row in rows],
         ),

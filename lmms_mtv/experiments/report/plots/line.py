@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +24,9 @@ class Point(NamedTuple):
 
 Lines = Mapping[str, list[Point]]
 """The points of each line, by the name of the line, in the order of their positions."""
+
+UNLIMITED: Final = (-math.inf, math.inf)
+"""The range of a quantity without a lowest and a highest value."""
 
 
 def lines(
@@ -62,18 +66,25 @@ def positions_in(lines: Lines) -> list[float]:
     return sorted({point.x for points in lines.values() for point in points})
 
 
-def draw(axes: Axes, lines: Lines) -> None:
-    """Draw the lines with their bands, and a line of a single point as a marker with an error bar."""
+def draw(axes: Axes, lines: Lines, within: tuple[float, float] = UNLIMITED) -> None:
+    """Draw the lines with their bands, and a line of a single point as a marker with an error bar.
+
+    Args:
+        axes: the axes to draw on.
+        lines: the lines.
+        within: the lowest and the highest value of the quantity. Bands and error bars end there.
+    """
     for index, (name, points) in enumerate(lines.items()):
         x = [point.x for point in points]
         y = np.array([point.mean.value for point in points], dtype=float)
         spread = np.array([point.mean.spread or 0.0 for point in points])
+        low, high = np.clip(y - spread, *within), np.clip(y + spread, *within)
         line_style = style.line(index)
         axes.plot(x, y, label=name or None, **line_style)
         if len(points) > 1:
-            axes.fill_between(x, y - spread, y + spread, color=line_style["color"], alpha=0.2, linewidth=0)
+            axes.fill_between(x, low, high, color=line_style["color"], alpha=0.2, linewidth=0)
         else:
-            axes.errorbar(x, y, yerr=spread, color=line_style["color"], capsize=3, linewidth=1.2)
+            axes.errorbar(x, y, yerr=[y - low, high - y], color=line_style["color"], capsize=3, linewidth=1.2)
 
 
 def in_words(lines: Lines, axis: str, label: str) -> str:

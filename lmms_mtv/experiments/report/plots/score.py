@@ -38,7 +38,9 @@ def score(results: Results) -> Plot | None:
     if len(line.positions_in(lines)) < 2:
         return None
     figure, axes = layout.single(f"Score against {axis.split(',')[0]}")
-    line.draw(axes, lines)
+    values = [point.mean.value for points in lines.values() for point in points if point.mean.value is not None]
+    is_share = bool(values) and min(values) >= 0 and max(values) <= 1
+    line.draw(axes, lines, (0.0, 1.0) if is_share else line.UNLIMITED)
     baseline = results.baseline if results.baseline not in positions else None
     if baseline is not None and (level := summary.mean_score(results, baseline).value) is not None:
         axes.axhline(level, color=INK, linestyle=(0, (1, 2)), linewidth=1.2, label=baseline)
@@ -46,8 +48,7 @@ def score(results: Results) -> Plot | None:
     axes.set_xlabel(axis)
     axes.set_ylabel(_metric(results))
     layout.legend(figure, axes)
-    values = [point.mean.value for points in lines.values() for point in points if point.mean.value is not None]
-    if values and min(values) >= 0 and max(values) <= 1:
+    if is_share:
         axes.set_ylim(-0.03, 1.03)
     caption = f"{_metric(results, short=False)}, mean over seeds; the band is one standard deviation over seeds."
     if declared is None:
@@ -86,13 +87,16 @@ def _scale_x(axes: Axes, positions: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(formatter)
 
 
-def _examples(cells: Sequence[Cell]) -> float:
-    """Return the number of training examples that an arm uses: in a prompt, and different ones in the fit."""
+def _examples(cells: Sequence[Cell]) -> int:
+    """Return the number of training examples that an arm uses: in a prompt, and different ones in the fit.
+
+    Fits may use different numbers of examples. The mean over fits is rounded.
+    """
     if not cells:
         return 0
     vectors = [cell.vector for cell in cells if cell.vector]
     used = (vector["examples"] if vector.get("used") is None else vector["used"] for vector in vectors)
-    return cells[0].shots + (summary.average(used) or 0)
+    return cells[0].shots + round(summary.average(used) or 0)
 
 
 def _series(cells: Sequence[Cell]) -> str:

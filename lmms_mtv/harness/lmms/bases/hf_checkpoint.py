@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lmms_mtv.errors import ArgumentError, MtvError
+from lmms_mtv.harness.arguments import near_argument
 from lmms_mtv.harness.hf_config import HfConfig
 from lmms_mtv.models import gguf
 from lmms_mtv.models.identity import Identity, adapter_of, identity
@@ -74,8 +75,9 @@ def load(config: HfConfig) -> HfCheckpoint:
     except MtvError:
         raise
     except (OSError, ValueError, KeyError) as error:
+        hint = near_argument(config.pretrained, (TINY, *gguf.PACKAGED))
         raise ArgumentError(
-            f"pretrained={config.pretrained} cannot be loaded: {one_line(error)} (give the name of a model on "
+            f"pretrained={config.pretrained} cannot be loaded:{hint} {one_line(error)} (give the name of a model on "
             f"the hub, a folder, or {TINY!r}; without network, the model has to be in the local cache)"
         ) from error
     if config.peft is not None:
