@@ -10,17 +10,17 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from lmms_mtv.errors import ArgumentError, DataError
+from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import Arguments
 from lmms_mtv.harness.protocols import Logger, Model, Prompts
-from lmms_mtv.harness.recipe import declared_settings, vector_recipe
+from lmms_mtv.harness.recipe import declared_settings, prompt_differs, vector_recipe
 from lmms_mtv.harness.record import TaskRecord
 from lmms_mtv.harness.training import Training
 from lmms_mtv.hooks import Sites
 from lmms_mtv.methods import Method
-from lmms_mtv.models.fitting import example_text, fit_with_card, prompt_digest
+from lmms_mtv.models.fitting import fit_with_card
 from lmms_mtv.runtime import files
 from lmms_mtv.runtime.distributed import Ranks
 from lmms_mtv.runtime.environment import versions
@@ -158,7 +158,7 @@ class TaskVectorProvider(Generic[P]):
     def _loaded_record(self, vector: TaskVector, prompts: Prompts[P], shots: int) -> TaskRecord:
         """Return the record of a task that is evaluated with the vector that ``arguments.vector`` names."""
         card, task = vector.card, prompts.training.name
-        if card.task == task and card.prompt and self._prompt_differs(card, prompts):
+        if card.task == task and card.prompt and prompt_differs(card, self._model, prompts):
             self._logger.warning(
                 f"vector {vector.id} was fitted for {task} with prompts of another form (prompt_style, chat template, "
                 "or processor settings): pass the arguments of its fit; `lmms-mtv library show "
@@ -172,24 +172,6 @@ class TaskVectorProvider(Generic[P]):
             )
         source, seed = str(self._arguments.vector), self._arguments.seed
         return record.task_record(vector, source, seed=seed, shots=shots, reused=True, declared={}, remarks=[])
-
-    def _prompt_differs(self, card: VectorCard, prompts: Prompts[P]) -> bool:
-        """Return whether the prompts of a task are written otherwise than those of a vector; False if unknown.
-
-        The digest of a prompt covers everything, and the words of the first training example too. So for a vector of
-        other examples only what stands around an answer is compared.
-        """
-        try:
-            if len(prompts) == 0:
-                return False
-            if card.examples == prompts.digest():
-                return prompt_digest(self._model, prompts) != card.prompt
-            around = (card.prompt_text[1:2], card.prompt_text[3:])
-            parts = tuple(example_text(self._model, prompts))
-            return bool(card.prompt_text) and around != (parts[1:2], parts[3:])
-        except DataError:
-            # The training examples are not here; a vector can be used without them.
-            return False
 
     def _configured(self, training: Training) -> tuple[Any, dict[str, Any]]:
         """Return the configuration of the method, and the settings in it that the task declares.

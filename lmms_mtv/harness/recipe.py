@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any, TypeVar
 
 from lmms_mtv import methods
-from lmms_mtv.errors import MethodError
+from lmms_mtv.errors import DataError, MethodError
 from lmms_mtv.harness.protocols import Logger, Model, Prompts
 from lmms_mtv.harness.training import Training
 from lmms_mtv.methods import Method
-from lmms_mtv.models.fitting import prompt_digest
+from lmms_mtv.models.fitting import example_text, prompt_digest
 from lmms_mtv.vectors import Geometry, TaskVector, VectorCard
 
 P = TypeVar("P")
@@ -87,3 +87,21 @@ def vector_recipe(
         config=dataclasses.asdict(config),
         parents={heads.id: 1.0} if heads is not None else {},
     )
+
+
+def prompt_differs(card: VectorCard, model: Model[P], prompts: Prompts[P]) -> bool:
+    """Return whether the prompts of a task are written otherwise than those of a vector; False if unknown.
+
+    The digest of a prompt covers everything, and the words of the first training example too. So for a vector of other
+    examples only what stands around an answer is compared.
+    """
+    try:
+        if len(prompts) == 0:
+            return False
+        if card.examples == prompts.digest():
+            return prompt_digest(model, prompts) != card.prompt
+        parts = tuple(example_text(model, prompts))
+        return bool(card.prompt_text) and (card.prompt_text[1:2], card.prompt_text[3:]) != (parts[1:2], parts[3:])
+    except DataError:
+        # The training examples are not here; a vector can be used without them.
+        return False

@@ -29,8 +29,7 @@ class TaskVector:
     """Edits by stream, and the card with their origin.
 
     ``vector * 0.5`` moves activations half as far, and ``a + b`` moves them by both changes; see
-    :func:`~lmms_mtv.vectors.combine.summed`. Two vectors are equal only if they are the same object: compare
-    :attr:`id` and :attr:`checksum`.
+    :func:`~lmms_mtv.vectors.combine.summed`. Only the same object is equal: compare :attr:`id` and :attr:`checksum`.
 
     Attributes:
         edits: an :class:`Edit` for each edited stream of :data:`STREAMS`; empty for the method ``none``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -96,6 +97,20 @@ def test_the_reference_run_shows_what_the_method_is_for():
     assert mean["4-shot"] >= 0.97
     assert mean["MTV"] >= 0.97
     assert mean["random heads"] <= mean["MTV"] - 0.30
+
+
+def test_files_and_classes_stay_small_and_public_names_apart():
+    """A method's file has a class Config by design."""
+    places: dict[str, list[Path]] = {}
+    for path in (*ROOT.glob("lmms_mtv/**/*.py"), *ROOT.glob("benchmarks/**/*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno - node.lineno < 250, (path, node.name)
+                places.setdefault(node.name, []).append(path)
+    twice = {name for name, paths in places.items() if len(paths) > 1 and not name.startswith("_")}
+    assert twice == {"Config"}
 
 
 def test_the_repository_names_no_machine():

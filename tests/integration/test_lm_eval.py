@@ -277,7 +277,7 @@ class TestEdited:
     def test_a_forward_that_mtv_did_not_expect_is_refused(self, text_model, folder, vector):
         tasks = Tasks(include_path=str(folder), include_defaults=False)
         lm = LmEvalMtv(Evaluation(tasks.of), pretrained=str(text_model), device="cpu", vector=str(vector))
-        with lm._editing(TaskVector.load(vector)), pytest.raises(HookError, match="in the order that mtv knows"):
+        with lm.editing(TaskVector.load(vector)), pytest.raises(HookError, match="in the order that mtv knows"):
             lm._model_call(torch.tensor([[5, 6]]))
 
 

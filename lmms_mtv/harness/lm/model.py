@@ -15,23 +15,21 @@ import jinja2
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
-from torch import Tensor
 
-from lmms_mtv.errors import ArgumentError, HookError
+from lmms_mtv.errors import ArgumentError
 from lmms_mtv.harness import record
 from lmms_mtv.harness.arguments import SplitArguments, near_argument, validate, with_text_restored
 from lmms_mtv.harness.lm.arguments import split_lm_eval_arguments
+from lmms_mtv.harness.lm.edited import EditedHFLM
 from lmms_mtv.harness.lm.evaluation import Evaluation, current
 from lmms_mtv.harness.lm.runner import LmRunner
-from lmms_mtv.harness.lm.scoring import Request, Row, reordered, rounds_of_distinct_inputs, rows_of
 from lmms_mtv.harness.lm.task import LmPrompt, LmPrompts, Turns
 from lmms_mtv.harness.provider import TaskVectorProvider
 from lmms_mtv.harness.record import TaskRecord, UneditedRecord
 from lmms_mtv.harness.summary import result_line
 from lmms_mtv.harness.tracking import log_fit
-from lmms_mtv.hooks import applied, find_sites
+from lmms_mtv.hooks import find_sites
 from lmms_mtv.models import gguf
 from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
@@ -67,7 +65,7 @@ class Cost:
 
 
 @register_model(NAME)
-class LmEvalMtv(HFLM):  # type: ignore[misc]
+class LmEvalMtv(EditedHFLM):
     """MTV and its controls on lm-eval's ``hf`` model. With ``method=none`` the model is ``hf`` itself.
 
     Attributes:
@@ -108,8 +106,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         """Set everything that depends on the method and on the arguments of the plugin."""
         self._arguments = parts.plugin
         self._plain = parts.plugin.vector is None and parts.method.name == "none"
-        self._edit: TaskVector | None = None
-        self._expected: deque[Row] = deque()
+        self._edit, self._expected = None, deque()
         self._fitted: dict[tuple[str, int], tuple[LmPrompts, TaskVector]] = {}
         self.records: dict[str, TaskRecord | UneditedRecord] = {}
         self.costs: dict[str, Cost] = {}
@@ -254,7 +251,7 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
         answers: dict[int, A] = {}
         for name, indices in groups.items():
             own = [requests[index] for index in indices]
-            with self._editing(self._vector(name, own)), self._watching([name]):
+            with self.editing(self._vector(name, own)), self._watching([name]):
                 answers |= dict(zip(indices, answer(own, disable_tqdm), strict=True))
         return [answers[index] for index in range(len(requests))]
 
@@ -301,73 +298,3 @@ class LmEvalMtv(HFLM):  # type: ignore[misc]
                 for tracker in self._evaluation.trackers:
                     log_fit(tracker, name, vector)
         return vector
-
-    @contextmanager
-    def _editing(self, vector: TaskVector | None) -> Iterator[None]:
-        """Edit the forwards inside the block; with None, or a vector without edits, leave the forwards unedited."""
-        before, expected = self._edit, self._expected
-        self._edit, self._expected = vector if vector is not None and vector.edits else None, deque()
-        try:
-            yield
-        finally:
-            self._edit, self._expected = before, expected
-
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
-        if self._edit is None:
-            plain: Tensor = super()._model_generate(context, max_length, stop, **settings)
-            return plain
-        with applied(self._sites, self._edit) as fired:
-            output: Tensor = super()._model_generate(context, max_length, stop, **settings)
-        _check_edited(fired.count)
-        return output
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        score = super()._loglikelihood_tokens
-        if self._edit is None:
-            plain: list[tuple[float, bool]] = score(requests, disable_tqdm, override_bs)
-            return plain
-        answers: dict[int, tuple[float, bool]] = {}
-        for indices in rounds_of_distinct_inputs(requests) if self.logits_cache else [range(len(requests))]:
-            own = [requests[index] for index in indices]
-            self._expected = deque(rows_of(own, self.max_length, self.logits_cache))
-            answers |= dict(zip(indices, score(own, disable_tqdm, override_bs), strict=True))
-            if self._expected:
-                raise reordered()
-        return [answers[index] for index in range(len(requests))]
-
-    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        if self._edit is None:
-            plain: Tensor = super()._model_call(inps, attn_mask, labels)
-            return plain
-        if len(self._expected) < len(inps):
-            raise reordered()
-        rows = [self._expected.popleft() for _ in range(len(inps))]
-        padded = torch.zeros_like(inps)
-        real = torch.zeros_like(inps)
-        for index, row in enumerate(rows):
-            fitting = row.tokens[: inps.shape[1]]
-            padded[index, : len(fitting)] = torch.tensor(fitting, device=inps.device)
-            real[index, : len(row.tokens)] = 1
-        if not torch.equal(padded, inps) or max(len(row.tokens) for row in rows) != inps.shape[1]:
-            raise reordered()
-        # The rows are padded on the right and no mask is passed on, so the edit needs the positions.
-        tail = torch.tensor([row.scored for row in rows], device=inps.device)
-        with applied(self._sites, self._edit, tail=tail, real=real) as fired:
-            logits: Tensor = super()._model_call(inps, attn_mask, labels)
-        _check_edited(fired.count)
-        return logits
-
-    def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
-        with self._editing(None):
-            rows: int = super()._detect_batch_size(requests, pos)
-            return rows
-
-
-def _check_edited(count: int) -> None:
-    if count == 0:
-        raise HookError(
-            "the edit never ran while the model answered, so that the answers are those of the plain model: pass "
-            "decoder= with the module that its forward calls"
-        )
