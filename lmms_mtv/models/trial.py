@@ -13,6 +13,11 @@ from lmms_mtv.models.prompts import Reply
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.vectors import Edit, VectorCard
 
+_END: Final = (
+    "that the text that ends an answer is the same in the fit and in use (fewshot_delimiter, and until of a task)"
+)
+"""The cause of wrong answers that no loss tells."""
+
 P = TypeVar("P")
 P_contra = TypeVar("P_contra", contravariant=True)
 
@@ -142,7 +147,7 @@ def doubts(trial: Trial, card: VectorCard, control: bool = False) -> list[str]:
         lines.append(
             f"method={card.method}, seed={card.seed}: with the vector {accuracy['edited']:.0%} of "
             f"{accuracy['queries']:.0f} training queries are answered right, without it {accuracy['unedited']:.0%}: "
-            f"pass {', '.join([*ways, 'or another method='])}"
+            f"{'' if loss == 'first' else f'check {_END}; '}pass {', '.join([*ways, 'or another method='])}"
         )
     if accuracy["endless"] > 0.5:
         lines.append(
@@ -160,7 +165,4 @@ def mend_endless(card: VectorCard) -> str:
     if card.config.get("loss") == "first":
         return "fit it with loss=all, which learns the end of an answer too"
     longer = next((f", fit it with more {name}=" for name in ("steps", "epochs") if name in card.config), "")
-    return (
-        "check that the text that ends an answer is the same in the fit and in use (fewshot_delimiter, and until of a "
-        f"task){longer}, or take another method="
-    )
+    return f"check {_END}{longer}, or take another method="

@@ -355,6 +355,7 @@ class TestTrial:
         bad = Trial({"queries": 16.0, "unedited": 0.1, "edited": 0.0, "endless": 0.9}, True)
         worse, endless = doubts(bad, card(config=config))
         assert "loss=all" not in worse + endless
+        assert "fewshot_delimiter" in worse
         assert "fewshot_delimiter" in endless
         assert ("more steps=" in worse and "more steps=" in endless) == ("steps" in config)
 
