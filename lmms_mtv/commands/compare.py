@@ -85,7 +85,6 @@ def add_include_path(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from lmms_mtv.experiments import compare
-    from lmms_mtv.experiments.report import results, tables
     from lmms_mtv.harness import plan_runners
 
     output = arguments.output
@@ -105,6 +104,8 @@ def run(arguments: argparse.Namespace) -> None:
         if distributed.current().rank == 0:
             sys.stderr.write(f"\nlmms-mtv: interrupted, {_how_to_go_on(output)}\n")
         raise SystemExit(INTERRUPTED) from None
+    from lmms_mtv.experiments.report import results, tables
+
     ranks = distributed.current()
     # All processes end together: one that ends early may be aborted while the first one makes the tables.
     with ranks.raise_together():

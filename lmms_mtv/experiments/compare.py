@@ -149,6 +149,7 @@ def _merged(stored: Plan, requested: Plan) -> Plan:
         tasks=tuple(dict.fromkeys([*stored.tasks, *requested.tasks])),
         seeds=seeds,
         arms={**stored.arms, **requested.arms},
+        baseline=requested.baseline or stored.baseline,
         seeds_of={arm: merged_seeds(arm) for arm in {**stored.seeds_of, **requested.seeds_of}},
         groups={**stored.groups, **requested.groups},
         include_path=list(dict.fromkeys([*requested.include_path, *filter(os.path.isdir, stored.include_path)])),

@@ -120,6 +120,16 @@ def test_an_arm_is_added_that_lacks_a_setting_of_the_stored_arms(tmp_path):
         cli.main(["compare", *FLAGS[:-2], "--output", str(tmp_path / "other")])
 
 
+@pytest.mark.usefixtures("runner")
+def test_an_added_arm_leaves_the_baseline_as_it_is(tmp_path):
+    file, output = tmp_path / "words.yaml", tmp_path / "words"
+    file.write_text("model: {pretrained: tiny}\ntasks: [a]\nbaseline: MTV\narms: {MTV: {method: mtv}}\n")
+    cli.main(["compare", str(file), "--output", str(output)])
+    cli.main(["compare", str(output), "--arm", "1-shot"])
+    assert set(plan.read(output).arms) == {"MTV", "1-shot"}
+    assert plan.read(output).baseline == "MTV"
+
+
 def test_without_a_folder_the_output_is_missing(tmp_path):
     (tmp_path / "plan.yaml").write_text("model: {}\ntasks: [a]\narms: {b: {}}\n")
     for arguments in (FLAGS, [str(tmp_path / "plan.yaml")]):
