@@ -14,7 +14,6 @@ import yaml
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.experiments.cell import FOLDER
 from lmms_mtv.experiments.plan import FILE, HARNESSES, Plan, read
-from lmms_mtv.runtime import distributed
 
 ARMS: Final = {
     "zero-shot": {"method": "none"},
@@ -84,9 +83,6 @@ def add_include_path(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from lmms_mtv.experiments import compare
-    from lmms_mtv.harness import plan_runners
-
     output = arguments.output
     if output is None:
         if arguments.plan is None or not arguments.plan.is_dir():
@@ -97,6 +93,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise ArgumentError("--output is missing: pass a folder for the results")
         output = arguments.plan
     requested = planned(arguments, output.resolve().name)
+
+    from lmms_mtv.experiments import compare
+    from lmms_mtv.harness import plan_runners
+    from lmms_mtv.runtime import distributed
 
     try:
         cell_keys = compare.run(requested, output, plan_runners.load)

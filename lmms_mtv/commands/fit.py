@@ -12,7 +12,6 @@ import yaml
 from lmms_mtv.commands.compare import add_include_path, pairs
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.experiments.plan import SEEDS, are_seeds, check_include_path
-from lmms_mtv.runtime import distributed
 
 _INSTEAD: Final = {
     "seed": "pass --seeds",
@@ -53,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     check_early(options.model_args, {})
 
     from lmms_mtv.harness.lmms.fitting import fit_vectors
+    from lmms_mtv.runtime import distributed
 
     for task, seed, vector in fit_vectors(
         options.model_args,

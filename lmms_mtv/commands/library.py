@@ -186,11 +186,11 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def push(arguments: argparse.Namespace) -> None:
-    from lmms_mtv.vectors.library import hub
+    from lmms_mtv.vectors.library import hub, reference
 
     entry = _resolve(arguments, arguments.reference)
     address = hub.pushed(entry.path, arguments.repository, private=arguments.private)
-    _write(f"pushed {entry.id} to {address}. Use it with vector={hub.PREFIX}{arguments.repository}")
+    _write(f"pushed {entry.id} to {address}. Use it with vector={reference.PREFIX}{arguments.repository}")
 
 
 def pull(arguments: argparse.Namespace) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lmms_mtv import methods
 from lmms_mtv.errors import MethodError
-from lmms_mtv.methods import Method
+
+if TYPE_CHECKING:
+    from lmms_mtv.methods import Method
 
 _WIDTH = 100
 
@@ -36,6 +37,8 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from lmms_mtv import methods
+
     if arguments.markdown:
         sys.stdout.write(page())
     elif arguments.name:
@@ -50,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _summary(name: str) -> str:
     """Return the summary of a method, or the reason why the package of the method does not load."""
+    from lmms_mtv import methods
+
     try:
         return methods.get(name).summary
     except MethodError as error:
@@ -58,6 +63,8 @@ def _summary(name: str) -> str:
 
 def page() -> str:
     """Return the methods of this package and their settings as a page in Markdown."""
+    from lmms_mtv import methods
+
     parts = [_PAGE]
     for name in methods.own():
         method = methods.get(name)

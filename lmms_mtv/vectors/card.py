@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmms_mtv.errors import VectorFileError
-from lmms_mtv.runtime import files
+from lmms_mtv.runtime import tensor_files
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class VectorCard:
         Raises:
             VectorFileError: the file does not exist, cannot be read, or has no valid card.
         """
-        return cls._of(Path(path), files.metadata(Path(path)))
+        return cls._of(Path(path), tensor_files.metadata(Path(path)))
 
     @classmethod
     def _of(cls, path: Path, metadata: Mapping[str, str]) -> VectorCard:

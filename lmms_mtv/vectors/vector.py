@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_mtv.errors import GeometryError, NumericsError, VectorFileError
-from lmms_mtv.runtime import files
+from lmms_mtv.runtime import files, tensor_files
 from lmms_mtv.vectors.card import Geometry, VectorCard
 from lmms_mtv.vectors.edit import HEADS, Edit, Edits, by_stream
 
@@ -168,7 +168,7 @@ class TaskVector:
             if not tensor.isfinite().all():
                 raise NumericsError(f"{name} of vector {self.id} has NaN or infinity: it is not saved")
         card = self.card.to_json()
-        return files.safetensors_bytes(
+        return tensor_files.safetensors_bytes(
             tensors, {"format": "lmms-mtv", "card": card, "checksum": checksum(card, tensors)}
         )
 
@@ -252,8 +252,8 @@ class TaskVector:
 
     @classmethod
     def _read(cls, path: Path) -> TaskVector:
-        """Return the vector in a regular file of at most :data:`files.LIMIT` bytes."""
-        metadata, tensors = files.read(path)
+        """Return the vector in a regular file of at most :data:`tensor_files.LIMIT` bytes."""
+        metadata, tensors = tensor_files.read(path)
         card = VectorCard._of(path, metadata)
         if metadata.get("checksum") != checksum(metadata["card"], tensors):
             raise VectorFileError(f"{path} is not as it was saved (its checksum differs): fit the vector again")

@@ -19,13 +19,11 @@ from huggingface_hub.errors import (
 )
 
 from lmms_mtv.errors import ArgumentError, HubError, VectorFileError
-from lmms_mtv.runtime import files
+from lmms_mtv.runtime import tensor_files
 from lmms_mtv.vectors import TaskVector
 from lmms_mtv.vectors.library import page
 from lmms_mtv.vectors.library.place import FILE, PAGE
-
-PREFIX: Final = "hub:"
-"""Beginning of a reference to a vector on the hub: ``hub:<owner>/<name>`` or ``hub:<owner>/<name>@<revision>``."""
+from lmms_mtv.vectors.library.reference import PREFIX
 
 _NAME: Final = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?", re.ASCII)
 
@@ -80,10 +78,10 @@ def pulled(repository: str) -> TaskVector:
         if FILE not in sizes:
             raise HubError(f"{repository} on the hub has no {FILE}: it is no vector of lmms-mtv")
         size = sizes[FILE]
-        if size is None or size > files.LIMIT:
+        if size is None or size > tensor_files.LIMIT:
             raise VectorFileError(
                 f"{FILE} of {repository} on the hub has {'an unknown number of' if size is None else f'{size:,}'} "
-                f"bytes, a vector has at most {files.LIMIT:,}: it is not downloaded"
+                f"bytes, a vector has at most {tensor_files.LIMIT:,}: it is not downloaded"
             )
         path = api.hf_hub_download(name, FILE, revision=found.sha, local_dir=folder)
         try:

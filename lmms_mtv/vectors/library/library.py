@@ -14,7 +14,7 @@ import torch
 from lmms_mtv.errors import LibraryError, VectorFileError
 from lmms_mtv.runtime import files
 from lmms_mtv.vectors import TaskVector, VectorCard
-from lmms_mtv.vectors.library import hub, page, reference
+from lmms_mtv.vectors.library import page, reference
 from lmms_mtv.vectors.library.entry import Entry, Problem
 from lmms_mtv.vectors.library.place import FILE, PAGE, VARIABLE, default_root, folder_name, is_temporary
 
@@ -146,8 +146,8 @@ class Library:
             VectorFileError: the file that the reference names cannot be read.
             HubError: the vector cannot be pulled.
         """
-        if wanted.startswith(hub.PREFIX):
-            return self.pull(wanted.removeprefix(hub.PREFIX))
+        if wanted.startswith(reference.PREFIX):
+            return self.pull(wanted.removeprefix(reference.PREFIX))
         if (path := reference.file(wanted)) is not None:
             inside = Path(os.path.abspath(path)).is_relative_to(self.root)
             return self.entry(self._own(Path(os.path.abspath(path))) if inside else path)
@@ -163,7 +163,7 @@ class Library:
             VectorFileError: the downloaded file is refused.
             LibraryError: the library has other edits of the same recipe, which stay, or cannot be written.
         """
-        vector = hub.pulled(repository)
+        vector = _pulled(repository)
         held = self.get(vector.card)
         if held is not None and not same_edits(held, vector):
             raise LibraryError(
@@ -292,3 +292,10 @@ def _moved(made: Path, folder: Path) -> None:
             raise
         for name in (PAGE, FILE):
             os.replace(made / name, folder / name)
+
+
+def _pulled(repository: str) -> TaskVector:
+    """Return the vector of a repository on the hub, whose client is imported here: it takes half a second to import."""
+    from lmms_mtv.vectors.library import hub
+
+    return hub.pulled(repository)

@@ -18,6 +18,9 @@ _ID: Final = re.compile(r"[0-9a-f]{4,16}")
 _TELLING: Final = ("model", "task", "method", "shots", "seed")
 _LISTED: Final = 20
 
+PREFIX: Final = "hub:"
+"""Beginning of a reference to a vector on the hub: ``hub:<owner>/<name>`` or ``hub:<owner>/<name>@<revision>``."""
+
 FORMS: Final = "a path, four or more digits of an id, task/method, or hub:owner/name"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -13,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+import lmms_mtv
 from lmms_mtv.errors import InstallationError
 from lmms_mtv.harness.lmms.plugin import names_model
 from lmms_mtv.runtime import environment
@@ -196,3 +198,28 @@ def test_a_missing_library_is_an_error_of_the_package(monkeypatch):
     monkeypatch.setattr(environment, "libraries", lambda: [library(None, ">=5.18")])
     with pytest.raises(InstallationError, match="transformers is missing"):
         environment.check()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compare", "--help"], ["compare", "nofolder"]])
+def test_what_needs_no_model_does_not_wait_for_torch(words, tmp_path):
+    """The libraries of models take seconds to import."""
+    code = f"""
+import sys
+from lmms_mtv import cli
+try:
+    cli.main({words})
+except SystemExit as error:
+    print(error, file=sys.stderr)
+assert not {{"torch", "transformers", "lmms_eval", "lm_eval"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout or "nofolder does not exist" in done.stderr
+
+
+def test_public_names_are_those_of_their_modules():
+    for name in lmms_mtv.__all__:
+        assert getattr(lmms_mtv, name).__module__.startswith("lmms_mtv.")
+    assert set(lmms_mtv.__all__) <= set(dir(lmms_mtv))
+    with pytest.raises(AttributeError, match="has no attribute 'Vectr'"):
+        lmms_mtv.Vectr  # noqa: B018

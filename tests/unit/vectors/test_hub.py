@@ -12,7 +12,7 @@ import yaml
 
 from lmms_mtv import Edit, Library, TaskVector, applied, find_sites
 from lmms_mtv.errors import ArgumentError, HubError, LibraryError, MtvError, VectorFileError
-from lmms_mtv.runtime import files
+from lmms_mtv.runtime import tensor_files
 from lmms_mtv.vectors.library import hub as hub_of_vectors
 from lmms_mtv.vectors.library import page
 from lmms_mtv.vectors.library.place import FILE, PAGE
@@ -153,7 +153,7 @@ def test_a_repository_without_a_vector_or_with_too_large_a_one_is_not_downloaded
     offered(hub, {"sub/" + FILE: vector().content(), f"../{FILE}": b"x"})
     with pytest.raises(HubError, match=f"has no {FILE}"):
         library.pull("owner/name")
-    for size, said in ((files.LIMIT + 1, "1,073,741,825 bytes"), (None, "an unknown number of bytes")):
+    for size, said in ((tensor_files.LIMIT + 1, "1,073,741,825 bytes"), (None, "an unknown number of bytes")):
         offered(hub, {FILE: vector().content()}, sizes={FILE: size})
         with pytest.raises(VectorFileError, match=f"{said}.*it is not downloaded"):
             library.pull("owner/name")
@@ -167,7 +167,7 @@ def test_a_repository_without_a_vector_or_with_too_large_a_one_is_not_downloaded
         b"",
         b"\x80\x04K\x01.",
         (10 * 2**30).to_bytes(8, "little") + b"{}",
-        files.safetensors_bytes({}, {"format": "other"}),
+        tensor_files.safetensors_bytes({}, {"format": "other"}),
     ],
     ids=["empty", "pickle", "claim", "foreign"],
 )

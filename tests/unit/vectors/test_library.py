@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from lmms_mtv import Library, TaskVector, VectorCard
 from lmms_mtv.errors import ArgumentError, GeometryError, LibraryError, MtvError, VectorFileError
-from lmms_mtv.runtime import files
+from lmms_mtv.runtime import files, tensor_files
 from lmms_mtv.vectors.library import page
 from lmms_mtv.vectors.library.place import FILE, PAGE, folder_name
 from support import processes
@@ -120,7 +120,7 @@ def test_entries_are_sorted_and_read_without_tensors(library, monkeypatch, caplo
             library.add(vector(task=task, seed=seed))
     broken = library.add(vector(task="c"))
     broken.write_bytes(b"\0" * 7)
-    monkeypatch.setattr(files, "parsed", None)
+    monkeypatch.setattr(tensor_files, "parsed", None)
     with caplog.at_level(logging.WARNING):
         found = [(entry.card.task, entry.card.seed) for entry in library.entries()]
     assert found == [("a", 9), ("a", 10), ("b", 9), ("b", 10)]
@@ -303,15 +303,15 @@ def test_a_claim_of_ten_gigabytes_is_refused_without_reading_them(library, tmp_p
         with pytest.raises(VectorFileError, match=r"a header of 10,737,418,240 bytes in a file of 10"):
             read(path)
     with path.open("r+b") as file:
-        file.truncate(2 * files.HEADER_LIMIT)
-    header_of = 8 + files.HEADER_LIMIT + 1
+        file.truncate(2 * tensor_files.HEADER_LIMIT)
+    header_of = 8 + tensor_files.HEADER_LIMIT + 1
     with path.open("r+b") as file:
         file.write(struct.pack("<Q", header_of))
     for read in (TaskVector.load, VectorCard.load):
         with pytest.raises(VectorFileError, match="a vector's has at most"):
             read(path)
     with path.open("r+b") as file:
-        file.truncate(files.LIMIT + 1)
+        file.truncate(tensor_files.LIMIT + 1)
     for read in (TaskVector.load, VectorCard.load):
         with pytest.raises(VectorFileError, match="a vector has at most 1,073,741,824"):
             read(path)
@@ -350,7 +350,7 @@ def test_pipes_folders_and_other_dtypes_are_refused(tmp_path):
     for name in ("pipe", "folder", "missing"):
         with pytest.raises(VectorFileError, match="no vector file"):
             TaskVector.load(tmp_path / f"{name}.safetensors")
-    halves = files.safetensors_bytes(
+    halves = tensor_files.safetensors_bytes(
         {"heads.value": torch.zeros(1, dtype=torch.bfloat16)}, {"format": "lmms-mtv", "card": "{}"}
     )
     (tmp_path / FILE).write_bytes(halves)
@@ -397,7 +397,7 @@ def test_a_card_with_a_field_of_a_wrong_type_is_refused(library, change):
 def test_a_card_that_is_no_json_and_a_vector_with_nan_are_found(library):
     good = library.add(vector(seed=1))
     text = library.add(vector(seed=2))
-    raw = files.safetensors_bytes({}, {"format": "lmms-mtv", "card": "not json", "checksum": ""})
+    raw = tensor_files.safetensors_bytes({}, {"format": "lmms-mtv", "card": "not json", "checksum": ""})
     text.write_bytes(raw)
     numbers = library.add(vector(seed=3))
     made = vector(seed=3)
