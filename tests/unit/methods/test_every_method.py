@@ -22,7 +22,7 @@ from torch import Tensor
 from lmms_mtv import TaskVector, applied, methods
 from lmms_mtv.errors import GeometryError
 from lmms_mtv.fit.episodes import EpisodeSampler
-from lmms_mtv.harness.lm import model as of_lm_eval
+from lmms_mtv.harness.lm import edited as of_lm_eval
 from lmms_mtv.harness.lmms import model as of_lmms_eval
 from lmms_mtv.harness.lmms import task_evaluation
 from support import matrix, zoo
