@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lmms_mtv.errors import ArgumentError
+from lmms_mtv.runtime import files
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
@@ -34,7 +37,6 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from lmms_mtv.errors import ArgumentError
     from lmms_mtv.experiments.report import marks, results, tables
 
     if (arguments.html or arguments.plots) and importlib.util.find_spec("matplotlib") is None:
@@ -78,9 +80,6 @@ def _check_writable(option: str, path: Path) -> None:
     Raises:
         ArgumentError: nothing can be written there.
     """
-    from lmms_mtv.errors import ArgumentError
-    from lmms_mtv.runtime import files
-
     is_folder = option == "plots"
     reason = files.obstacle(path if is_folder else path.parent)
     if not is_folder and path.is_dir():

@@ -56,7 +56,7 @@ def identity(source: str, commit: str | None, gguf_file: str | None = None) -> I
     """
     if gguf_file is None:
         revision = revision_of(source, commit)
-        if Path(source).is_dir() and Path(source).resolve() == CHECKPOINT.resolve():
+        if Path(source).resolve() == CHECKPOINT.resolve():
             return Identity(BUNDLED, revision, None)
         return Identity(name_of(source, revision), revision, text_files_of(source))
     local = Path(source).is_dir()
