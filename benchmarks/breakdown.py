@@ -26,6 +26,9 @@ from lmms_mtv.fit.policy import reinforce
 ROUNDS: Final = 4
 """Runs of each part."""
 
+PRINTED: Final = 7
+"""Functions and kernels of a part that are printed; the file has ``--rows`` of them."""
+
 Part = Callable[[int], object]
 """A part of a fit, as a function of the number of the run."""
 
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="batch size of the extraction (default: 4)")
     parser.add_argument("--memory", type=float, default=16.0, help="GiB for the prefill cache (default: 16)")
     parser.add_argument("--no-graphs", action="store_true", help="replay without CUDA graphs")
-    parser.add_argument("--rows", type=int, default=15, help="functions and kernels of a part (default: 15)")
+    parser.add_argument("--rows", type=int, default=40, help="functions and kernels of a part (default: 40)")
     arguments = parser.parse_args(argv)
     device = measure.device_of(arguments)
     lines, figures = [], {}
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         busy, kernels = longest_kernels(lambda part=part: part(3), device, arguments.rows)  # type: ignore[misc]
         figures[name] = {"seconds": seconds, "busy": busy, "functions": functions, "kernels": kernels}
         lines += [f"{name}: {seconds:.4g} s, in which the GPU computes {busy:.4g} s"]
-        lines += [f"  {one['seconds']:8.4f} s {one['calls']:8} x {one['name']}" for one in (*functions, *kernels)]
+        longest = (*functions[:PRINTED], *kernels[:PRINTED])
+        lines += [f"  {one['seconds']:8.4f} s {one['calls']:8} x {one['name']:.75}" for one in longest]
     measure.finish(arguments, device, {"parts": figures}, lines)
     return 0
 
@@ -131,7 +135,7 @@ def longest_kernels(run: Callable[[], object], device: torch.device, rows: int) 
         run()
         measure.wait(device)
     found = [
-        {"name": event.key[:90], "calls": event.count, "seconds": event.self_device_time_total / 1e6}
+        {"name": event.key[:150], "calls": event.count, "seconds": event.self_device_time_total / 1e6}
         for event in profiler.key_averages()
     ]
     busy = sum(one["seconds"] for one in found)

@@ -4,7 +4,7 @@ The fit averages the activations of 100 prompts of 4 demonstrations, runs 600 st
 demonstrations, and evaluates 10 candidate masks on 50 validation queries. ``--scale`` divides the numbers of prompts,
 steps and queries. If the model takes images, each example has an image before ``--tokens`` tokens of text; ``--text``
 leaves the images out. The preprocessing of images is not measured. ``--no-graphs`` replays without CUDA graphs. Every
-repetition is a new session with all its checks. The first repetition is a warm-up and does not count.
+repetition is a new session with all its checks. A tenth of a fit is the warm-up, which does not count.
 
 Figures: ``seconds`` (median), the seconds of each stage, the peak memory with the weights, and the forwards.
 """
@@ -55,8 +55,10 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
     model = measure.model_of(arguments, device)
     method = methods.get("mtv")
     reference = method.configure({})
-    settings = {name: max(getattr(reference, name) // arguments.scale, 1) for name in SCALED}
-    config = method.configure(settings)
+    warm_up, settings = (
+        {name: max(getattr(reference, name) // scale, 1) for name in SCALED}
+        for scale in (10 * arguments.scale, arguments.scale)
+    )
     count = max(settings["examples"] + settings["candidate_examples"], reference.fit_shots + 1)
     examples = prompts.examples(model, count, arguments.tokens, arguments.seed, with_images=not arguments.text)
     seconds, stages, memory, forwards = [], [], [], 0
@@ -71,7 +73,9 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
             graphs=False if arguments.no_graphs else None,
         )
 
-        def run(session: FitSession[prompts.SyntheticPrompt] = session) -> None:
+        config = method.configure(settings if number else warm_up)
+
+        def run(session: FitSession[prompts.SyntheticPrompt] = session, config: Any = config) -> None:
             method.fit(session, config)
 
         with peak(device) as peak_memory:

@@ -63,6 +63,9 @@ class GraphReplays:
         model = self._context.model
         if self._failed or self._device is None or not prefill.fits_one_row(model, edits, target, rows):
             return False
+        if any(edit.batch is None for edit in edits.values()):
+            # The hooks leave out layers in which an edit of all rows changes nothing, which a graph would repeat.
+            return False
         shape = StaticShape.of(prefill, edits, target, rows)
         return shape.tokens <= MAX_PACKED and shape.fits(model, prefill)
 
