@@ -111,6 +111,8 @@ class GraphReplays:
         except MtvError:
             raise
         except Exception as error:
+            # The traceback names the line of the model that a graph cannot hold.
+            logger.debug("the replay cannot be captured", exc_info=True)
             self._give_up(f"{type(error).__name__}: {error}")
             return
         self._ready.put(shape, _Ready(replay, run), replay.bytes + logits.nbytes)
