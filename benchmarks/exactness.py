@@ -1,13 +1,14 @@
 """Checks that a device gives the numbers that the CPU gives, whatever the batch size.
 
 A fit of MTV with ``--steps`` steps of 8 masks runs on random prompts, four times: on the device, on the device again,
-on the device with other batches, and, in float32, on the CPU with the same weights. Then batches that do not fit the
-memory run on the device: its memory is limited so that an automatic batch size has to be halved (on a GPU only).
+on the device with other batches, and, in float32, on the CPU with the same weights. Two checks need a GPU. Batches that
+do not fit the memory run: the memory is limited so that an automatic batch size has to be halved. Losses with CUDA
+graphs are compared with losses without, also for a model that no graph can hold, because the model waits for the GPU.
 
 Figures: ``values``, the largest difference of a mean activation relative to the largest mean activation, ``losses``,
 the largest difference of a step's mean loss, and ``heads``, the selected heads in common and in all, each against
 the first fit. The exit status is 1 if the second fit differs at all from the first, if values or first losses are
-further apart than the precision allows, or if no batch was halved.
+further apart than the precision allows, if no batch was halved, or if the checks of CUDA graphs fail.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks import measure, models, prompts
-from lmms_mtv import methods
+from lmms_mtv import Edit, Episode, methods
 from lmms_mtv.methods import Fitted
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.vectors import HEADS
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = fitted(arguments, model, batch=1)
     fits = {"again": fitted(arguments, model, batch=1), "batches of 4": fitted(arguments, model, batch=4)}
     halved = halved_batch(arguments, model, device)
+    graphs = with_graphs(arguments, model, device)
     if dtype == "float32" and device.type != "cpu":
         fits["CPU"] = fitted(arguments, model.to("cpu"), batch=1)
     results = {name: difference(first, fit) for name, fit in fits.items()}
@@ -55,13 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if halved is False:
         failed.append("out of memory")
+    if graphs and not (graphs["shapes"] and not graphs["shapes_of_waiting"] and graphs["gap"] <= tolerance):
+        failed.append("CUDA graphs")
     lines = [
         f"{name}: values differ by {result['values']:.2g}, losses by {result['losses']:.2g}, "
         f"{result['common']} of {result['heads']} heads are the same"
         for name, result in results.items()
     ]
     lines.append(f"a batch was halved when the memory ran out: {halved}")
-    figures = {"results": results, "halved": halved, "tolerance": tolerance, "failed": failed}
+    lines.append(f"losses with CUDA graphs: {graphs}")
+    figures = {"results": results, "halved": halved, "graphs": graphs, "tolerance": tolerance, "failed": failed}
     measure.finish(arguments, device, figures, lines)
     if failed:
         sys.stderr.write(f"not the same: {', '.join(failed)}\n")
@@ -90,6 +95,40 @@ def difference(first: Fitted, other: Fitted) -> dict[str, Any]:
         "common": int((masks[0] & masks[1]).sum()),
         "heads": int((masks[0] | masks[1]).sum()),
     }
+
+
+@torch.no_grad()
+def with_graphs(arguments: argparse.Namespace, model: nn.Module, device: torch.device) -> dict[str, Any] | None:
+    """Return how far losses with CUDA graphs are from losses without; None without a GPU.
+
+    Returns:
+        ``gap``, the largest difference of a loss relative to 1 + the loss, ``shapes``, the number of captured replays,
+        and ``shapes_of_waiting``, the number for the same model with a hook that waits for the GPU.
+    """
+    if device.type != "cuda":
+        return None
+
+    def waiting(_: nn.Module, __: Any, output: Any) -> None:
+        output.logits.sum().item()
+
+    gap, shapes = 0.0, []
+    for waits in (False, True):
+        hook = model.register_forward_hook(waiting)
+        if not waits:
+            hook.remove()
+        examples = prompts.examples(model, 8, arguments.tokens, arguments.seed)
+        graphs, plain = (prompts.session(model, examples, graphs=wanted) for wanted in (None, False))
+        value, generator = prompts.values(model, arguments.seed), torch.Generator().manual_seed(arguments.seed)
+        for number in range(24):
+            masks = torch.rand(2 + 2 * number, *graphs.shape[:2], generator=generator) < 0.3
+            episode = Episode(number % 4, (4, 5, 6, 7)[: number % 3])
+            losses, expected = (session.losses(episode, Edit.replace(value, masks)) for session in (graphs, plain))
+            gap = max(gap, ((losses - expected).abs() / (1 + expected)).max().item())
+        hook.remove()
+        shapes.append(graphs.graphs)
+    # A capture that failed would leave the random numbers of the GPU in the state of a capture.
+    torch.rand(1, device=device)
+    return {"gap": gap, "shapes": shapes[0], "shapes_of_waiting": shapes[1]}
 
 
 @torch.no_grad()

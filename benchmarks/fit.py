@@ -3,8 +3,8 @@
 The fit averages the activations of 100 prompts of 4 demonstrations, runs 600 steps of 32 masks on 100 queries without
 demonstrations, and evaluates 10 candidate masks on 50 validation queries. ``--scale`` divides the numbers of prompts,
 steps and queries. If the model takes images, each example has an image before ``--tokens`` tokens of text; ``--text``
-leaves the images out. The preprocessing of images is not measured. Every repetition is a new session with all its
-checks. The first repetition is a warm-up and does not count.
+leaves the images out. The preprocessing of images is not measured. ``--no-graphs`` replays without CUDA graphs. Every
+repetition is a new session with all its checks. A tenth of a fit is the warm-up, which does not count.
 
 Figures: ``seconds`` (median), the seconds of each stage, the peak memory with the weights, and the forwards.
 """
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", action="store_true", help="leave images out")
     parser.add_argument("--scale", type=int, default=1, help="divisor of the reference settings (default: 1)")
     parser.add_argument("--batch", type=int, default=4, help="batch size of the extraction (default: 4)")
+    parser.add_argument("--no-graphs", action="store_true", help="replay without CUDA graphs")
     parser.add_argument("--memory", type=float, default=16.0, help="GiB for the prefill cache (default: 16)")
     arguments = parser.parse_args(argv)
     if arguments.scale < 1:
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = measured(arguments, device)
     stages = ", ".join(f"{name} {stage_seconds:.4g} s" for name, stage_seconds in figures["stages"].items())
     lines = [
-        f"{arguments.model}: a fit takes {figures['seconds']:.4g} s ({stages}) and {figures['forwards']} forwards; "
+        f"{arguments.model}: a fit takes {figures['seconds']:.4g} s ({stages}) and {figures['forwards']} forwards, "
+        f"with {figures['graphs']} CUDA graphs; "
         f"prompts have {figures['tokens']['few_shot']} and {figures['tokens']['zero_shot']} tokens"
     ]
     measure.finish(arguments, device, figures, lines)
@@ -53,18 +55,27 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
     model = measure.model_of(arguments, device)
     method = methods.get("mtv")
     reference = method.configure({})
-    settings = {name: max(getattr(reference, name) // arguments.scale, 1) for name in SCALED}
-    config = method.configure(settings)
+    warm_up, settings = (
+        {name: max(getattr(reference, name) // scale, 1) for name in SCALED}
+        for scale in (10 * arguments.scale, arguments.scale)
+    )
     count = max(settings["examples"] + settings["candidate_examples"], reference.fit_shots + 1)
     examples = prompts.examples(model, count, arguments.tokens, arguments.seed, with_images=not arguments.text)
     seconds, stages, memory, forwards = [], [], [], 0
     rounds = range(arguments.repetitions + 1)
     for number in tqdm(rounds, desc="Fits", disable=arguments.quiet, dynamic_ncols=True, leave=False):
         session = prompts.session(
-            model, examples, seed=arguments.seed, batch_size=arguments.batch, memory=int(arguments.memory * 2**30)
+            model,
+            examples,
+            seed=arguments.seed,
+            batch_size=arguments.batch,
+            memory=int(arguments.memory * 2**30),
+            graphs=False if arguments.no_graphs else None,
         )
 
-        def run(session: FitSession[prompts.SyntheticPrompt] = session) -> None:
+        config = method.configure(settings if number else warm_up)
+
+        def run(session: FitSession[prompts.SyntheticPrompt] = session, config: Any = config) -> None:
             method.fit(session, config)
 
         with peak(device) as peak_memory:
@@ -83,6 +94,7 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
         "tokens": {"few_shot": len(examples.prompt(few).text), "zero_shot": len(examples.prompt(zero).text)},
         "fit": settings | {"fit_shots": reference.fit_shots, "samples": reference.samples},
         "replays": session.replays,
+        "graphs": session.graphs,
         "repetitions": {"fit": seconds},
     }
 

@@ -1,8 +1,9 @@
 """All checks and benchmarks of one GPU, in one command and one file.
 
 First the checks of :mod:`benchmarks.exactness`, then the benchmarks, each in a process of its own. One that fails or
-exceeds ``--limit`` does not stop the others. ``--json`` is written again after each of them, so that a run that is
-stopped leaves what it has measured. The exit status is 1 if one of them failed.
+exceeds ``--limit`` does not stop the others. All of them together take at most ``--total`` seconds, and those for which
+no time is left count as stopped. ``--json`` is written again after each of them, so that a run that is stopped leaves
+what it has measured. The exit status is 1 if one of them failed.
 
 ``--quick`` runs the same list with small models and settings, also on a CPU: a test of the command, not a measurement.
 
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small models and settings, to test the command")
     parser.add_argument("--device", help="device (default: the GPU if there is one, else the CPU)")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="only the runs whose names contain one of these texts")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds of one run at most (default: 240)")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds of one run at most (default: 150)")
+    parser.add_argument("--total", type=float, default=590.0, help="seconds of all runs at most (default: 590)")
     parser.add_argument("--json", metavar="FILE", type=Path, required=True, help="file for all figures")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -66,8 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.only:
         runs = {name: given for name, given in runs.items() if any(text in name for text in arguments.only)}
     figures: dict[str, Any] = {"machine": measure.machine(device), "quick": arguments.quick, "runs": {}}
+    began = time.perf_counter()
     for name, given in runs.items():
-        figures["runs"][name] = run = run_alone(given, device, arguments.limit)
+        left = arguments.total - (time.perf_counter() - began)
+        figures["runs"][name] = run = run_alone(given, device, max(min(arguments.limit, left), 0))
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         outcome = "" if run["status"] == 0 else f"FAILED ({run['status']}): "

@@ -2,7 +2,8 @@
 
 Each case of edits is calibrated once for prompts of about the same length. The probe consists of activations of the
 prompt. The probe runs by full forwards, from the cache in rows, and from the cache side by side. So the result depends
-neither on the edits whose losses are computed first, nor on the order of calls.
+neither on the edits whose losses are computed first, nor on the order of calls. On a GPU the probe also runs as a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from lmms_mtv.errors import MtvError
 from lmms_mtv.fit.context import Context
-from lmms_mtv.fit.losses import LossRunner, cross_entropy
+from lmms_mtv.fit.graphs import GraphReplays
+from lmms_mtv.fit.losses import MAX_PACKED, LossRunner, cross_entropy, within_precision
 from lmms_mtv.hooks import Prefill, record
 from lmms_mtv.runtime.batches import single_row
 from lmms_mtv.vectors import Edit, Edits, taken
@@ -25,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 Replay = Literal["side by side", "rows", "full forwards"]
 """A way to compute the losses of several edits, from the fastest way to the slowest."""
-
-MAX_PACKED: Final = 1024
-"""Largest number of positions side by side: the size of the attention mask grows with its square."""
 
 _PROBES: Final = 4
 """Number of edits in a probe."""
@@ -63,15 +62,18 @@ class Calibration:
     Args:
         context: the model, the examples and the processes of the fit.
         runner: the computation of losses.
+        graphs: the replays as CUDA graphs.
         way: the way to take without a probe, for comparisons; None lets probes decide.
     """
 
-    def __init__(self, context: Context[Any], runner: LossRunner, way: Replay | None) -> None:
+    def __init__(self, context: Context[Any], runner: LossRunner, graphs: GraphReplays, way: Replay | None) -> None:
         self._context = context
         self._runner = runner
+        self._graphs = graphs
         self._fixed = way
         self._exact: dict[ReplayCase, bool] = {}
         self._exact_side_by_side: dict[ReplayCase, bool] = {}
+        self._exact_graphs: dict[ReplayCase, bool] = {}
         self._exact_unedited: dict[ReplayCase, bool] = {}
         self._lacks_cache = False
 
@@ -106,6 +108,10 @@ class Calibration:
         """Return whether edits side by side in one row equal edits in rows."""
         return self._exact_side_by_side.get(case, False)
 
+    def graphs_case(self, case: ReplayCase) -> bool:
+        """Return whether edits side by side may run as a CUDA graph."""
+        return self._exact_graphs.get(case, False)
+
     def replays_unedited(self, prefill: Prefill, target: list[int]) -> bool:
         """Return whether a prompt without edits runs exactly from its cache.
 
@@ -128,7 +134,11 @@ class Calibration:
             return self._lacks_cache
         if case not in self._exact:
             return False
-        return not self._exact[case] or case in self._exact_side_by_side or not self._may_pack(prefill, edits, target)
+        if not self._exact[case] or not self._may_pack(prefill, edits, target):
+            return True
+        if case not in self._exact_side_by_side:
+            return False
+        return not self._exact_side_by_side[case] or self._knows_graphs(case, prefill, edits, target)
 
     def calibrate(self, case: ReplayCase, prefill: Prefill, edits: Edits, target: list[int]) -> None:
         """Find, once for each case, the exact ways to run edits.
@@ -147,20 +157,28 @@ class Calibration:
             return
         if self._fixed is not None:
             self._exact[case] = self._fixed != "full forwards"
-            self._exact_side_by_side[case] = self._fixed == "side by side"
+            self._exact_side_by_side[case] = self._exact_graphs[case] = self._fixed == "side by side"
             return
         with self._context.ranks.raise_together(), single_row(), torch.no_grad():
             probe = self._probe(prefill, edits)
         if case not in self._exact:
             self._exact[case] = self._on_all_ranks(lambda: self._is_exact(prefill, probe, target))
-        if self._exact[case] and self._may_pack(prefill, edits, target):
+        if not self._exact[case] or not self._may_pack(prefill, edits, target):
+            return
+        if case not in self._exact_side_by_side:
             self._exact_side_by_side[case] = self._on_all_ranks(
                 lambda: self._is_exact_side_by_side(prefill, probe, target)
             )
+        if self._exact_side_by_side[case] and not self._knows_graphs(case, prefill, edits, target):
+            self._exact_graphs[case] = self._on_all_ranks(lambda: self._is_exact_as_graph(prefill, probe, target))
 
     def _may_pack(self, prefill: Prefill, edits: Edits, target: list[int]) -> bool:
         """Return whether the edits that are compared side by side may stand in one row of this prompt."""
         return bool(edits) and prefill.fits_one_row(self._context.model, edits, target, _number_compared(target))
+
+    def _knows_graphs(self, case: ReplayCase, prefill: Prefill, edits: Edits, target: list[int]) -> bool:
+        """Return whether graphs were calibrated for this case, or cannot run for this prompt."""
+        return case in self._exact_graphs or not self._graphs.fits(prefill, edits, target, _number_compared(target))
 
     def _on_all_ranks(self, holds: Callable[[], bool]) -> bool:
         """Return whether the condition ``holds`` is true in every process."""
@@ -188,7 +206,7 @@ class Calibration:
         full = self._runner.losses(prefill.forward, probe, target)
         replayed = self._runner.losses(prefill.replay, probe, target)
         gap = (full - replayed).abs().max().item()
-        if not self._is_near(full, gap):
+        if not within_precision(self._context.model, full, gap):
             logger.warning(
                 "replays differ from full forwards by %.3g on this model: losses come from full forwards, more slowly",
                 gap,
@@ -221,7 +239,7 @@ class Calibration:
             gap = (packed - in_rows[order]).abs().max().item()
             leak = (packed - moved)[::2].abs().max().item()
             follows_positions = not prefill.last_position.any() or not torch.equal(packed, halfway)
-            if self._is_near(in_rows, gap) and leak <= _APART and follows_positions and differ:
+            if within_precision(model, in_rows, gap) and leak <= _APART and follows_positions and differ:
                 return True
             reason = f"losses differ by {gap:.3g} from those in rows, by {leak:.3g} with other neighbours"
             if not follows_positions:
@@ -231,11 +249,18 @@ class Calibration:
         logger.info("edits are replayed in rows on this model, not side by side (%s)", reason)
         return False
 
-    def _is_near(self, losses: Tensor, gap: float) -> bool:
-        """Return whether a difference of ``gap`` from ``losses`` is within the model's precision."""
-        parameter = next(self._context.model.parameters())
-        tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
-        return gap <= tolerance * (1 + losses.abs().max().item())
+    def _is_exact_as_graph(self, prefill: Prefill, probe: Edits, target: list[int]) -> bool:
+        """Return whether edits side by side as a CUDA graph give the losses of full forwards on this model."""
+        order = [index % _PROBES for index in range(_number_compared(target))]
+        many = taken(probe, order)
+        if not self._graphs.prepare(prefill, many, target):
+            return False
+        full = self._runner.losses(prefill.forward, probe, target)[order]
+        gap = (self._runner.losses(self._graphs.way(prefill), many, target) - full).abs().max().item()
+        if not within_precision(self._context.model, full, gap):
+            logger.warning("CUDA graphs differ from full forwards by %.3g on this model: replays run without", gap)
+            return False
+        return True
 
 
 def _number_compared(target: Sequence[int]) -> int:

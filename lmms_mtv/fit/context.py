@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lmms_mtv.fit.examples import Episode, Examples, Runner
 from lmms_mtv.hooks import ForwardCounter, Prefill, Sites, verify
+from lmms_mtv.runtime.devices import only_device
 from lmms_mtv.runtime.distributed import Ranks
 
 P = TypeVar("P")
@@ -50,6 +51,15 @@ class Context(Generic[P]):
     @property
     def model(self) -> nn.Module:
         return self.runner.model
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the choices of a method: the GPU of the model, if a single process uses a single GPU; or the CPU.
+
+        A step whose choices and losses stay on the GPU does not wait for the GPU.
+        """
+        device = only_device(self.model) if self.ranks.count == 1 else None
+        return device if device is not None and device.type == "cuda" else torch.device("cpu")
 
     def prompts(self, episodes: Sequence[Episode]) -> list[P]:
         """Return the prompts of ``episodes``."""

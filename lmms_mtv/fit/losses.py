@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from lmms_mtv.fit.context import Context, frozen
 from lmms_mtv.hooks import Prefill, Sites, record
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.vectors import Edit, Edits, by_stream, rows_of, taken
+
+MAX_PACKED: Final = 1024
+"""Largest number of positions side by side: the size of the attention mask grows with its square."""
 
 Run = Callable[[nn.Module, Sites, Edits, Sequence[int]], Tensor]
 """A way to run a prompt with K edits: returns the logits of T target tokens, float32 [K, T, vocabulary]."""
@@ -116,10 +119,17 @@ class LossRunner:
 
 def cross_entropy(logits: Tensor, target: Sequence[int]) -> Tensor:
     """Return the mean cross-entropy of the T tokens of ``target`` under ``logits`` [K, T, V], float32 [K]."""
-    expected = torch.tensor(target, device=logits.device).repeat(logits.shape[0])
+    # The copy to a GPU does not wait for the GPU.
+    expected = torch.tensor(target).to(logits.device, non_blocking=True).repeat(logits.shape[0])
     # The last dimension is contiguous: on a CPU the sum over it is ten times as fast as over another dimension.
     losses = functional.cross_entropy(logits.flatten(0, 1), expected, reduction="none")
     return losses.view(logits.shape[:2]).mean(1)
+
+
+def within_precision(model: nn.Module, losses: Tensor, gap: float) -> bool:
+    """Return whether a difference of ``gap`` from ``losses`` is within the precision of ``model``."""
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    return gap <= tolerance * (1 + losses.abs().max().item())
 
 
 def _finite(losses: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ gradients of losses through masks that are nearly 0 or 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -23,12 +23,18 @@ TEMPERATURE = 0.5
 """Temperature of the concrete distribution: a lower one brings masks nearer to 0 and 1, and makes gradients rougher."""
 
 
+_UNCHECKED = 32
+"""Number of steps on a GPU after which their losses are checked: a check waits for the GPU."""
+
 P = TypeVar("P", "Policy", "Categorical")
+
+Losses = Callable[[int, Tensor], Tensor]
+"""Function of the number of a step and of samples of a policy that returns the losses, float [samples]."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Independent Bernoulli choices, one for each head. ``logits`` is float32 [L, H] on the CPU."""
+    """Independent Bernoulli choices, one for each head. ``logits`` is float32 [L, H]."""
 
     logits: Tensor
 
@@ -46,11 +52,12 @@ class Policy:
             floor: heads with a lower probability are never chosen.
 
         Returns:
-            bool [count, L, H].
+            bool [count, L, H], on the device of the logits.
         """
         probabilities = self.probabilities
         likely = probabilities.where(probabilities >= floor, torch.zeros_like(probabilities))
-        return torch.rand(count, *likely.shape, generator=generator) < likely
+        # The numbers are drawn on the CPU for all devices. Their copy to a GPU does not wait for the GPU.
+        return torch.rand(count, *likely.shape, generator=generator).to(likely.device, non_blocking=True) < likely
 
     def log_probability(self, masks: Tensor) -> Tensor:
         """Return the log-probability of ``masks``, bool [count, L, H], as a differentiable float32 [count]."""
@@ -95,7 +102,7 @@ class Categorical:
 
 
 def reinforce(
-    losses: Callable[[int, Tensor], Tensor],
+    losses: Losses,
     shape: tuple[int, int],
     *,
     steps: Iterable[int],
@@ -103,6 +110,7 @@ def reinforce(
     lr: float,
     initial_logit: float,
     generator: torch.Generator,
+    device: torch.device | None = None,
 ) -> tuple[Policy, list[float]]:
     """Learn by REINFORCE a :class:`Policy` that makes ``losses`` small; see :func:`improved`.
 
@@ -115,6 +123,7 @@ def reinforce(
         lr: the learning rate of Adam.
         initial_logit: the logit of each head before the first step.
         generator: the source of random numbers.
+        device: the device of the policy while it learns, and of the masks; the CPU by default.
 
     Returns:
         The policy, and the mean loss of each step.
@@ -123,21 +132,24 @@ def reinforce(
         NumericsError: a loss is not finite.
     """
     start = Policy(torch.full(shape, initial_logit))
-    return improved(start, losses, steps=steps, samples=samples, lr=lr, generator=generator)
+    return improved(start, losses, steps=steps, samples=samples, lr=lr, generator=generator, device=device)
 
 
 def improved(
     policy: P,
-    losses: Callable[[int, Tensor], Tensor],
+    losses: Losses,
     *,
     steps: Iterable[int],
     samples: int,
     lr: float,
     generator: torch.Generator,
+    device: torch.device | None = None,
 ) -> tuple[P, list[float]]:
     """Return a policy that REINFORCE improved, to make ``losses`` small.
 
-    Each step minimises the sum over samples of ``log p(choice) * (loss - mean) / (std + 1e-3)`` with Adam.
+    Each step minimises the sum over samples of ``log p(choice) * (loss - mean) / (std + 1e-3)`` with Adam. On a GPU a
+    step does not wait for the losses of the step before. Losses that are not finite are found some steps later then,
+    and ``losses`` gets their samples again, on the CPU, for an error that tells more.
 
     Args:
         policy: the policy to begin with, which is not changed.
@@ -146,22 +158,25 @@ def improved(
         samples: the number of samples in a step, at least 2.
         lr: the learning rate of Adam.
         generator: the source of random numbers.
+        device: the device of the policy while it learns, and of the samples; the CPU by default.
 
     Returns:
-        The policy, and the mean loss of each step.
+        The policy, on the CPU, and the mean loss of each step.
 
     Raises:
         NumericsError: a loss is not finite.
     """
-    logits = policy.logits.clone().requires_grad_()
+    logits = policy.logits.to(device or "cpu").clone().requires_grad_()
     learning = replace(policy, logits=logits)
     optimizer = torch.optim.Adam([logits], lr=lr)
-    history = []
+    history, unchecked = [], []
     for step in steps:
         choices = learning.sample(samples, generator)
-        sample_losses = losses(step, choices).detach().to("cpu", torch.float32)
-        if not sample_losses.isfinite().all():
-            raise NumericsError(f"a loss of selection step {step} is NaN or infinite: use dtype=float32 or bfloat16")
+        sample_losses = losses(step, choices).detach().to(logits.device, torch.float32)
+        unchecked.append((step, choices, sample_losses))
+        if logits.device.type == "cpu" or len(unchecked) == _UNCHECKED:
+            _check_finite(unchecked, losses)
+            unchecked.clear()
         advantage = (sample_losses - sample_losses.mean()) / (sample_losses.std() + EDGE)
         optimizer.zero_grad()
         # The caller may have turned gradients off for an evaluation.
@@ -170,10 +185,27 @@ def improved(
         if logits.grad is not None:
             # Where all samples chose alike the gradient is 0, since advantages sum to 0. Adam would make a whole step
             # of the remaining rounding error, whose sign depends on the batch size of the activations.
-            logits.grad[(choices == choices[:1]).all(0)] = 0
+            alike = (choices == choices[:1]).all(0)
+            logits.grad.masked_fill_(alike.view(*alike.shape, *[1] * (logits.dim() - alike.dim())), 0)
         optimizer.step()
-        history.append(sample_losses.mean().item())
-    return replace(policy, logits=logits.detach()), history
+        history.append(sample_losses.mean())
+    _check_finite(unchecked, losses)
+    return replace(policy, logits=logits.detach().cpu()), [loss.item() for loss in history]
+
+
+def _check_finite(steps: Sequence[tuple[int, Tensor, Tensor]], losses: Losses) -> None:
+    """Raise :class:`NumericsError` if a loss is not finite.
+
+    Args:
+        steps: number, samples and losses of each step.
+        losses: the function of the losses, which may raise a better error for samples on the CPU.
+    """
+    if not steps or torch.stack([values for _, _, values in steps]).isfinite().all():
+        return
+    step, choices, _ = next(one for one in steps if not one[2].isfinite().all())
+    if choices.device.type != "cpu":
+        losses(step, choices.cpu())
+    raise NumericsError(f"a loss of selection step {step} is NaN or infinite: use dtype=float32 or bfloat16")
 
 
 def concrete(

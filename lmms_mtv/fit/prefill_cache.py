@@ -12,6 +12,7 @@ from lmms_mtv.fit.context import Context, counted
 from lmms_mtv.fit.examples import Episode, Target
 from lmms_mtv.hooks import Prefill, capture
 from lmms_mtv.runtime.batches import single_row
+from lmms_mtv.runtime.devices import only_device
 from lmms_mtv.runtime.lru_cache import LruCache
 
 P = TypeVar("P")
@@ -88,10 +89,9 @@ class PrefillCache(Generic[P]):
             lean: function that says whether a prompt needs only its replays.
         """
         context, ranks = self._context, self._context.ranks
-        devices = {parameter.device for parameter in context.model.parameters()}
-        if ranks.count == 1 or len(devices) > 1:
+        device = only_device(context.model)
+        if ranks.count == 1 or device is None:
             return
-        (device,) = devices
         missing = [episode for episode in dict.fromkeys(episodes) if self._prefills.get(episode) is None]
         for begin in range(0, len(missing), ranks.count):
             batch = missing[begin : begin + ranks.count]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from lmms_mtv.fit.calibration import MAX_PACKED, Calibration, Replay, ReplayCase
+from lmms_mtv.fit.calibration import Calibration, Replay, ReplayCase
 from lmms_mtv.fit.context import Context, counted
 from lmms_mtv.fit.examples import Episode, Tokens
-from lmms_mtv.fit.losses import LossRunner, Run
+from lmms_mtv.fit.graphs import GraphReplays
+from lmms_mtv.fit.losses import MAX_PACKED, LossRunner, Run
 from lmms_mtv.fit.prefill_cache import PrefillCache
 from lmms_mtv.hooks import Prefill
 from lmms_mtv.runtime.batches import single_row
-from lmms_mtv.vectors import Edit, Edits, by_stream, distinct, rows_of, taken
+from lmms_mtv.vectors import Edit, Edits, by_stream, distinct, first_equal, rows_of, taken
 
 P = TypeVar("P")
 
@@ -26,16 +28,20 @@ class Replayer(Generic[P]):
     Args:
         context: the model, the examples and the processes of the fit.
         prefills: the prefilled prompts.
-        memory: the limit in bytes of the copies of one prompt's cache in a replay.
+        memory: the limit in bytes of the copies of one prompt's cache in a replay; graphs take a quarter as much.
         way: the way to take without a probe, for comparisons; None lets probes decide.
+        graphs: whether replays run as CUDA graphs, see :class:`GraphReplays`.
     """
 
-    def __init__(self, context: Context[P], prefills: PrefillCache[P], memory: int, way: Replay | None) -> None:
+    def __init__(
+        self, context: Context[P], prefills: PrefillCache[P], memory: int, way: Replay | None, graphs: bool | None
+    ) -> None:
         self._context = context
         self._prefills = prefills
         self._memory = memory
         self._runner = LossRunner(context)
-        self._calibration = Calibration(context, self._runner, way)
+        self._graphs = GraphReplays(context, self._runner, memory // 4, graphs)
+        self._calibration = Calibration(context, self._runner, self._graphs, way)
 
     @property
     def replays(self) -> bool | None:
@@ -47,45 +53,71 @@ class Replayer(Generic[P]):
         """Slowest way of all cases; None before the first loss."""
         return self._calibration.way
 
+    @property
+    def graphs(self) -> int:
+        """Number of shapes whose replays run as CUDA graphs."""
+        return self._graphs.count
+
     def lean(self, prefill: Prefill) -> bool:
         """Return whether a prompt needs only the inputs of its replays."""
         return self._calibration.lean(prefill)
 
     @torch.no_grad()
     @counted
-    def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens) -> Tensor:
+    def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens, wait: bool = True) -> Tensor:
         """Return the loss of each of K edits.
 
         Replays serve a kind of edit, and prompts of about the same length, once a probe has shown that replays equal
         full forwards. If replays differ, the session uses full forwards and logs a warning. A probe also shows whether
         all edits can be replayed in one row. Edits of all positions always take full forwards, one forward for each
-        edit. Equal edits run once.
+        edit. Equal edits have equal losses; they run once, except in a CUDA graph.
 
         Args:
             episode: the query and its demonstrations.
             edit: K edits of the heads, or K edits by stream.
             tokens: the tokens of the target that count.
+            wait: False returns losses that the device may still compute, and that may be NaN or infinite.
 
         Returns:
-            float32 [K], on the CPU.
+            float32 [K], on the CPU; with ``wait=False`` on the device of the edits.
+
+        Raises:
+            NumericsError: a loss is not finite.
         """
-        context, edits, alike = self._context, by_stream(edit), None
-        if rows_of(edits) is not None:
-            edits, alike = distinct(edits)
+        edits = by_stream(edit)
         whole = any(each.everywhere for each in edits.values())
         prefill, target, case = self._calibrated(episode, edits, tokens, whole)
+        rows = rows_of(edits)
+        alike: Tensor | list[int] | None = None
+        as_graph = not whole and self._runs_as_graph(case, prefill, edits, target)
+        if as_graph:
+            alike = first_equal(edits)
+        elif rows is not None:
+            edits, alike = distinct(edits)
         # The way is that of all edits together, so that the way does not depend on the number of ranks.
         run, limit = self._way_of(case, prefill, edits, target, whole)
-        rows = rows_of(edits)
-        if rows is None:
-            return self._runner.finite_losses(prefill, run, edits, target, limit).cpu()
-        losses = torch.zeros(rows)
-        with context.ranks.raise_together():
-            if rows > context.ranks.rank:
-                shard = taken(edits, context.ranks.shard_slice)
-                part = self._runner.finite_losses(prefill, run, shard, target, limit)
-                losses[context.ranks.shard_slice] = part.cpu()
-        return context.ranks.all_reduce(losses)[alike]
+        if as_graph:
+            run, limit = self._graphs.way(prefill), sys.maxsize
+
+        def losses_of(shard: Edits) -> Tensor:
+            if not wait:
+                return self._runner.losses(run, shard, target, limit)
+            return self._runner.finite_losses(prefill, run, shard, target, limit).cpu()
+
+        losses = losses_of(edits) if rows is None else self._of_ranks(edits, losses_of)
+        losses = losses.cpu() if wait else losses.to(next(iter(edits.values())).gain.device)
+        return losses if alike is None else losses[torch.as_tensor(alike, device=losses.device)]
+
+    def _of_ranks(self, edits: Edits, losses_of: Callable[[Edits], Tensor]) -> Tensor:
+        """Return the losses of edits, of which each process computes a share."""
+        ranks = self._context.ranks
+        if ranks.count == 1:
+            return losses_of(edits)
+        losses = torch.zeros(rows_of(edits) or 1)
+        with ranks.raise_together():
+            if len(losses) > ranks.rank:
+                losses[ranks.shard_slice] = losses_of(taken(edits, ranks.shard_slice)).cpu()
+        return ranks.all_reduce(losses)
 
     @counted
     def loss_gradient(self, episode: Episode, value: Tensor, mask: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -138,6 +170,13 @@ class Replayer(Generic[P]):
         if not whole:
             calibration.calibrate(case, prefill, edits, target)
         return prefill, target, case
+
+    def _runs_as_graph(self, case: ReplayCase, prefill: Prefill, edits: Edits, target: list[int]) -> bool:
+        """Return whether all edits together run as a CUDA graph."""
+        calibration = self._calibration
+        exact = calibration.replays_case(case, prefill) and calibration.packs_case(case)
+        several = (rows_of(edits) or 1) > 1
+        return exact and several and calibration.graphs_case(case) and self._graphs.fits(prefill, edits, target)
 
     def _way_of(
         self,

@@ -43,6 +43,7 @@ class FitSession(Generic[P]):
         progress: True shows progress bars.
         ranks: processes that share the work, each with its own session; all processes get the same results.
         replay: the way to compute losses of edits; None takes the fastest way that a probe finds exact.
+        graphs: False replays without CUDA graphs; None takes graphs on a GPU, if a probe finds them exact.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class FitSession(Generic[P]):
         progress: bool = True,
         ranks: Ranks | None = None,
         replay: Replay | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.sites = sites
         self.seed = seed
@@ -68,7 +70,7 @@ class FitSession(Generic[P]):
         self._sampler = EpisodeSampler(len(examples), seed)
         self._prefills = PrefillCache(self._context, memory)
         self._reader = ActivationReader(self._context, self._prefills, rows)
-        self._replayer = Replayer(self._context, self._prefills, memory, replay)
+        self._replayer = Replayer(self._context, self._prefills, memory, replay, graphs)
         self._gradients = GradientRunner(self._context, self._prefills, self._replayer, memory // 2)
 
     @property
@@ -105,6 +107,16 @@ class FitSession(Generic[P]):
     def replay(self) -> Replay | None:
         """Slowest way that losses of several edits are computed, see :data:`Replay`; None before the first loss."""
         return self._replayer.way
+
+    @property
+    def graphs(self) -> int:
+        """Number of shapes whose replays run as CUDA graphs."""
+        return self._replayer.graphs
+
+    @property
+    def device(self) -> torch.device:
+        """Device for the choices of a method, so that steps do not wait for a GPU; see :attr:`Context.device`."""
+        return self._context.device
 
     @property
     def prefilled_bytes(self) -> int:
@@ -164,8 +176,7 @@ class FitSession(Generic[P]):
     def mean_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> Tensor:
         """Return the mean over ``episodes`` of a stream's activation at the last token, float32 [L, H, D] on the CPU.
 
-        Args:
-            episodes, stream: T prompts and a stream; for heads MTV, arXiv 2406.15334, 3.1: ``mu_l = (1/T) sum_t z_l``.
+        For heads see MTV, arXiv 2406.15334, section 3.1: ``mu_l = (1/T) sum_t z_l``.
         """
         return self._reader.mean(episodes, stream)
 
@@ -185,11 +196,9 @@ class FitSession(Generic[P]):
         return self._reader.each(queries, HEADS, range(middle, middle + 1), "Embedding queries").flatten(1)
 
     def head_contributions(self, means: Tensor, chosen: Tensor) -> Tensor:
-        """Return the part of each hidden state that the ``chosen`` heads add, float32 [L, 1, width] on the CPU.
+        """Return what the heads of ``chosen`` [L, H] with values ``means`` [L, H, D] add to each hidden state.
 
-        Args:
-            means: the values of all heads, float32 [L, H, D].
-            chosen: 1 for the heads that count, else 0, float32 [L, H].
+        The result is float32 [L, 1, width] on the CPU; see :meth:`ActivationReader.head_contributions`.
         """
         return self._reader.head_contributions(means, chosen)
 
@@ -199,33 +208,27 @@ class FitSession(Generic[P]):
     def answered_activations(self, episodes: Sequence[Episode], stream: str = HEADS) -> tuple[Tensor, Tensor]:
         """Return activations at the last token of N prompts and of their targets, float32 [N, L, H, D] each on the CPU.
 
-        Args:
-            episodes, stream: N prompts and a stream; a target ends with the tokens that end an answer.
+        A target ends with the tokens that end an answer.
         """
         return self._reader.answered(episodes, stream)
 
-    def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens = "first") -> Tensor:
+    def losses(self, episode: Episode, edit: Edit | Edits, tokens: Tokens = "first", wait: bool = True) -> Tensor:
         """Return the cross-entropy of the query's target under each of K edits, float32 [K] on the CPU.
 
         Args:
             episode: the query and its demonstrations.
             edit: K edits of the heads, or K edits by stream; see :meth:`Replayer.losses` for how the edits run.
             tokens: ``first`` is the mean over the tokens up to the first one that is not blank, ``all`` over all.
+            wait: False returns losses on the device of ``edit`` that may not be ready yet, nor finite.
         """
-        return self._replayer.losses(episode, edit, tokens)
+        return self._replayer.losses(episode, edit, tokens, wait)
 
     def loss_gradient(
         self, episode: Episode, value: Tensor, mask: Tensor, tokens: Tokens = "first"
     ) -> tuple[Tensor, Tensor]:
         """Return K losses, float32 [K], and the derivative of each loss by its mask, float32 [K, L, H], on the CPU.
 
-        Args:
-            episode, tokens: as in :meth:`losses`.
-            value: the activations to insert, float32 [L, H, D].
-            mask: float32 [K, L, H]; an entry m makes ``x' = (1 - m) * x + m * value`` of its head.
-
-        Raises:
-            HookError: the model's own code turns gradients off.
+        An entry m of ``mask`` [K, L, H] makes ``x' = (1 - m) * x + m * value``; see :meth:`Replayer.loss_gradient`.
         """
         return self._replayer.loss_gradient(episode, value, mask, tokens)
 
@@ -237,17 +240,13 @@ class FitSession(Generic[P]):
         return torch.stack([self.losses(e, edit, tokens) for e in self.bar(episodes, description)]).mean(0)
 
     def prefetch(self, episodes: Sequence[Episode]) -> None:
-        """Prefill the prompts of ``episodes`` for all processes, a share in each; see :meth:`PrefillCache.prefetch`."""
+        """Prefill prompts for all processes, a share in each; see :meth:`PrefillCache.prefetch`."""
         self._prefills.prefetch(episodes, self._replayer.lean)
 
     def answer(self, episode: Episode, tokens: Tokens = "all", stream: str | None = None) -> Answer:
-        """Return the unedited model's answer, as logits of the target's tokens, with the states of ``stream`` if given.
+        """Return the unedited model's answer: logits of the target's tokens, and the states of ``stream`` if given.
 
-        Args:
-            episode, tokens, stream: as in :meth:`losses`, and the stream of the states; kept while there is room.
-
-        Raises:
-            HookError: an edit is applied now, as in the function that ``loss`` of :meth:`gradients` returns.
+        Raises HookError if an edit is applied now, as in the function that ``loss`` of :meth:`gradients` returns.
         """
         return self._gradients.answer(episode, tokens, stream)
 

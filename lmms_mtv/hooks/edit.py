@@ -260,7 +260,7 @@ def _editing(edit: Edit, layer: int, positions: Positions, gates: Gates, fired: 
             )
         if alike and (edit.everywhere or length == 1):
             edited = mixed(x)
-        elif edit.everywhere or length == 1:
+        elif edit.everywhere or length == 1 or (positions.packed and not edit.once):
             row = torch.arange(rows, device=x.device).repeat_interleave(length)
             column = torch.arange(length, device=x.device).repeat(rows)
             edited = mixed(x.flatten(0, 1), row, opened(x, row, column)).view_as(x)

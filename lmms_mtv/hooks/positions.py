@@ -82,7 +82,8 @@ class Positions:
         self._tail = tail
         self._real = real
         self._resumed = resumed
-        self._packed = packed
+        self.packed = packed
+        """True if the tail of each row is the whole row."""
         self._mask: Tensor | None = None
         self._outer: object = _UNKNOWN
         self._found: tuple[Tensor, Tensor] | None = None
@@ -114,6 +115,11 @@ class Positions:
                 "an attention site ran outside the decoder that was found, so that padding is not known: pass decoder= "
                 "with the module that the model's forward calls"
             )
+        if self.packed:
+            # Nothing here waits for the device, so that the forward can be captured as a CUDA graph.
+            rows, length = activation.shape[0], 1 if first else activation.shape[1]
+            row = torch.arange(rows, device=activation.device).repeat_interleave(length)
+            return row, torch.arange(length, device=activation.device).repeat(rows)
         if self._found is None:
             rows, length = activation.shape[:2]
             if self._real is not None and self._real.shape != (rows, length):
@@ -154,7 +160,7 @@ class Positions:
 
         def begins(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             mask = given_to_decoder(args, kwargs)
-            told = None if self._packed else mask if tells(mask) else self._outer
+            told = None if self.packed else mask if tells(mask) else self._outer
             if not tells(told):
                 what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
                 raise HookError(

@@ -7,19 +7,20 @@ values of other things than the prompt's tokens, such as images, never change.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
-import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lmms_mtv.errors import HookError
+from lmms_mtv.hooks.caches import copied, expanded, filled, moved, tensors_in, window, without_last
 from lmms_mtv.hooks.edit import applied
 from lmms_mtv.hooks.sites import Sites, text_config
 from lmms_mtv.hooks.temporary import after, before
@@ -29,7 +30,6 @@ from lmms_mtv.vectors import Edit, Edits, by_stream, rows_of, taken
 _MASKED = ("eager", "sdpa", None)
 """Attention implementations that take a mask for each token; None: the model does not name its implementation."""
 
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -73,22 +73,22 @@ class Prefill:
     @property
     def bytes(self) -> int:
         """Bytes of the cache."""
-        tensors = (t for layer in _filled(self.cache) for t in (layer.keys, layer.values)) if self.cache else ()
+        tensors = (t for layer in filled(self.cache) for t in (layer.keys, layer.values)) if self.cache else ()
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def held(self) -> int:
         """Bytes of the cache and of the inputs."""
-        return self.bytes + sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.inputs))
+        return self.bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(self.inputs))
 
     def to(self, device: torch.device) -> Prefill:
         """Return the prefill with all tensors on ``device``."""
-        moved = _moved(self.inputs, device)
+        inputs = moved(self.inputs, device)
         positions = None if self.position_ids is None else self.position_ids.to(device)
-        cache = None if self.cache is None else _copied(self.cache)
-        for layer in _filled(cache) if cache else ():
+        cache = None if self.cache is None else copied(self.cache)
+        for layer in filled(cache) if cache else ():
             layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
-        return dataclasses.replace(self, inputs=moved, position_ids=positions, cache=cache)
+        return dataclasses.replace(self, inputs=inputs, position_ids=positions, cache=cache)
 
     def without_cache(self) -> Prefill:
         """Return the prefill without its cache, for full forwards only."""
@@ -97,7 +97,7 @@ class Prefill:
     def without_media(self) -> Prefill:
         """Return the prefill for replays only: its inputs are the tokens and the masks of the tokens."""
         of_tokens = {name: self.inputs[name] for name in ("input_ids", "attention_mask") if name in self.inputs}
-        return dataclasses.replace(self, inputs=of_tokens | self._views(), tokens_only=True)
+        return dataclasses.replace(self, inputs=of_tokens | self.views(), tokens_only=True)
 
     def replay(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """Return logits, float32 [K, len(target), vocabulary], that predict ``target`` after the cached prompt.
@@ -123,10 +123,10 @@ class Prefill:
         inputs: dict[str, Any] = {
             "input_ids": ids.expand(rows, -1),
             "attention_mask": self._real(len(target) - 1).expand(rows, -1),
-            cache_name(model): _expanded(self.cache, rows),
+            cache_name(model): expanded(self.cache, rows),
             "use_cache": True,
         }
-        for name, view in self._views().items():
+        for name, view in self.views().items():
             inputs[name] = view[:, -1:].expand(rows, len(target), *view.shape[2:])
         if self.position_ids is not None:
             steps = torch.arange(len(target), device=self.position_ids.device)
@@ -151,9 +151,9 @@ class Prefill:
         return (
             self.cache is not None
             and getattr(text_config(model), "_attn_implementation", None) in _MASKED
-            and tokens <= _window(model, self.cache)
+            and tokens <= window(model, self.cache)
             and not any(each.gate is not None or each.everywhere for each in edits.values())
-            and (self.position_ids is not None or bool(self._real(0).all()))
+            and (self.position_ids is not None or self._is_unpadded)
         )
 
     def replay_in_one_row(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
@@ -168,22 +168,27 @@ class Prefill:
         edits = by_stream(edit)
         if not self.fits_one_row(model, edits, target):
             raise ReplayError("this prompt cannot be replayed with these edits side by side")
-        rows, steps = rows_of(edits) or 1, len(target)
-        ids = self._followed_by(target)[:, self.length - 1 :]
-        last = self.last_position
+        inputs = self.one_row(rows_of(edits) or 1, target)
+        return run_one_row(model, sites, edits, inputs, self.cache, len(target))
+
+    def one_row(self, rows: int, target: Sequence[int], keys: int | None = None) -> dict[str, Tensor]:
+        """Return the arguments of :func:`run_one_row` for this prompt. Nothing here waits for the device.
+
+        Args:
+            rows: the number of edits.
+            target: token ids.
+            keys: the number of keys in the cache, if keys that no token sees stand before the keys of the prompt.
+        """
+        steps, last = len(target), self.last_position
         positions = last + torch.arange(steps, device=last.device)
-        inputs: dict[str, Any] = {
-            "input_ids": ids.repeat(1, rows),
-            "attention_mask": self._side_by_side(rows, steps),
+        inputs = {
+            "input_ids": self._followed_by(target)[:, self.length - 1 :].repeat(1, rows),
+            "attention_mask": self._side_by_side(rows, steps, keys or self.length - 1),
             "position_ids": positions.repeat(*[1] * (positions.dim() - 1), rows),
-            cache_name(model): _copied(self.cache),
-            "use_cache": True,
         }
-        for name, view in self._views().items():
+        for name, view in self.views().items():
             inputs[name] = view[:, -1:].expand(1, rows * steps, *view.shape[2:])
-        with applied(sites, edits, tail=steps, resumed=True, packed=rows):
-            logits: Tensor = model(**inputs).logits
-        return logits[:, -rows * steps :].view(rows, steps, -1).float()
+        return inputs
 
     def forward(self, model: nn.Module, sites: Sites, edit: Edit | Edits, target: Sequence[int]) -> Tensor:
         """Return the logits of :meth:`replay`, for the same arguments, from a full forward for each edit."""
@@ -202,7 +207,7 @@ class Prefill:
             inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], -1)
         if "attention_mask" in inputs:
             inputs["attention_mask"] = self._real(more)
-        for name, view in self._views().items():
+        for name, view in self.views().items():
             inputs[name] = torch.cat([view, view[:, -1:].expand(1, more, *view.shape[2:])], 1)
         for name in _PER_TOKEN:
             if isinstance(kinds := inputs.get(name), Tensor):
@@ -214,25 +219,32 @@ class Prefill:
     def _followed_by(self, target: Sequence[int]) -> Tensor:
         """Return token ids [1, n + len(target) - 1] of the prompt and of the target without its last token."""
         ids: Tensor = self.inputs["input_ids"]
-        return torch.cat([ids, ids.new_tensor([list(target[:-1])])], 1) if len(target) > 1 else ids
+        following = torch.tensor([target[:-1]], dtype=ids.dtype)
+        return torch.cat([ids, following.to(ids.device, non_blocking=True)], 1) if len(target) > 1 else ids
 
     def _real(self, more: int) -> Tensor:
         """Return the attention mask [1, n + more] of the prompt and of ``more`` tokens that follow it."""
         mask: Tensor = self.inputs.get("attention_mask", torch.ones_like(self.inputs["input_ids"]))
         return torch.cat([mask, mask.new_ones(1, more)], 1)
 
-    def _side_by_side(self, rows: int, steps: int) -> Tensor:
-        """Return the term added to the scores, [1, 1, rows * steps, n - 1 + rows * steps]: 0 where a position sees."""
+    @cached_property
+    def _is_unpadded(self) -> bool:
+        """True if all tokens are real. The answer waits for the device."""
+        return bool(self._real(0).all())
+
+    def _side_by_side(self, rows: int, steps: int, keys: int) -> Tensor:
+        """Return the term added to the scores, [1, 1, rows * steps, keys + rows * steps]: 0 where a position sees."""
         # A position sees the prompt's real tokens before the last, and its own row up to itself.
-        dtype = _filled(self.cache)[0].keys.dtype
-        before = self._real(0)[:, :-1].bool().expand(rows * steps, -1)
+        dtype = filled(self.cache)[0].keys.dtype
+        real = functional.pad(self._real(0)[:, :-1].bool(), (keys - self.length + 1, 0))
+        before = real.expand(rows * steps, -1)
         causal = torch.ones(steps, steps, dtype=torch.bool, device=before.device).tril()
         same_edit = torch.kron(torch.eye(rows, dtype=torch.bool, device=before.device), causal)
         seen = torch.cat([before, same_edit], 1)
         hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         return hidden[None, None]
 
-    def _views(self) -> dict[str, Tensor]:
+    def views(self) -> dict[str, Tensor]:
         """Return masks [1, n, ...] of what else tokens see, as images. New tokens see the same as the last token."""
         shape = self.inputs["input_ids"].shape
         return {
@@ -241,6 +253,25 @@ class Prefill:
             # A mask [1, n] may belong to something else of equal length: the text of another tokenizer, or sound.
             if name.endswith("mask") and isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[:2] == shape
         }
+
+
+def run_one_row(
+    model: nn.Module, sites: Sites, edits: Edits, inputs: Mapping[str, Tensor], cache: Any, steps: int
+) -> Tensor:
+    """Return the logits of K edits side by side in one row, float32 [K, steps, vocabulary].
+
+    Args:
+        model: the model that ran the prompt.
+        sites: the attention sites of the model.
+        edits: K edits by stream.
+        inputs: the arguments of the forward, see :meth:`Prefill.one_row`.
+        cache: the keys and values of the tokens before; the cache does not change.
+        steps: the number of tokens of each edit.
+    """
+    rows = rows_of(edits) or 1
+    with applied(sites, edits, tail=steps, resumed=True, packed=rows):
+        logits: Tensor = model(**inputs, **{cache_name(model): copied(cache)}, use_cache=True).logits
+    return logits[:, -rows * steps :].view(rows, steps, -1).float()
 
 
 class Captured:
@@ -295,7 +326,7 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
         if not captured._done:
             ids = (captured._inputs or {}).get("input_ids")
             if isinstance(ids, Tensor):
-                captured._cache = _without_last(returned_cache(output), ids.shape[1], sites.skipped)
+                captured._cache = without_last(returned_cache(output), ids.shape[1], sites.skipped)
             captured._done = True
 
     with ExitStack() as stack:
@@ -304,95 +335,3 @@ def capture(model: nn.Module, sites: Sites) -> Iterator[Captured]:
         stack.enter_context(before(sites.decoder, inside))
         stack.enter_context(after(model, ends))
         yield captured
-
-
-def _window(model: nn.Module, cache: Any) -> int:
-    """Return the smallest window of attention in tokens, as far as configuration and cache tell."""
-    config = text_config(model)
-    told = [getattr(config, name, None) for name in _WINDOWS]
-    told += [getattr(layer, "sliding_window", None) for layer in cache.layers]
-    return min((size for size in told if isinstance(size, int)), default=sys.maxsize)
-
-
-def _copied(cache: Any) -> Any:
-    """Return a copy of the cache with the same tensors. An update of the copy does not change the original."""
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    return copied
-
-
-def _filled(cache: Any) -> list[Any]:
-    """Return the layers with keys and values: blocks that attend to images have none without an image."""
-    return [layer for layer in cache.layers if layer.keys is not None]
-
-
-def _without_last(cache: Any, length: int, others: Container[int]) -> Any | None:
-    """Return the cache of a prompt of ``length`` tokens without the last token, or None if this is impossible.
-
-    ``others`` are the blocks without self-attention over the tokens. Their layers stay whole.
-    """
-    # A cache may have a state beside its layers, and layers without keys, where blocks have linear attention.
-    layers = getattr(cache, "layers", None)
-    if not layers or not getattr(cache, "is_croppable", True):
-        return None
-    if not all(getattr(layer, "is_croppable", False) and _known(layer) for layer in layers):
-        return None
-    cut = _copied(cache)
-    for index, layer in enumerate(cut.layers):
-        if layer.keys is None:
-            continue
-        if (layer.get_seq_length() == length) == (index in others):
-            # Other layers than expected hold the tokens, or an image happens to have as many keys as the prompt.
-            return None
-        if index not in others:
-            try:
-                layer.crop(-1)
-            except (RuntimeError, ValueError):
-                # A full sliding window has dropped a token that would have to come back.
-                return None
-    return cut
-
-
-def _known(layer: Any) -> bool:
-    """Return whether a layer holds its own keys, or nothing at all."""
-    if not hasattr(layer, "keys"):
-        return False
-    if layer.keys is None:
-        # The layer has no keys yet, or is a placeholder for a block without keys.
-        return not getattr(layer, "is_initialized", True) or next(_tensors(vars(layer)), None) is None
-    # Cropping a static layer changes a length that its copies share: cutting a copy would cut the original.
-    return isinstance(layer.keys, Tensor) and not getattr(layer, "is_compileable", False)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield all tensors in ``value``: a tensor, or mappings, lists and tuples of tensors, such as encoder outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return a copy of ``value`` with the tensors that :func:`_tensors` finds on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        # A copy keeps the class: outputs of transformers are mappings of special classes.
-        moved: Any = copy.copy(value)
-        for name, part in value.items():
-            moved[name] = _moved(part, device)
-        return moved
-    if isinstance(value, list | tuple):
-        parts = [_moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
-
-
-def _expanded(cache: Any, rows: int) -> Any:
-    """Return the cache of one row for ``rows`` rows, as views. The model copies them when it appends a token."""
-    expanded = _copied(cache)
-    for layer in _filled(expanded):
-        layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])
-        layer.values = layer.values.expand(rows, *layer.values.shape[1:])
-    return expanded

@@ -69,14 +69,23 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
 
     def learn(queries: Sequence[Episode]) -> tuple[Policy, list[float]]:
         chosen = session.random_queries(queries, config.steps)
+        moved = value.to(session.device)
+
+        def losses(step: int, masks: Tensor) -> Tensor:
+            edit = Edit.replace(moved.to(masks.device), masks)
+            if masks.device.type == "cpu":
+                return session.losses(chosen[step], edit, config.loss)
+            return session.losses(chosen[step], edit, config.loss, wait=False)
+
         return reinforce(
-            lambda step, masks: session.losses(chosen[step], Edit.replace(value, masks), config.loss),
+            losses,
             session.shape[:2],
             steps=session.bar(range(config.steps), "Selecting heads"),
             samples=config.samples,
             lr=config.lr,
             initial_logit=config.initial_logit,
             generator=session.generator("masks"),
+            device=session.device,
         )
 
     mask, losses = select(session, config, value, learn)

@@ -1,10 +1,11 @@
-"""The device that an argument names."""
+"""The device that an argument names, and the device of a model."""
 
 from __future__ import annotations
 
 from typing import Final
 
 import torch
+from torch import nn
 
 from lmms_mtv.errors import ArgumentError
 
@@ -42,3 +43,9 @@ def check_cuda(name: object) -> None:
     index, count = str(name).partition(":")[2], torch.cuda.device_count()
     if index.isdigit() and int(index) >= count:
         raise ArgumentError(f"device={name}: this machine has {count} GPUs, counted from 0: {_MEND}")
+
+
+def only_device(model: nn.Module) -> torch.device | None:
+    """Return the device of all weights of ``model``; None for several devices, or no weights."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None

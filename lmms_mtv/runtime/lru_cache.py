@@ -40,6 +40,10 @@ class LruCache(Generic[K, V]):
         self._entries.move_to_end(key)
         return self._entries[key][0]
 
+    def clear(self) -> None:
+        """Drop all values."""
+        self._entries.clear()
+
     def put(self, key: K, value: V, size: int) -> None:
         """Add a value and drop the least recently used values while the limit is exceeded.
 

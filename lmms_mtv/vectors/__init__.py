@@ -11,6 +11,7 @@ from lmms_mtv.vectors.edit import (
     Edits,
     by_stream,
     distinct,
+    first_equal,
     rows_of,
     taken,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "by_stream",
     "checksum",
     "distinct",
+    "first_equal",
     "rows_of",
     "taken",
 ]

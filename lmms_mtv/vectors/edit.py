@@ -173,6 +173,18 @@ def taken(edits: Edits, index: int | slice | Sequence[int]) -> Edits:
     return {name: edit.taken(index) for name, edit in edits.items()}
 
 
+def first_equal(edits: Edits) -> Tensor:
+    """Return for each edit of a batch of K edits the index of the first equal edit, int64 [K].
+
+    The indices are on the device of the edits, which nothing waits for.
+    """
+    rows = torch.cat([tensor.flatten(1) for edit in edits.values() for tensor in edit.of_rows], 1)
+    # Of equal largest numbers, argmax may return any: a smaller weight for each later row leaves one largest number.
+    later = torch.arange(len(rows), 0, -1, device=rows.device)
+    equal = torch.stack([(rows == row).all(1) for row in rows])
+    return (equal * later).argmax(1)
+
+
 def distinct(edits: Edits) -> tuple[Edits, list[int]]:
     """Return the distinct edits of a batch, and the index of each row's edit among the distinct edits.
 

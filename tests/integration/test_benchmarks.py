@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import exactness, extraction, fit, generation, gpu, images, measure, models, prompts, scaling, selection
+from benchmarks import (
+    breakdown,
+    exactness,
+    extraction,
+    fit,
+    generation,
+    gpu,
+    images,
+    measure,
+    models,
+    prompts,
+    scaling,
+    selection,
+)
 from lmms_mtv import Edit, Episode, find_sites
 from support import zoo
 
@@ -54,6 +67,16 @@ def test_selection_fails_where_losses_differ(tmp_path, monkeypatch, capsys):
     assert selection.main([*QUICK, *small]) == 1
     assert "differ" in capsys.readouterr().err
     assert 1e-4 < json.loads(path.read_text())["results"][0]["gap"] < 3e-4
+
+
+def test_the_parts_of_a_fit(tmp_path, capsys):
+    sizes = ("--tokens", "6", "--prompts", "2", "--steps", "3", "--masks", "4", "--rows", "9")
+    parts = written(breakdown, tmp_path, *sizes)["parts"]
+    assert parts.keys() == {"means", "prefills", "steps"}
+    for part in parts.values():
+        assert part["seconds"] > part["busy"] == 0
+        assert (len(part["functions"]), part["kernels"]) == (9, [])
+    assert "steps: " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -377,7 +377,7 @@ def test_what_is_found_does_not_depend_on_what_is_asked_first():
 def test_an_error_of_this_package_is_no_reason_for_a_slow_path(monkeypatch):
     tiny = zoo.build(zoo.llama)
     ours = {"__name__": "lmms_mtv.hooks.prefill"}
-    exec("def broken(self, rows, steps):\n    raise KeyError('a fault of ours')", ours)
+    exec("def broken(self, rows, steps, keys):\n    raise KeyError('a fault of ours')", ours)
     monkeypatch.setattr(Prefill, "_side_by_side", ours["broken"])
     with pytest.raises(KeyError, match="a fault of ours"):
         session(tiny).losses(Episode(3, (1, 2)), edits(tiny, 4), "all")

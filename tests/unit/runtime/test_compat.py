@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from lmms_mtv import Edit, Prefill, applied, capture, find_sites, verify
 from lmms_mtv.errors import HookError
 from lmms_mtv.hooks import watched
-from lmms_mtv.hooks.prefill import _tensors, _without_last
+from lmms_mtv.hooks.caches import tensors_in, without_last
 from lmms_mtv.runtime.compat import CACHE_NAMES, cache_name, given_cache, naming, of_the_prompt, returned_cache
 from support import zoo
 
@@ -134,7 +134,7 @@ def test_a_static_cache_is_not_cut():
         tiny.model(**inputs, **{cache_name(tiny.model): cache})
     length = inputs["input_ids"].shape[1]
     assert captured.prefill().cache is None
-    assert _without_last(cache, length, ()) is None
+    assert without_last(cache, length, ()) is None
     assert int(cache.get_seq_length()) == length
 
 
@@ -151,9 +151,9 @@ def test_a_layer_that_stands_in_for_one_without_keys_does_not_hinder_replays():
             self.states = {0: torch.ones(1)}
 
     cache.layers.append(Placeholder())
-    assert _without_last(cache, 4, ()) is not None
+    assert without_last(cache, 4, ()) is not None
     cache.layers[-1] = State()
-    assert _without_last(cache, 4, ()) is None, "a state that a token has changed cannot be cut"
+    assert without_last(cache, 4, ()) is None, "a state that a token has changed cannot be cut"
 
 
 def test_inputs_within_inputs_are_moved_and_counted():
@@ -168,7 +168,7 @@ def test_inputs_within_inputs_are_moved_and_counted():
     assert moved["image"].last_hidden_state.device.type == "meta"
     assert moved["others"][0].device.type == "meta"
     assert moved["others"][1] == (None, "text")
-    assert {tensor.device.type for tensor in _tensors(prefill.inputs)} == {"cpu"}, "the original is as it was"
+    assert {tensor.device.type for tensor in tensors_in(prefill.inputs)} == {"cpu"}, "the original is as it was"
 
 
 @torch.no_grad()
