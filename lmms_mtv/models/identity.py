@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from lmms_mtv.data.official import checksum
 from lmms_mtv.models import gguf
+from lmms_mtv.pictures import EYES
 from lmms_mtv.shapes import CHECKPOINT
 from lmms_mtv.vectors.card import BUNDLED, LOCAL
 
@@ -24,6 +25,9 @@ _TEXT: Final = (
     *("chat_template*", "*processor_config.json", "*.py"),
 )
 """Files that decide how a text or an image is encoded, and code of the checkpoint."""
+
+_BUNDLED: Final = {CHECKPOINT.resolve(): f"{BUNDLED}tiny", EYES.resolve(): f"{BUNDLED}pictures"}
+"""Names of the bundled models by their folders."""
 
 _IGNORED: Final = ("transformers_version", "name_or_path", "_name_or_path")
 """Entries of JSON files that change nothing."""
@@ -56,8 +60,8 @@ def identity(source: str, commit: str | None, gguf_file: str | None = None) -> I
     """
     if gguf_file is None:
         revision = revision_of(source, commit)
-        if Path(source).resolve() == CHECKPOINT.resolve():
-            return Identity(BUNDLED, revision, None)
+        if (bundled := _BUNDLED.get(Path(source).resolve())) is not None:
+            return Identity(bundled, revision, None)
         return Identity(name_of(source, revision), revision, text_files_of(source))
     local = Path(source).is_dir()
     path = Path(source, gguf_file) if local else cached_file(source, gguf_file, revision=commit)

@@ -23,8 +23,8 @@ SCHEMA: Final = 1
 LOCAL: Final = "local/"
 """Beginning of the name of a model that is a folder. The digest of the model follows."""
 
-BUNDLED: Final = "lmms-mtv/tiny"
-"""Name of the bundled model."""
+BUNDLED: Final = "lmms-mtv/"
+"""Beginning of the name of a bundled model. Its name in ``pretrained=`` follows."""
 
 Geometry = tuple[tuple[int, str, int, int], ...]
 """Index of the block, name of the module, number of heads and size of a head, for each site."""

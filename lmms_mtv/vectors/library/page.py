@@ -42,12 +42,7 @@ lmms-eval --model mtv --model_args {arguments} --tasks {task}
 ```
 
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor  # a text model: AutoModelForCausalLM, AutoTokenizer
-
-from lmms_mtv import TaskVector
-
-model = AutoModelForImageTextToText.from_pretrained({_source(card)}, dtype={json.dumps(_line(card.dtype))})
-processor = AutoProcessor.from_pretrained({_source(card)})
+{_loading(card)}
 vector = TaskVector.from_pretrained({json.dumps(_line(named))})
 inputs = processor(text=prompt, images=images, return_tensors="pt")  # a prompt as below, without the demonstration
 with vector.apply(model):
@@ -73,14 +68,27 @@ model and of the training data hold for the vector too.
 
 def _loaded(card: VectorCard) -> str:
     """Return the value of ``pretrained=`` that loads the model of a vector."""
-    if card.model == BUNDLED:
-        return "tiny"
+    if card.model.startswith(BUNDLED):
+        return card.model.removeprefix(BUNDLED)
     return "FOLDER" if card.model.startswith(LOCAL) else card.model
 
 
-def _source(card: VectorCard) -> str:
-    """Return the expression in Python that names the model of a vector."""
-    return "lmms_mtv.shapes.CHECKPOINT" if card.model == BUNDLED else json.dumps(_line(_loaded(card)))
+def _loading(card: VectorCard) -> str:
+    """Return the lines of Python that import what is needed, and load the model of a vector and its processor."""
+    if card.model == f"{BUNDLED}pictures":
+        return """from lmms_mtv import TaskVector
+from lmms_mtv.pictures.model import load
+
+model, processor = load()"""
+    tiny = card.model == f"{BUNDLED}tiny"
+    source = "CHECKPOINT" if tiny else json.dumps(_line(_loaded(card)))
+    imported = "\nfrom lmms_mtv.shapes import CHECKPOINT" if tiny else ""
+    return f"""from transformers import AutoModelForImageTextToText, AutoProcessor  # a text model: AutoModelForCausalLM, AutoTokenizer
+
+from lmms_mtv import TaskVector{imported}
+
+model = AutoModelForImageTextToText.from_pretrained({source}, dtype={json.dumps(_line(card.dtype))})
+processor = AutoProcessor.from_pretrained({source})"""  # noqa: E501
 
 
 def _unnamed(card: VectorCard) -> str:
@@ -136,7 +144,7 @@ def facts(vector: TaskVector) -> list[tuple[str, str]]:
 def _metadata(card: VectorCard) -> str:
     """Return the YAML front matter. JSON texts in it are YAML texts too."""
     lines = ["library_name: lmms-mtv"]
-    if _REPOSITORY.fullmatch(card.model) and card.model != BUNDLED and not card.model.startswith(LOCAL):
+    if _REPOSITORY.fullmatch(card.model) and not card.model.startswith((BUNDLED, LOCAL)):
         lines.append(f"base_model: {json.dumps(card.model)}")
     lines += ["tags:", "- task-vector", "- multimodal-task-vectors", f"- {json.dumps(card.method)}"]
     return "\n".join(("---", *lines, "---"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -18,11 +18,16 @@ from lmms_mtv.harness.hf_config import HfConfig
 from lmms_mtv.models import gguf
 from lmms_mtv.models.identity import Identity, adapter_of, identity
 from lmms_mtv.models.text import one_line
+from lmms_mtv.pictures import EYES
+from lmms_mtv.pictures import model as pictures
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.shapes import CHECKPOINT
 
 TINY: Final = "tiny"
 """Name of the bundled checkpoint in ``pretrained=``."""
+
+PICTURES: Final = "pictures"
+"""Name of the model of the pictures in ``pretrained=``; see :mod:`lmms_mtv.pictures.model`."""
 
 IMAGE_SETTINGS: Final = ("do_image_splitting", "min_pixels", "max_pixels")
 """Arguments of the base that are settings of an image processor."""
@@ -42,7 +47,7 @@ class HfCheckpoint:
     model: nn.Module
     processor: Any
     identity: Identity
-    adapter: str | None
+    adapter: str | None = None
 
 
 def load(config: HfConfig) -> HfCheckpoint:
@@ -51,6 +56,29 @@ def load(config: HfConfig) -> HfCheckpoint:
     Raises:
         ArgumentError: the checkpoint or the adapter cannot be loaded, or the image processor has no such setting.
     """
+    loaded = _pictures(config) if config.pretrained == PICTURES else _checkpoint(config)
+    model = loaded.model if config.peft is None else _adapted(loaded.model, config.peft)
+    if config.device_map is None:
+        model.to(_device(config.device))
+    return replace(loaded, model=model.eval(), adapter=None if config.peft is None else adapter_of(config.peft))
+
+
+def _pictures(config: HfConfig) -> HfCheckpoint:
+    """Return the model of the pictures, in float32 unless a dtype is given.
+
+    Raises:
+        ArgumentError: an argument is given that only other models take.
+    """
+    others = ("gguf_file", "revision", "device_map", "min_pixels", "max_pixels")
+    if given := [name for name in others if getattr(config, name) is not None]:
+        raise ArgumentError(f"pretrained={PICTURES} takes no {', '.join(given)}: leave it out")
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    model, processor = pictures.load(dtype, config.attn_implementation)
+    return HfCheckpoint(model, processor, identity(str(EYES), None))
+
+
+def _checkpoint(config: HfConfig) -> HfCheckpoint:
+    """Return the checkpoint of files or of the hub; see :func:`load`."""
     source, file = gguf.located(str(CHECKPOINT) if config.pretrained == TINY else config.pretrained, config.gguf_file)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if file is not None:
@@ -75,24 +103,14 @@ def load(config: HfConfig) -> HfCheckpoint:
     except MtvError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        hint = near_argument(config.pretrained, (TINY, *gguf.PACKAGED))
+        hint = near_argument(config.pretrained, (TINY, PICTURES, *gguf.PACKAGED))
         raise ArgumentError(
             f"pretrained={config.pretrained} cannot be loaded:{hint} {one_line(error)} (give the name of a model on "
-            f"the hub, a folder, or {TINY!r}; without network, the model has to be in the local cache)"
+            f"the hub, a folder, {TINY!r} or {PICTURES!r}; without network, the model has to be in the local cache)"
         ) from error
-    if config.peft is not None:
-        model = _adapted(model, config.peft)
-    if config.device_map is None:
-        model.to(_device(config.device))
     # A branch or a tag can move; a commit cannot.
     known = identity(source, getattr(settings, "_commit_hash", None), file)
-    known = known._replace(revision=known.revision or config.revision)
-    return HfCheckpoint(
-        model=model.eval(),
-        processor=processor,
-        identity=known,
-        adapter=None if config.peft is None else adapter_of(config.peft),
-    )
+    return HfCheckpoint(model, processor, known._replace(revision=known.revision or config.revision))
 
 
 def image_settings_of(image_processor: Any) -> Mapping[str, Any]:
