@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,6 +148,13 @@ def test_a_failure_that_the_harness_would_pass_over_is_a_status(wrong, said, tmp
     assert done.returncode == 1, done.stdout + done.stderr
     assert said in done.stdout + done.stderr
     assert not list(tmp_path.rglob("*_results.json"))
+
+
+@pytest.mark.parametrize("first", ["lmms_mtv.harness.lmms.plugin", "lmms_eval.models"])
+def test_the_model_is_known_whichever_package_is_imported_first(first):
+    code = f"import {first}; from lmms_eval.models import get_model; print(get_model('mtv').__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "LmmsEvalMtv"
 
 
 def test_the_tasks_are_known_and_do_not_hide_the_harness_own():

@@ -8,15 +8,17 @@ import operator
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
-from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 
 from lmms_mtv.harness.lmms.failure import end_failed_runs
 from lmms_mtv.harness.paths import LM_EVAL, tasks_folder
 from lmms_mtv.runtime import environment
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 __all__ = ["NAME", "manifest", "register_tasks", "tasks_folder"]
 
@@ -38,6 +40,9 @@ def manifest() -> ModelManifest:
     elif used and (line := environment.newer(libraries)) is not None:
         logger.warning(line)
     register_tasks()
+    # At the top it would be half imported: lmms-eval asks for this model while it is imported itself.
+    from lmms_eval.models.registry_v2 import ModelManifest
+
     return ModelManifest(model_id=NAME, chat_class_path="lmms_mtv.harness.lmms.model.LmmsEvalMtv")
 
 
