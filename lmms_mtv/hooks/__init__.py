@@ -2,6 +2,7 @@
 
 from lmms_mtv.hooks.checkpointing import checkpointed
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
+from lmms_mtv.hooks.output_layer import logits_unread
 from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
 from lmms_mtv.hooks.streams import HookPoint, attention_outputs, hook_points, receivers, shape
@@ -23,6 +24,7 @@ __all__ = [
     "checkpointed",
     "find_sites",
     "hook_points",
+    "logits_unread",
     "receivers",
     "record",
     "shape",
