@@ -28,7 +28,7 @@ def logits_unread(model: nn.Module) -> Iterator[None]:
     if not isinstance(layer, nn.Module):
         yield
         return
-    modes: list[_Zeros] = []
+    modes: list[Any] = []
 
     def entered(_: nn.Module, args: tuple[Any, ...]) -> None:
         modes.append(_Zeros())
