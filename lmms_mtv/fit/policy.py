@@ -7,9 +7,9 @@ gradients of losses through masks that are nearly 0 or 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,32 @@ TEMPERATURE = 0.5
 """Temperature of the concrete distribution: a lower one brings masks nearer to 0 and 1, and makes gradients rougher."""
 
 
+WINDOW: Final = 25
+"""Number of steps whose spreads are averaged, since the spread of a single step depends on its query."""
+
 P = TypeVar("P", "Policy", "Categorical")
+
+
+@dataclass(frozen=True)
+class Settling:
+    """A rule that ends REINFORCE once the differences between the samples of a step hardly change a loss.
+
+    The spread of a step is the standard deviation of the losses of its samples. At first the policy draws widely
+    different samples, and the spread is large. It becomes small as the choices that matter become certain; choices that
+    do not matter may stay uncertain. The rule compares the mean spread of the last :data:`WINDOW` steps with the mean
+    spread of the first :data:`WINDOW` steps. Losses are the same in all processes, so all processes end at one step.
+
+    Attributes:
+        share: REINFORCE ends when the spread is at most this share of the spread at first.
+    """
+
+    share: float
+
+    def holds(self, spreads: Sequence[float]) -> bool:
+        """Return whether REINFORCE ends after steps with these spreads. The two windows never overlap."""
+        if len(spreads) < 2 * WINDOW:
+            return False
+        return sum(spreads[-WINDOW:]) <= self.share * sum(spreads[:WINDOW])
 
 
 @dataclass(frozen=True)
@@ -103,6 +128,7 @@ def reinforce(
     lr: float,
     initial_logit: float,
     generator: torch.Generator,
+    settling: Settling | None = None,
 ) -> tuple[Policy, list[float]]:
     """Learn by REINFORCE a :class:`Policy` that makes ``losses`` small; see :func:`improved`.
 
@@ -115,6 +141,7 @@ def reinforce(
         lr: the learning rate of Adam.
         initial_logit: the logit of each head before the first step.
         generator: the source of random numbers.
+        settling: the rule that ends the learning before all steps are done; None does all steps.
 
     Returns:
         The policy, and the mean loss of each step.
@@ -123,7 +150,7 @@ def reinforce(
         NumericsError: a loss is not finite.
     """
     start = Policy(torch.full(shape, initial_logit))
-    return improved(start, losses, steps=steps, samples=samples, lr=lr, generator=generator)
+    return improved(start, losses, steps=steps, samples=samples, lr=lr, generator=generator, settling=settling)
 
 
 def improved(
@@ -134,6 +161,7 @@ def improved(
     samples: int,
     lr: float,
     generator: torch.Generator,
+    settling: Settling | None = None,
 ) -> tuple[P, list[float]]:
     """Return a policy that REINFORCE improved, to make ``losses`` small.
 
@@ -146,6 +174,7 @@ def improved(
         samples: the number of samples in a step, at least 2.
         lr: the learning rate of Adam.
         generator: the source of random numbers.
+        settling: the rule that ends the learning before all steps are done; None does all steps.
 
     Returns:
         The policy, and the mean loss of each step.
@@ -156,13 +185,15 @@ def improved(
     logits = policy.logits.clone().requires_grad_()
     learning = replace(policy, logits=logits)
     optimizer = torch.optim.Adam([logits], lr=lr)
-    history = []
+    history: list[float] = []
+    spreads: list[float] = []
     for step in steps:
         choices = learning.sample(samples, generator)
         sample_losses = losses(step, choices).detach().to("cpu", torch.float32)
         if not sample_losses.isfinite().all():
             raise NumericsError(f"a loss of selection step {step} is NaN or infinite: use dtype=float32 or bfloat16")
-        advantage = (sample_losses - sample_losses.mean()) / (sample_losses.std() + EDGE)
+        spread = sample_losses.std()
+        advantage = (sample_losses - sample_losses.mean()) / (spread + EDGE)
         optimizer.zero_grad()
         # The caller may have turned gradients off for an evaluation.
         with torch.enable_grad():
@@ -173,6 +204,9 @@ def improved(
             logits.grad[(choices == choices[:1]).all(0)] = 0
         optimizer.step()
         history.append(sample_losses.mean().item())
+        spreads.append(spread.item())
+        if settling is not None and settling.holds(spreads):
+            break
     return replace(policy, logits=logits.detach()), history
 
 
