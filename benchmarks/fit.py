@@ -54,7 +54,7 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
     method = methods.get("mtv")
     reference = method.configure({})
     settings = {name: max(getattr(reference, name) // arguments.scale, 1) for name in SCALED}
-    config = method.configure(settings)
+    config = method.configure({**settings, "settle": None})
     count = max(settings["examples"] + settings["candidate_examples"], reference.fit_shots + 1)
     examples = prompts.examples(model, count, arguments.tokens, arguments.seed, with_images=not arguments.text)
     seconds, stages, memory, forwards = [], [], [], 0

@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import exactness, extraction, fit, generation, gpu, images, measure, models, prompts, scaling, selection
+from benchmarks import (
+    exactness,
+    extraction,
+    fit,
+    generation,
+    gpu,
+    images,
+    loop,
+    measure,
+    models,
+    prompts,
+    scaling,
+    selection,
+)
 from lmms_mtv import Edit, Episode, find_sites
 from support import zoo
 
@@ -54,6 +67,27 @@ def test_selection_fails_where_losses_differ(tmp_path, monkeypatch, capsys):
     assert selection.main([*QUICK, *small]) == 1
     assert "differ" in capsys.readouterr().err
     assert 1e-4 < json.loads(path.read_text())["results"][0]["gap"] < 3e-4
+
+
+@pytest.mark.slow
+def test_a_whole_fit_beside_the_loop(tmp_path, capsys):
+    found = written(loop, tmp_path, "--scale", "50", "--tokens", "6", "--part", "4", "--shots", "2")
+    assert found["forwards_of_the_loop"] == {"extraction": 2, "selection": 12 * 32, "choice": 10}
+    assert found["measured_forwards_of_each_stage"] == 4
+    assert found["tokens"] == {"few_shot": 18, "zero_shot": 6}
+    assert found["gap"] <= found["tolerance"] == 1e-4
+    for stages, whole in zip(found["stages"], found["repetitions"]["loop"], strict=True):
+        assert sum(stages["loop"].values()) == pytest.approx(whole)
+    rounds(found["repetitions"], {"loop", "ours", "settled"})
+    assert found["steps_before_settled"] == [12, 12]
+    assert "tiny: a fit takes" in capsys.readouterr().out
+
+
+def test_the_loop_takes_word_pairs_with_a_packaged_model_alone(capsys):
+    for wrong in (["--model", "smollm2"], ["--model", "tiny", "--pairs", "pairs.json"]):
+        with pytest.raises(SystemExit):
+            loop.main(wrong)
+        assert "a packaged model needs --pairs" in capsys.readouterr().err
 
 
 @pytest.mark.slow
