@@ -36,10 +36,11 @@ class Settling:
     The spread of a step is the standard deviation of the losses of its samples. At first the policy draws widely
     different samples, and the spread is large. It becomes small as the choices that matter become certain; choices that
     do not matter may stay uncertain. The rule compares the mean spread of the last :data:`WINDOW` steps with the mean
-    spread of the first :data:`WINDOW` steps. Losses are the same in all processes, so all processes end at one step.
+    spread of the first :data:`WINDOW` steps, of which at most 1 nat counts: a larger spread at first does not make a
+    larger rest harmless. Losses are the same in all processes, so all processes end at one step.
 
     Attributes:
-        share: REINFORCE ends when the spread is at most this share of the spread at first.
+        share: REINFORCE ends when the spread is at most this share of the spread at first, or of 1 nat.
     """
 
     share: float
@@ -48,7 +49,7 @@ class Settling:
         """Return whether REINFORCE ends after steps with these spreads. The two windows never overlap."""
         if len(spreads) < 2 * WINDOW:
             return False
-        return sum(spreads[-WINDOW:]) <= self.share * sum(spreads[:WINDOW])
+        return sum(spreads[-WINDOW:]) <= self.share * min(sum(spreads[:WINDOW]), WINDOW)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ class Config(Selection):
         None, "heads to replace, as (layer, head); nothing is selected then (section 4 of the paper)"
     )
     settle: float | None = setting(
-        0.4,
-        "stop before `steps` once the losses of a step's masks differ by this share of what they differed by at first; "
-        "None runs all steps (the authors' code)",
+        0.25,
+        "stop before `steps` once the losses of a step's masks differ by at most this share of their difference at "
+        "first, or of 1 nat if that is less; None runs all steps (the authors' code)",
     )
 
     def __post_init__(self) -> None:

@@ -45,18 +45,19 @@ def learned(losses, steps, settling=None):
 
 
 def expected_steps(spreads, share, window):
-    """The number of steps, from the definition: two windows of steps, and the means of their spreads."""
+    """The number of steps, from the definition: two windows of steps, the means of their spreads, and 1 nat."""
     for count in range(2 * window, len(spreads) + 1):
         first, last = spreads[:window], spreads[count - window : count]
-        if statistics.mean(last) <= share * statistics.mean(first):
+        if statistics.mean(last) <= min(share * statistics.mean(first), share):
             return count
     return len(spreads)
 
 
+@pytest.mark.parametrize("largest", [0.3, 3.0])
 @pytest.mark.parametrize("share", [0.3, 0.4, 0.5])
-def test_the_end_is_where_the_definition_says(share):
+def test_the_end_is_where_the_definition_says(share, largest):
     spreads = []
-    losses = noisy(lambda step: 1 / (1 + step / 40))
+    losses = noisy(lambda step: largest / (1 + step / 40))
 
     def watched(step, masks):
         found = losses(step, masks)
@@ -66,7 +67,7 @@ def test_the_end_is_where_the_definition_says(share):
     learned(watched, 200)
     _, history = learned(losses, 200, Settling(share))
     assert len(history) == expected_steps(spreads, share, WINDOW)
-    assert 2 * WINDOW < len(history) < 200
+    assert (2 * WINDOW < len(history) < 200) or largest > 1
 
 
 def test_losses_that_stay_apart_take_all_steps():
