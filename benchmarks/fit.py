@@ -73,7 +73,7 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
             graphs=False if arguments.no_graphs else None,
         )
 
-        config = method.configure(settings if number else warm_up)
+        config = method.configure({**(settings if number else warm_up), "settle": None})
 
         def run(session: FitSession[prompts.SyntheticPrompt] = session, config: Any = config) -> None:
             method.fit(session, config)

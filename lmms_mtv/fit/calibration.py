@@ -203,7 +203,7 @@ class Calibration:
 
     def _is_exact(self, prefill: Prefill, probe: Edits, target: list[int]) -> bool:
         """Return whether replays equal full forwards on this model, within the precision of the model."""
-        full = self._runner.losses(prefill.forward, probe, target)
+        full = self._runner.losses(prefill.forward, probe, target, in_blocks=False)
         replayed = self._runner.losses(prefill.replay, probe, target)
         gap = (full - replayed).abs().max().item()
         if not within_precision(self._context.model, full, gap):

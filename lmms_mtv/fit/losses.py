@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lmms_mtv.errors import HookError, NumericsError
 from lmms_mtv.fit.context import Context, frozen
-from lmms_mtv.hooks import Prefill, Sites, record
+from lmms_mtv.hooks import Prefill, Sites, inputs_as_logits, record
 from lmms_mtv.runtime.batches import BatchSize
 from lmms_mtv.vectors import Edit, Edits, by_stream, rows_of, taken
 
@@ -33,8 +33,12 @@ class LossRunner:
     def __init__(self, context: Context[Any]) -> None:
         self._context = context
         self._rows = BatchSize(sys.maxsize, automatic=True)
+        # False once the model was found to change the product of its output layer.
+        self._may_block = True
 
-    def losses(self, run: Run, edits: Edits, target: Sequence[int], limit: int = sys.maxsize) -> Tensor:
+    def losses(
+        self, run: Run, edits: Edits, target: Sequence[int], limit: int = sys.maxsize, in_blocks: bool = True
+    ) -> Tensor:
         """Return the loss of each edit.
 
         Args:
@@ -42,6 +46,7 @@ class LossRunner:
             edits: K edits by stream, or edits without a batch dimension, which count as one edit.
             target: the token ids that count.
             limit: the largest number of edits in a forward.
+            in_blocks: True lets a large output layer be multiplied in blocks; False always computes all logits.
 
         Returns:
             float32 [K].
@@ -49,10 +54,24 @@ class LossRunner:
 
         def losses_of(rows: Sequence[int]) -> Tensor:
             part = taken(edits, slice(rows[0], rows[-1] + 1))
+            losses = self._losses_in_blocks(run, part, target) if in_blocks and self._may_block else None
+            if losses is not None:
+                return losses
             return cross_entropy(run(self._context.model, self._context.sites, part, target), target)
 
         batches = self._rows.run_batches(range(rows_of(edits) or 1), losses_of, limit)
         return torch.cat([losses for _, losses in batches])
+
+    def _losses_in_blocks(self, run: Run, edits: Edits, target: Sequence[int]) -> Tensor | None:
+        """Return the loss of each edit, or None if the model changes the product of its output layer."""
+        with inputs_as_logits(self._context.model) as inputs:
+            returned = run(self._context.model, self._context.sites, edits, target)
+        if not inputs.taken:
+            return cross_entropy(returned, target)
+        if inputs.are(returned):
+            return inputs.cross_entropy(returned, target)
+        self._may_block = False
+        return None
 
     def finite_losses(self, prefill: Prefill, run: Run, edits: Edits, target: Sequence[int], limit: int) -> Tensor:
         """Return the losses of :meth:`losses`, all of them finite.
@@ -68,7 +87,8 @@ class LossRunner:
             NumericsError: a loss is not finite. The message names the layer of the first such number, if there is one.
         """
         try:
-            return _finite(self.losses(run, edits, target, limit))
+            # Full forwards have one row each, so that blocks would not be faster.
+            return _finite(self.losses(run, edits, target, limit, in_blocks=run != prefill.forward))
         except NumericsError:
             # The edits run once more, one by one, to name the layer if a layer is the cause.
             again = prefill.forward if run == prefill.forward else prefill.replay

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +26,36 @@ TEMPERATURE = 0.5
 _UNCHECKED = 32
 """Number of steps on a GPU after which their losses are checked: a check waits for the GPU."""
 
+WINDOW: Final = 25
+"""Number of steps whose spreads are averaged, since the spread of a single step depends on its query."""
+
 P = TypeVar("P", "Policy", "Categorical")
 
 Losses = Callable[[int, Tensor], Tensor]
 """Function of the number of a step and of samples of a policy that returns the losses, float [samples]."""
+
+
+@dataclass(frozen=True)
+class Settling:
+    """A rule that ends REINFORCE once the differences between the samples of a step hardly change a loss.
+
+    The spread of a step is the standard deviation of the losses of its samples. At first the policy draws widely
+    different samples, and the spread is large. It becomes small as the choices that matter become certain; choices that
+    do not matter may stay uncertain. The rule compares the mean spread of the last :data:`WINDOW` steps with the mean
+    spread of the first :data:`WINDOW` steps, of which at most 1 nat counts: a larger spread at first does not make a
+    larger rest harmless. Losses are the same in all processes, so all processes end at one step.
+
+    Attributes:
+        share: REINFORCE ends when the spread is at most this share of the spread at first, or of 1 nat.
+    """
+
+    share: float
+
+    def holds(self, spreads: Sequence[float]) -> bool:
+        """Return whether REINFORCE ends after steps with these spreads. The two windows never overlap."""
+        if len(spreads) < 2 * WINDOW:
+            return False
+        return sum(spreads[-WINDOW:]) <= self.share * min(sum(spreads[:WINDOW]), WINDOW)
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,7 @@ def reinforce(
     initial_logit: float,
     generator: torch.Generator,
     device: torch.device | None = None,
+    settling: Settling | None = None,
 ) -> tuple[Policy, list[float]]:
     """Learn by REINFORCE a :class:`Policy` that makes ``losses`` small; see :func:`improved`.
 
@@ -124,6 +151,7 @@ def reinforce(
         initial_logit: the logit of each head before the first step.
         generator: the source of random numbers.
         device: the device of the policy while it learns, and of the masks; the CPU by default.
+        settling: the rule that ends the learning before all steps are done; None does all steps.
 
     Returns:
         The policy, and the mean loss of each step.
@@ -132,7 +160,9 @@ def reinforce(
         NumericsError: a loss is not finite.
     """
     start = Policy(torch.full(shape, initial_logit))
-    return improved(start, losses, steps=steps, samples=samples, lr=lr, generator=generator, device=device)
+    return improved(
+        start, losses, steps=steps, samples=samples, lr=lr, generator=generator, device=device, settling=settling
+    )
 
 
 def improved(
@@ -144,12 +174,14 @@ def improved(
     lr: float,
     generator: torch.Generator,
     device: torch.device | None = None,
+    settling: Settling | None = None,
 ) -> tuple[P, list[float]]:
     """Return a policy that REINFORCE improved, to make ``losses`` small.
 
     Each step minimises the sum over samples of ``log p(choice) * (loss - mean) / (std + 1e-3)`` with Adam. On a GPU a
-    step does not wait for the losses of the step before. Losses that are not finite are found some steps later then,
-    and ``losses`` gets their samples again, on the CPU, for an error that tells more.
+    step does not wait for the losses of the step before, unless there is a rule that may end the learning. Losses that
+    are not finite are found some steps later then, and ``losses`` gets their samples again, on the CPU, for an error
+    that tells more.
 
     Args:
         policy: the policy to begin with, which is not changed.
@@ -159,6 +191,7 @@ def improved(
         lr: the learning rate of Adam.
         generator: the source of random numbers.
         device: the device of the policy while it learns, and of the samples; the CPU by default.
+        settling: the rule that ends the learning before all steps are done; None does all steps.
 
     Returns:
         The policy, on the CPU, and the mean loss of each step.
@@ -169,7 +202,9 @@ def improved(
     logits = policy.logits.to(device or "cpu").clone().requires_grad_()
     learning = replace(policy, logits=logits)
     optimizer = torch.optim.Adam([logits], lr=lr)
-    history, unchecked = [], []
+    history: list[Tensor] = []
+    spreads: list[float] = []
+    unchecked: list[tuple[int, Tensor, Tensor]] = []
     for step in steps:
         choices = learning.sample(samples, generator)
         sample_losses = losses(step, choices).detach().to(logits.device, torch.float32)
@@ -177,7 +212,8 @@ def improved(
         if logits.device.type == "cpu" or len(unchecked) == _UNCHECKED:
             _check_finite(unchecked, losses)
             unchecked.clear()
-        advantage = (sample_losses - sample_losses.mean()) / (sample_losses.std() + EDGE)
+        spread = sample_losses.std()
+        advantage = (sample_losses - sample_losses.mean()) / (spread + EDGE)
         optimizer.zero_grad()
         # The caller may have turned gradients off for an evaluation.
         with torch.enable_grad():
@@ -189,6 +225,11 @@ def improved(
             logits.grad.masked_fill_(alike.view(*alike.shape, *[1] * (logits.dim() - alike.dim())), 0)
         optimizer.step()
         history.append(sample_losses.mean())
+        if settling is not None:
+            # The rule waits for the losses, so that a fit ends at the same step on every device.
+            spreads.append(spread.item())
+            if settling.holds(spreads):
+                break
     _check_finite(unchecked, losses)
     return replace(policy, logits=logits.detach().cpu()), [loss.item() for loss in history]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from lmms_mtv.fit.policy import EDGE, Policy
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.runtime.settings import setting
 from lmms_mtv.vectors import Edit
+
+LIKELY: Final = 0.5
+"""Least probability of a head that is likely."""
 
 LearnPolicy = Callable[[Sequence[Episode]], tuple[Policy, list[float]]]
 """Function that learns a policy from training queries, and returns the policy and the mean loss of each step."""
@@ -128,7 +131,7 @@ def demonstration_pool(session: FitSession[Any], settings: Selection) -> list[in
 
 
 def select(
-    session: FitSession[Any], settings: Selection, value: Tensor, learn: LearnPolicy
+    session: FitSession[Any], settings: Selection, value: Tensor, learn: LearnPolicy, *, may_settle: bool = False
 ) -> tuple[Tensor, dict[str, list[float]]]:
     """Return the heads to replace, and the losses of the selection.
 
@@ -137,6 +140,8 @@ def select(
         settings: the numbers of queries, and the way to derive the final mask from the policy.
         value: the activations to insert, float32 [L, H, D].
         learn: learns the policy from the training queries.
+        may_settle: True if ``learn`` may end before the policy is certain. Then the likely heads are a further
+            candidate beside the candidates that are drawn.
 
     Returns:
         The mask, bool [L, H], and losses by name.
@@ -150,7 +155,7 @@ def select(
         episodes = session.episodes(settings.examples + settings.candidate_examples, session.shots, "selection")
         queries, judges = episodes[: settings.examples], episodes[settings.examples :]
         policy, history = learn(queries)
-        candidates = _candidates(session, settings, policy)
+        candidates = _candidates(session, settings, policy, may_settle)
         # The last mask is empty and gives the loss without any edit.
         masks = torch.cat([candidates, torch.zeros_like(candidates[:1])])
         losses = session.mean_losses(judges, Edit.replace(value, masks), settings.loss, "Choosing the final heads")
@@ -164,12 +169,14 @@ def select(
     }
 
 
-def _candidates(session: FitSession[Any], settings: Selection, policy: Policy) -> Tensor:
+def _candidates(session: FitSession[Any], settings: Selection, policy: Policy, may_settle: bool) -> Tensor:
     """Return the candidate masks, bool [candidates, L, H]; the best candidate is the result."""
     if settings.top_k is not None:
         return policy.top(settings.top_k).unsqueeze(0)
     if settings.threshold is None:
-        return policy.sample(settings.candidates, session.generator("candidates"), settings.floor)
+        drawn = policy.sample(settings.candidates, session.generator("candidates"), settings.floor)
+        # Each draw from an uncertain policy has unlikely heads, so that the likely heads alone are often better.
+        return torch.cat([drawn, policy.above(LIKELY).unsqueeze(0)]) if may_settle else drawn
     mask = policy.above(settings.threshold)
     if not mask.any():
         raise ArgumentError(

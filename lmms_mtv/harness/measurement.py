@@ -157,6 +157,7 @@ def _vector(vector: TaskVector) -> dict[str, Any]:
         "shape": [len(card.geometry), card.geometry[0][2], card.geometry[0][3]],
         "probabilities": [round(p, 4) for p in card.losses.get("probabilities", ())] or None,
         "policy": _thinned(card.losses.get("policy", ())),
+        "steps": len(card.losses.get("policy", ())),
         "loss": {name: card.losses[name][0] for name in ("unedited", "chosen") if name in card.losses},
         "examples": card.config.get("iterations", 0) * card.config.get("fit_shots", 0),
         "used": card.used,

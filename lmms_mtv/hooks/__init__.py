@@ -2,6 +2,7 @@
 
 from lmms_mtv.hooks.checkpointing import checkpointed
 from lmms_mtv.hooks.edit import Fired, Recording, applied, record, verify
+from lmms_mtv.hooks.output_layer import OutputInputs, inputs_as_logits, logits_unread
 from lmms_mtv.hooks.prefill import Prefill, ReplayError, capture
 from lmms_mtv.hooks.sites import Site, Sites, find_sites
 from lmms_mtv.hooks.streams import HookPoint, attention_outputs, hook_points, receivers, shape
@@ -11,6 +12,7 @@ __all__ = [
     "Fired",
     "ForwardCounter",
     "HookPoint",
+    "OutputInputs",
     "Prefill",
     "Recording",
     "ReplayError",
@@ -23,6 +25,8 @@ __all__ = [
     "checkpointed",
     "find_sites",
     "hook_points",
+    "inputs_as_logits",
+    "logits_unread",
     "receivers",
     "record",
     "shape",

@@ -104,17 +104,22 @@ class Method:
     def configure(self, values: Mapping[str, Any]) -> Any:
         """Return the configuration with ``values`` for the fields that they name.
 
+        The text ``None``, which a command line gives for None, is None where no text is expected.
+
         Raises:
             ArgumentError: a name or a type is wrong.
         """
         self.refuse_moved(values)
         hints = typing.get_type_hints(self.config)
+        settings = {}
         for name, value in values.items():
             if name not in hints:
                 raise unknown(f"setting of method {self.name}", name, self.settings())
-            if not _fits(value, hints[name]):
-                raise ArgumentError(f"{name}={value!r} of method {self.name}: expected {_called(hints[name])}")
-        return self.config(**values)
+            hint = hints[name]
+            settings[name] = None if value == "None" and not _fits(value, hint) and _fits(None, hint) else value
+            if not _fits(settings[name], hint):
+                raise ArgumentError(f"{name}={value!r} of method {self.name}: expected {_called(hint)}")
+        return self.config(**settings)
 
 
 def names() -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.examples import Episode
-from lmms_mtv.fit.policy import Policy, reinforce
+from lmms_mtv.fit.policy import Policy, Settling, reinforce
 from lmms_mtv.fit.selection import Selection, mean_values, select
 from lmms_mtv.fit.session import FitSession
 from lmms_mtv.methods import Fitted
@@ -40,10 +40,17 @@ class Config(Selection):
     """Settings of MTV, besides the settings of the selection.
 
     ``heads``, as (layer, head), are used as given, and nothing is selected (heads of another task, section 4).
+    ``settle`` ends REINFORCE before ``steps`` steps, see :class:`~lmms_mtv.fit.policy.Settling`; then the heads of at
+    least even probability are one more candidate. None runs all steps, as the authors' code does.
     """
 
     heads: tuple[tuple[int, int], ...] | None = setting(
         None, "heads to replace, as (layer, head); nothing is selected then (section 4 of the paper)"
+    )
+    settle: float | None = setting(
+        0.25,
+        "stop before `steps` once the losses of a step's masks differ by at most this share of their difference at "
+        "first, or of 1 nat if that is less; None runs all steps (the authors' code)",
     )
 
     def __post_init__(self) -> None:
@@ -51,6 +58,8 @@ class Config(Selection):
         if self.samples < 2:
             # A single loss cannot be better than its own mean.
             raise ArgumentError(f"samples={self.samples}, expected at least 2: masks are compared with each other")
+        if self.settle is not None and not 0 < self.settle < 1:
+            raise ArgumentError(f"settle={self.settle}, expected between 0 and 1, or None for all steps")
 
 
 def fit(session: FitSession[Any], config: Config) -> Fitted:
@@ -86,9 +95,10 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
             initial_logit=config.initial_logit,
             generator=session.generator("masks"),
             device=session.device,
+            settling=None if config.settle is None else Settling(config.settle),
         )
 
-    mask, losses = select(session, config, value, learn)
+    mask, losses = select(session, config, value, learn, may_settle=config.settle is not None)
     return Fitted({HEADS: Edit.replace(value, mask)}, losses)
 
 

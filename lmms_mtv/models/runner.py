@@ -12,7 +12,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, unknown
-from lmms_mtv.hooks import Sites, find_sites
+from lmms_mtv.hooks import Sites, find_sites, logits_unread
 from lmms_mtv.models import prompts as writing
 from lmms_mtv.models.generation import GREEDY, attention_of
 from lmms_mtv.models.prompts import STYLES, Message, Prompt, Reply
@@ -146,10 +146,12 @@ class PromptRunner:
     def run(self, prompts: Sequence[Prompt]) -> None:
         """Run the first forward of a generation over the prompts, so that positions are the same as in the evaluation.
 
-        Prompts with images and prompts without images have separate forwards, in their order.
+        Prompts with images and prompts without images have separate forwards, in their order. The token that is
+        generated has no meaning, since its logits are not computed.
         """
-        for group in _with_images_or_without(prompts):
-            self._generate(self._inputs(group, 0), max_new_tokens=1, do_sample=False, **GREEDY)
+        with logits_unread(self.model):
+            for group in _with_images_or_without(prompts):
+                self._generate(self._inputs(group, 0), max_new_tokens=1, do_sample=False, **GREEDY)
 
     def lead_ids(self, prompt: Prompt) -> list[int]:
         """Return the ids of the blank tokens between the prompt and :meth:`target_ids`."""

@@ -17,6 +17,7 @@ from benchmarks import (
     generation,
     gpu,
     images,
+    loop,
     measure,
     models,
     prompts,
@@ -77,6 +78,27 @@ def test_the_parts_of_a_fit(tmp_path, capsys):
         assert part["seconds"] > part["busy"] == 0
         assert (len(part["functions"]), part["kernels"]) == (9, [])
     assert "steps: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_whole_fit_beside_the_loop(tmp_path, capsys):
+    found = written(loop, tmp_path, "--scale", "50", "--tokens", "6", "--part", "4", "--shots", "2")
+    assert found["forwards_of_the_loop"] == {"extraction": 2, "selection": 12 * 32, "choice": 10}
+    assert found["measured_forwards_of_each_stage"] == 4
+    assert found["tokens"] == {"few_shot": 18, "zero_shot": 6}
+    assert found["gap"] <= found["tolerance"] == 1e-4
+    for stages, whole in zip(found["stages"], found["repetitions"]["loop"], strict=True):
+        assert sum(stages["loop"].values()) == pytest.approx(whole)
+    rounds(found["repetitions"], {"loop", "ours", "settled"})
+    assert found["steps_before_settled"] == [12, 12]
+    assert "tiny: a fit takes" in capsys.readouterr().out
+
+
+def test_the_loop_takes_word_pairs_with_a_packaged_model_alone(capsys):
+    for wrong in (["--model", "smollm2"], ["--model", "tiny", "--pairs", "pairs.json"]):
+        with pytest.raises(SystemExit):
+            loop.main(wrong)
+        assert "a packaged model needs --pairs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -122,6 +122,26 @@ def test_ranks_that_are_threads_fit_the_same_too():
         assert_same(each, expected, rank, 2)
 
 
+def settled(ranks: Ranks, tiny: zoo.Tiny) -> tuple[list[float], tuple]:
+    """The mean losses of the steps of a fit that ends early, and its heads."""
+    method = methods.get("mtv")
+    settings = {"iterations": 4, "fit_shots": 2, "steps": 80, "samples": 5, "examples": 6, "candidate_examples": 3}
+    examples = sessions.TokenExamples(answer=1)
+    fit = method.fit(
+        sessions.session(tiny, ranks=ranks, examples=examples), method.configure(settings | {"settle": 0.99})
+    )
+    return fit.losses["policy"], fit.edits["heads"].heads
+
+
+def test_all_ranks_end_a_selection_at_one_step():
+    alone = settled(Ranks(), zoo.build(zoo.llama))
+    models = [zoo.build(zoo.llama) for _ in range(2)]
+    first, second = threads.in_threads(lambda ranks: settled(ranks, models[ranks.rank]), 2)
+    assert first == second
+    assert len(first[0]) == len(alone[0]) < 80
+    assert first[1] == alone[1]
+
+
 def prefetching(rank: int, count: int, folder: str) -> None:
     torch.set_num_threads(1)
     rendezvous = Path(folder, "rendezvous").as_uri()

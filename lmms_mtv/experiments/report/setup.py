@@ -70,11 +70,15 @@ def versions(results: Results) -> str:
 
 
 def _changed(cells: Iterable[Cell]) -> dict[str, str]:
-    """Return the settings and arguments of the cells of an arm that differ from the defaults, as text by name."""
+    """Return the settings and arguments of the cells of an arm that differ from the defaults, as text by name.
+
+    A cell of an earlier version may lack a setting. The fit was then as with None.
+    """
     values: dict[str, dict[str, None]] = {}
     for cell in cells:
         defaults = _defaults(cell.method)
-        own = {name: value for name, value in cell.settings.items() if name not in defaults or value != defaults[name]}
+        settings = {**cell.settings, **{name: None for name in _optional(cell.method) if name not in cell.settings}}
+        own = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
         own |= {name: value for name, value in cell.arguments.items() if name not in (*_IN_COLUMNS, *cell.settings)}
         for name, value in own.items():
             values.setdefault(name, {})[_text(value)] = None
@@ -83,11 +87,19 @@ def _changed(cells: Iterable[Cell]) -> dict[str, str]:
 
 def _defaults(method: str) -> Mapping[str, Any]:
     """Return the defaults of a method; empty if the method belongs to a package that is not installed."""
+    return {field.name: field.default for field in _fields(method)}
+
+
+def _optional(method: str) -> list[str]:
+    """Return the settings of a method that can be None."""
+    return [field.name for field in _fields(method) if "None" in str(field.type)]
+
+
+def _fields(method: str) -> tuple[dataclasses.Field[Any], ...]:
     try:
-        fields = dataclasses.fields(methods.get(method).config)
+        return dataclasses.fields(methods.get(method).config)
     except MtvError:
-        return {}
-    return {field.name: field.default for field in fields}
+        return ()
 
 
 def _text(value: object) -> str:

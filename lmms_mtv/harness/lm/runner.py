@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmms_mtv.errors import ContextLengthError
 from lmms_mtv.harness.lm.task import LmPrompt
+from lmms_mtv.hooks import logits_unread
 from lmms_mtv.models.generation import GREEDY, attention_of
 from lmms_mtv.models.identity import adapter_of, identity, text_files_of
 from lmms_mtv.models.prompts import Reply, blanks
@@ -56,8 +57,9 @@ class LmRunner:
 
     @torch.no_grad()
     def run(self, prompts: Sequence[LmPrompt]) -> None:
-        """Run the first forward of a generation, which computes the positions of padded rows."""
-        self._generated_ids(prompts, 1)
+        """Run the first forward of a generation, which computes the positions of padded rows, without its logits."""
+        with logits_unread(self.model):
+            self._generated_ids(prompts, 1)
 
     @torch.no_grad()
     def greedy_replies(self, prompts: Sequence[LmPrompt], new_tokens: int, edited: bool) -> list[Reply]:

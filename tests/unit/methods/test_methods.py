@@ -284,7 +284,7 @@ def test_a_gradient_mask_has_its_own_defaults_and_those_of_the_selection():
         "samples": 8,
         "lr": 1.0,
     }
-    assert shared.keys() - own.keys() == {"heads"}
+    assert shared.keys() - own.keys() == {"heads", "settle"}
 
 
 def test_heads_by_threshold_and_by_number():

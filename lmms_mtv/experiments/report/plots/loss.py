@@ -38,18 +38,29 @@ class LossCurve:
         """Return the curve of the cells of one task, or None if their vectors store no losses.
 
         Args:
-            cells: the cells of one task.
-            steps: the number of steps of the fit, None if the settings do not have the number.
+            cells: the cells of one task. Fits that ended at different steps have a curve up to the first of these
+                steps.
+            steps: the number of steps of a fit whose vector does not store the number; None if the settings do not have
+                the number.
         """
-        histories = [cell.vector["policy"] for cell in cells if cell.vector]
-        count = min(map(len, histories), default=0)
-        if not count:
+        vectors = [cell.vector for cell in cells if cell.vector]
+        histories = [np.array(vector["policy"], dtype=float) for vector in vectors]
+        if not min(map(len, histories), default=0):
             return None
         # A stored loss is the mean of this many consecutive steps.
-        stride = 1 if steps is None else max(round(steps / count), 1)
+        strides = [
+            max(round((vector.get("steps") or steps or len(history)) / len(history)), 1)
+            for vector, history in zip(vectors, histories, strict=True)
+        ]
+        stride = max(strides)
+        count = max(min(len(each) * own for each, own in zip(histories, strides, strict=True)) // stride, 1)
+        at = np.arange(1, count + 1) * stride
         window = max(1, count // 30) | 1
-        losses = [_smoothed(np.array(history[:count], dtype=float), window) for history in histories]
-        return cls(np.arange(1, count + 1) * stride, np.array(losses), window * stride)
+        losses = [
+            _smoothed(np.interp(at, np.arange(1, len(each) + 1) * own, each), window)
+            for each, own in zip(histories, strides, strict=True)
+        ]
+        return cls(at, np.array(losses), window * stride)
 
     @property
     def mean(self) -> NDArray[np.float64]:
