@@ -5,7 +5,7 @@ tokens of a picture learn to be the embeddings of its English name. In the secon
 language model: where a picture stands in a text, the model shall go on as it does if the name stands there. The loss is
 the Kullback-Leibler divergence between both.
 
-Batch ``i`` depends only on the seed and on ``i``. So an interrupted run continues with the same arguments and ends with
+ContextBatch ``i`` depends only on the seed and on ``i``. So an interrupted run continues with the same arguments and ends with
 the same eyes.
 """
 
@@ -39,7 +39,7 @@ _LANGUAGES = ("fr", "it", "pt")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class EyesConfig:
     """Settings of a training run.
 
     Attributes:
@@ -81,7 +81,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Bank:
+class PictureBank:
     """All pictures.
 
     Attributes:
@@ -102,7 +102,7 @@ class Bank:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ContextBatch:
     """Contexts, once as text and once with pictures; ids and masks are int64 [contexts, tokens], padded on the right.
 
     Attributes:
@@ -120,7 +120,7 @@ class Batch:
     pictures: Tensor
 
 
-def bank(language_model: Any, tokenizer: Any, device: torch.device) -> Bank:
+def bank(language_model: Any, tokenizer: Any, device: torch.device) -> PictureBank:
     """Return all pictures with what they show and the embeddings of their names, on ``device``."""
     from emoji import EMOJI_DATA, config
 
@@ -139,10 +139,12 @@ def bank(language_model: Any, tokenizer: Any, device: torch.device) -> Bank:
     with torch.no_grad():
         embeddings = embed(torch.tensor(rows, device=embed.weight.device)).float()
     artworks = torch.stack([drawings.artwork(code) for code in names.codes()])
-    return Bank(artworks.to(device), tuple(shown), embeddings.to(device))
+    return PictureBank(artworks.to(device), tuple(shown), embeddings.to(device))
 
 
-def encode(contexts: Sequence[Sequence[Part]], tokenizer: Any, image_token_id: int, device: torch.device) -> Batch:
+def encode(
+    contexts: Sequence[Sequence[Part]], tokenizer: Any, image_token_id: int, device: torch.device
+) -> ContextBatch:
     """Return contexts as text and with pictures, with the places whose expectations are compared."""
     rows: tuple[list[list[int]], list[list[int]]] = ([], [])
     places: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
@@ -160,7 +162,7 @@ def encode(contexts: Sequence[Sequence[Part]], tokenizer: Any, image_token_id: i
     text, pictured = (_padded(each, tokenizer.pad_token_id, device) for each in rows)
     first, second = (_columns(each, device) for each in places)
     pictures = [part.picture for context in contexts for part in context if part.picture is not None]
-    return Batch(text, pictured, first, second, torch.tensor(pictures, device=device))
+    return ContextBatch(text, pictured, first, second, torch.tensor(pictures, device=device))
 
 
 def _padded(rows: Sequence[list[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -175,7 +177,7 @@ def _columns(places: Sequence[tuple[int, int]], device: torch.device) -> tuple[T
     return rows, columns
 
 
-def naming_loss(llava: LlavaForConditionalGeneration, pictures: Bank, config: TrainConfig, step: int) -> Tensor:
+def naming_loss(llava: LlavaForConditionalGeneration, pictures: PictureBank, config: EyesConfig, step: int) -> Tensor:
     """Return how far image tokens are from the embeddings of their names, and how far these stand out of all names.
 
     The first is the squared distance relative to the variance of the embeddings. The second is the cross-entropy of
@@ -192,7 +194,7 @@ def naming_loss(llava: LlavaForConditionalGeneration, pictures: Bank, config: Tr
 
 
 def context_loss(
-    llava: LlavaForConditionalGeneration, pictures: Bank, batch: Batch, generator: torch.Generator
+    llava: LlavaForConditionalGeneration, pictures: PictureBank, batch: ContextBatch, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return the mean divergence of both expectations, and the share of places where both expect the same token."""
     inner = llava.model
@@ -207,8 +209,8 @@ def context_loss(
 
 
 def random_batch(
-    config: TrainConfig, pictures: Bank, tokenizer: Any, image_token_id: int, key: str, device: torch.device
-) -> Batch:
+    config: EyesConfig, pictures: PictureBank, tokenizer: Any, image_token_id: int, key: str, device: torch.device
+) -> ContextBatch:
     """Return the batch of contexts that depends on ``key``."""
     rng = random.Random(key)
     contexts = [random_context(pictures.shown, config.most_pictures, rng) for _ in range(config.batch)]
@@ -221,7 +223,7 @@ def _generator(seed: int, step: int) -> torch.Generator:
 
 @torch.no_grad()
 def evaluate(
-    llava: LlavaForConditionalGeneration, pictures: Bank, tokenizer: Any, config: TrainConfig
+    llava: LlavaForConditionalGeneration, pictures: PictureBank, tokenizer: Any, config: EyesConfig
 ) -> dict[str, float]:
     """Return divergence and agreement over fixed contexts, and the share of pictures whose nearest name is theirs."""
     device = pictures.artworks.device
@@ -247,7 +249,7 @@ def evaluate(
 
 
 def train(
-    config: TrainConfig,
+    config: EyesConfig,
     language_model: Any,
     tokenizer: Any,
     output: Path,
@@ -320,7 +322,7 @@ def train(
             save_file(weights, output / model.WEIGHTS)
 
 
-def _start(eyes: nn.Module, pictures: Bank) -> None:
+def _start(eyes: nn.Module, pictures: PictureBank) -> None:
     """Let image tokens begin where embeddings are: around their mean, with their spread."""
     output = eyes["multi_modal_projector"].linear_2  # type: ignore[index]
     with torch.no_grad():
@@ -341,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("steps", "steps of the second phase"),
         ("batch", "contexts in a batch of the second phase"),
     ):
-        default = getattr(TrainConfig, name)
+        default = getattr(EyesConfig, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--until", type=int, help="stop after this number of steps; the same command continues later")
     arguments = parser.parse_args(argv)
@@ -351,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         format="%(message)s",
         handlers=[logging.StreamHandler(), logging.FileHandler(arguments.output / "train.log")],
     )
-    config = TrainConfig(
+    config = EyesConfig(
         seed=arguments.seed,
         naming_steps=arguments.naming_steps,
         naming_batch=arguments.naming_batch,

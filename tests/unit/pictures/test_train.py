@@ -15,7 +15,7 @@ from lmms_mtv.pictures.contexts import Part, Shown, random_context, relations
 from support import tiny_gemma
 
 CPU = torch.device("cpu")
-SHORT = train.TrainConfig(naming_steps=2, naming_batch=3, steps=2, batch=2, most_pictures=2, evaluate_every=2)
+SHORT = train.EyesConfig(naming_steps=2, naming_batch=3, steps=2, batch=2, most_pictures=2, evaluate_every=2)
 SHOWN = (Shown("cat", {"fr": "chat"}), Shown("Japan", {}), Shown("apple", {"fr": "pomme", "it": "mela"}))
 
 
@@ -104,7 +104,7 @@ def test_contexts_show_different_pictures_and_count_something():
 
 
 def test_the_rate_rises_then_falls_in_each_phase():
-    config = train.TrainConfig(naming_steps=1000, steps=500)
+    config = train.EyesConfig(naming_steps=1000, steps=500)
     rates = [config.rate(step) for step in range(config.total)]
     for phase in (rates[:1000], rates[1000:]):
         assert phase[0] == pytest.approx(config.learning_rate / 100, rel=0.01)
