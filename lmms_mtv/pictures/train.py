@@ -5,7 +5,7 @@ tokens of a picture learn to be the embeddings of its English name. In the secon
 language model: where a picture stands in a text, the model shall go on as it does if the name stands there. The loss is
 the Kullback-Leibler divergence between both.
 
-ContextBatch ``i`` depends only on the seed and on ``i``. So an interrupted run continues with the same arguments and ends with
+Batch ``i`` depends only on the seed and on ``i``. So an interrupted run continues with the same arguments and ends with
 the same eyes.
 """
 
