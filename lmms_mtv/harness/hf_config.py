@@ -17,7 +17,7 @@ class HfConfig:
 
     Attributes:
         pretrained: a name on the hub, a folder, a GGUF file, ``tiny``, or the name of a small model that an extra of
-            this package installs (``smollm2``, ``gemma3-270m``).
+            this package installs (``smollm2``, ``gemma3-270m``, ``pictures``).
         gguf_file: the name of a GGUF file in the folder or on the hub; its weights are dequantised.
         peft: a PEFT adapter for the model, a folder or a name on the hub.
         revision: the revision on the hub.
