@@ -29,6 +29,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
+from lmms_mtv.errors import InstallationError
 from lmms_mtv.pictures import drawings, model, names
 from lmms_mtv.pictures.contexts import Part, Shown, random_context
 
@@ -122,24 +123,32 @@ class ContextBatch:
 
 def bank(language_model: Any, tokenizer: Any, device: torch.device) -> PictureBank:
     """Return all pictures with what they show and the embeddings of their names, on ``device``."""
-    from emoji import EMOJI_DATA, config
-
-    for language in _LANGUAGES:
-        config.load_language(language)
     shown, rows = [], []
     embed = language_model.get_input_embeddings()
+    countries = {each.code for each in names.countries()}
     for code, name in names.codes().items():
-        emoji = "".join(chr(int(point, 16)) for point in code.split("-"))
-        known = EMOJI_DATA.get(emoji) or EMOJI_DATA.get(f"{emoji}\ufe0f") or {}
-        words = {each: known[each].strip(":").replace("_", " ") for each in _LANGUAGES if each in known}
-        flag = len(emoji) == 2
-        shown.append(Shown(name, {} if flag else words))
+        shown.append(Shown(name, {} if code in countries else _other_names(code)))
         ids = tokenizer(name, add_special_tokens=False)["input_ids"][-model.IMAGE_TOKENS :]
         rows.append([ids[0]] * (model.IMAGE_TOKENS - len(ids)) + ids)
     with torch.no_grad():
         embeddings = embed(torch.tensor(rows, device=embed.weight.device)).float()
     artworks = torch.stack([drawings.artwork(code) for code in names.codes()])
     return PictureBank(artworks.to(device), tuple(shown), embeddings.to(device))
+
+
+def _other_names(code: str) -> dict[str, str]:
+    """Return the names of an emoji in the languages of the second phase."""
+    try:
+        from emoji import EMOJI_DATA, config
+    except ImportError as error:
+        raise InstallationError(
+            "the training needs the package emoji: python -m pip install 'lmms-mtv[pictures]'"
+        ) from error
+    emoji = "".join(chr(int(point, 16)) for point in code.split("-"))
+    known = EMOJI_DATA.get(emoji) or EMOJI_DATA.get(f"{emoji}\ufe0f") or {}
+    for language in _LANGUAGES:
+        config.load_language(language)
+    return {each: known[each].strip(":").replace("_", " ") for each in _LANGUAGES if each in known}
 
 
 def encode(
