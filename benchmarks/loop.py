@@ -228,6 +228,7 @@ def measured(arguments: argparse.Namespace, source: Source, device: torch.device
     return {
         "speedup": measure.ratio(times, "loop", "ours"),
         "settled_speedup": measure.ratio(times, "loop", "settled"),
+        "settle": settled.settle,
         "steps_before_settled": found["steps"],
         "gap": max(found["gaps"]),
         "tolerance": 1e-4 if exact else 0.05,
