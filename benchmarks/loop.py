@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for action in parser._actions:
         if action.dest == "model":
             action.choices = (*models.NAMES, *gguf.PACKAGED)
-    parser.add_argument("--pairs", type=Path, metavar="FILE", help="word pairs, for a packaged model")
+    parser.add_argument("--pairs", metavar="FILE", help="word pairs, for a packaged model")
     parser.add_argument("--tokens", type=int, default=600, help="tokens of an example (default: 600)")
     parser.add_argument("--layers", type=int, help="blocks of the model (default: as many as the shape has)")
     parser.add_argument("--shots", type=int, default=4, help="demonstrations in an extracted prompt (default: 4)")
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def source_of(arguments: argparse.Namespace, device: torch.device) -> Prompted:
     """Return the model and the examples of the arguments."""
     if arguments.pairs is not None:
-        return WordPairs.of(arguments.model, arguments.pairs, measure.dtype_of(arguments, device))
+        return WordPairs.of(arguments.model, Path(arguments.pairs), measure.dtype_of(arguments, device))
     model = measure.model_of(arguments, device, arguments.layers)
     config = methods.get("mtv").configure({})
     count = max((config.examples + config.candidate_examples) // arguments.scale, arguments.shots + 1) + 1
@@ -228,6 +228,7 @@ def measured(arguments: argparse.Namespace, source: Prompted, device: torch.devi
     return {
         "speedup": measure.ratio(times, "loop", "ours"),
         "settled_speedup": measure.ratio(times, "loop", "settled"),
+        "settle": settled.settle,
         "steps_before_settled": found["steps"],
         "gap": max(found["gaps"]),
         "tolerance": 1e-4 if exact else 0.05,

@@ -131,7 +131,7 @@ def demonstration_pool(session: FitSession[Any], settings: Selection) -> list[in
 
 
 def select(
-    session: FitSession[Any], settings: Selection, value: Tensor, learn: LearnPolicy, *, may_settle: bool = False
+    session: FitSession[Any], settings: Selection, value: Tensor, learn: LearnPolicy
 ) -> tuple[Tensor, dict[str, list[float]]]:
     """Return the heads to replace, and the losses of the selection.
 
@@ -139,8 +139,7 @@ def select(
         session: the fit.
         settings: the numbers of queries, and the way to derive the final mask from the policy.
         value: the activations to insert, float32 [L, H, D].
-        learn: learns the policy from the training queries.
-        may_settle: True if ``learn`` may end before the policy is certain. Then the likely heads are a further
+        learn: learns the policy from the training queries. If it ends before all steps, the likely heads are a further
             candidate beside the candidates that are drawn.
 
     Returns:
@@ -155,7 +154,7 @@ def select(
         episodes = session.episodes(settings.examples + settings.candidate_examples, session.shots, "selection")
         queries, judges = episodes[: settings.examples], episodes[settings.examples :]
         policy, history = learn(queries)
-        candidates = _candidates(session, settings, policy, may_settle)
+        candidates = _candidates(session, settings, policy, ended_early=len(history) < settings.steps)
         # The last mask is empty and gives the loss without any edit.
         masks = torch.cat([candidates, torch.zeros_like(candidates[:1])])
         losses = session.mean_losses(judges, Edit.replace(value, masks), settings.loss, "Choosing the final heads")
@@ -169,14 +168,14 @@ def select(
     }
 
 
-def _candidates(session: FitSession[Any], settings: Selection, policy: Policy, may_settle: bool) -> Tensor:
+def _candidates(session: FitSession[Any], settings: Selection, policy: Policy, ended_early: bool) -> Tensor:
     """Return the candidate masks, bool [candidates, L, H]; the best candidate is the result."""
     if settings.top_k is not None:
         return policy.top(settings.top_k).unsqueeze(0)
     if settings.threshold is None:
         drawn = policy.sample(settings.candidates, session.generator("candidates"), settings.floor)
         # Each draw from an uncertain policy has unlikely heads, so that the likely heads alone are often better.
-        return torch.cat([drawn, policy.above(LIKELY).unsqueeze(0)]) if may_settle else drawn
+        return torch.cat([drawn, policy.above(LIKELY).unsqueeze(0)]) if ended_early else drawn
     mask = policy.above(settings.threshold)
     if not mask.any():
         raise ArgumentError(

@@ -48,7 +48,7 @@ class Config(Selection):
         None, "heads to replace, as (layer, head); nothing is selected then (section 4 of the paper)"
     )
     settle: float | None = setting(
-        0.25,
+        0.1,
         "stop before `steps` once the losses of a step's masks differ by at most this share of their difference at "
         "first, or of 1 nat if that is less; None runs all steps (the authors' code)",
     )
@@ -98,7 +98,7 @@ def fit(session: FitSession[Any], config: Config) -> Fitted:
             settling=None if config.settle is None else Settling(config.settle),
         )
 
-    mask, losses = select(session, config, value, learn, may_settle=config.settle is not None)
+    mask, losses = select(session, config, value, learn)
     return Fitted({HEADS: Edit.replace(value, mask)}, losses)
 
 

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from lmms_mtv import methods
+from lmms_mtv import Edit, methods
 from lmms_mtv.errors import ArgumentError
 from lmms_mtv.fit.policy import WINDOW, Policy, Settling, reinforce
 from lmms_mtv.vectors import HEADS
@@ -110,22 +110,28 @@ def test_a_fit_ends_early_and_runs_no_further_step():
     assert all_steps.forwards - fewer.forwards == 80 - steps
 
 
-def test_the_likely_heads_are_one_more_candidate():
+def test_a_rule_that_never_holds_changes_nothing():
     whole, _ = fitted(settle=None)
-    found, used = fitted(settle=1e-9)
-    assert found.losses["policy"] == whole.losses["policy"]
-    assert len(whole.losses["candidates"]) == 10
-    assert found.losses["candidates"][:10] == pytest.approx(whole.losses["candidates"], abs=1e-6)
-    assert len(found.losses["candidates"]) == 11
-    assert found.losses["chosen"] == [min(found.losses["candidates"])]
-    likely = torch.tensor(found.losses["probabilities"]).view(used.shape[:2]) >= 0.5
-    if found.losses["chosen"][0] < min(whole.losses["candidates"]) - 1e-6:
-        assert torch.equal(found.edits[HEADS].gain.bool(), likely)
+    found, _ = fitted(settle=1e-9)
+    assert found.losses == whole.losses
+    assert torch.equal(found.edits[HEADS].gain, whole.edits[HEADS].gain)
+
+
+def test_after_an_early_end_the_likely_heads_are_one_more_candidate():
+    found, used = fitted(settle=0.99)
+    drawn, likely = found.losses["candidates"][:10], found.losses["candidates"][10:]
+    assert (len(drawn), len(likely)) == (10, 1)
+    assert found.losses["chosen"] == [min(*drawn, *likely)]
+    mask = torch.tensor(found.losses["probabilities"]).view(used.shape[:2]) >= 0.5
+    judges = used.episodes(6 + 3, 0, "selection")[6:]
+    expected = used.mean_losses(judges, Edit.replace(found.edits[HEADS].value, mask.unsqueeze(0)), "all")
+    assert likely == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("final", [{"top_k": 3}, {"threshold": 0.2}])
 def test_no_candidate_is_added_to_the_masks_that_settings_name(final):
-    found, _ = fitted(settle=0.9, **final)
+    found, _ = fitted(settle=0.99, **final)
+    assert len(found.losses["policy"]) < 80
     assert len(found.losses["candidates"]) == 1
 
 
