@@ -44,6 +44,7 @@ class FitSession(Generic[P]):
         ranks: processes that share the work, each with its own session; all processes get the same results.
         replay: the way to compute losses of edits; None takes the fastest way that a probe finds exact.
         graphs: False replays without CUDA graphs; None takes graphs on a GPU, if a probe finds them exact.
+        ahead: True prepares prompts while others run; None does so on a GPU; see :meth:`Context.prepared_ahead`.
         host_memory: limit in bytes of prefilled prompts beyond ``memory``, on the host; see :class:`PromptStore`.
     """
 
@@ -62,13 +63,14 @@ class FitSession(Generic[P]):
         replay: Replay | None = None,
         graphs: bool | None = None,
         host_memory: int | None = None,
+        ahead: bool | None = None,
     ) -> None:
         self.sites = sites
         self.seed = seed
         self.shots = shots
         self.stages: dict[str, float] = {}
         rows = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size.copy()
-        self._context = Context(runner, sites, examples, ranks or Ranks(), progress)
+        self._context = Context(runner, sites, examples, ranks or Ranks(), progress, ahead)
         self._sampler = EpisodeSampler(len(examples), seed)
         self._prefills = PrefillCache(self._context, memory, host_memory)
         self._reader = ActivationReader(self._context, self._prefills, rows)
