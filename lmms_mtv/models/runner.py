@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, unknown
 from lmms_mtv.hooks import Sites, find_sites, logits_unread
 from lmms_mtv.models import prompts as writing
-from lmms_mtv.models.generation import GREEDY, attention_of
+from lmms_mtv.models.generation import GREEDY, attention_of, samples
 from lmms_mtv.models.prompts import STYLES, Message, Prompt, Reply
 from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
@@ -211,7 +211,7 @@ class PromptRunner:
         stops = self._stops(prompts, settings.get("until") or ())
         limit = int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or 256)
         chosen = {name: settings[name] for name in SAMPLING if settings.get(name) is not None} | dict(more)
-        sampling = bool(settings.get("do_sample", chosen.get("temperature", 0) > 0)) and chosen.get("temperature") != 0
+        sampling = samples(settings)
         if not sampling:
             chosen |= GREEDY
         inputs = self._on_device(self._inputs(prompts, limit))
