@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -34,16 +34,12 @@ class ActivationReader(Generic[P]):
         """Return the mean activation over ``episodes``, float32 [L, H, D]; see :meth:`FitSession.mean_activations`."""
         context = self._context
         total = torch.zeros(shape(context.sites, stream), dtype=torch.float64)
-        shard = context.ranks.shard(episodes)
 
-        def sum_of(batch: Sequence[Episode]) -> Tensor:
-            return self._of(batch, stream).to("cpu", torch.float64).sum(0)
+        def add(_: Sequence[int], rows: Tensor) -> None:
+            total.add_(rows.double().sum(0))
 
-        description = context.bar_options("Extracting activations")
-        with context.ranks.raise_together(), tqdm(total=len(shard), **description) as bar:
-            for batch, rows in self._batch_size.run_batches(shard, sum_of):
-                total += rows
-                bar.update(len(batch))
+        shard, layers = context.ranks.shard(episodes), range(len(context.sites))
+        self._run_batches(shard, stream, layers, "Extracting activations", add)
         return (context.ranks.all_reduce(total) / len(episodes)).float()
 
     @torch.no_grad()
@@ -65,14 +61,10 @@ class ActivationReader(Generic[P]):
         activations = torch.zeros(len(episodes), len(layers), heads, size)
         shard = context.ranks.shard(range(len(episodes)))
 
-        def activations_of(batch: Sequence[int]) -> Tensor:
-            rows = self._of([episodes[index] for index in batch], stream)
-            return rows[:, layers.start : layers.stop].cpu()
+        def keep(batch: Sequence[int], rows: Tensor) -> None:
+            activations[[shard[position] for position in batch]] = rows
 
-        with context.ranks.raise_together(), tqdm(total=len(shard), **context.bar_options(description)) as bar:
-            for batch, rows in self._batch_size.run_batches(shard, activations_of):
-                activations[list(batch)] = rows
-                bar.update(len(batch))
+        self._run_batches(context.ranks.shard(episodes), stream, layers, description, keep)
         return context.ranks.all_reduce(activations)
 
     @counted
@@ -91,7 +83,7 @@ class ActivationReader(Generic[P]):
         context = self._context
         with receivers(context.sites) as norms:
             # One prompt runs, to find the modules that receive the output of attention.
-            self._of([Episode(0, ())], HEADS)
+            self._of(1, context.prepared([Episode(0, ())]), HEADS)
         return attention_outputs(context.sites, means * chosen.unsqueeze(-1), means, norms)
 
     @torch.no_grad()
@@ -122,11 +114,43 @@ class ActivationReader(Generic[P]):
         before, after = context.ranks.all_reduce(before_and_after)
         return before, after
 
-    def _of(self, batch: Sequence[Episode], stream: str) -> Tensor:
-        """Return the activations at the last token of each prompt, float32 [prompts, L, H, D]."""
+    def _run_batches(
+        self,
+        shard: Sequence[Episode],
+        stream: str,
+        layers: range,
+        description: str,
+        use: Callable[[Sequence[int], Tensor], None],
+    ) -> None:
+        """Run the prompts of this process.
+
+        Args:
+            shard: the episodes.
+            stream: the stream to read.
+            layers: the layers to read.
+            description: the text of the progress bar.
+            use: function of the positions of a batch in ``shard``, and of the activations at the last tokens of its
+                prompts, [batch, layers, H, D] on the CPU.
+        """
+        context, options = self._context, self._context.bar_options(description)
+        with (
+            context.ranks.raise_together(),
+            tqdm(total=len(shard), **options) as bar,
+            context.prepared_ahead(shard) as prepared,
+        ):
+
+            def activations_of(batch: Sequence[int]) -> Tensor:
+                return self._of(len(batch), prepared(batch), stream)[:, layers.start : layers.stop].cpu()
+
+            for batch, rows in self._batch_size.run_batches(range(len(shard)), activations_of):
+                use(batch, rows)
+                bar.update(len(batch))
+
+    def _of(self, count: int, run: Callable[[], None], stream: str) -> Tensor:
+        """Return the activations at the last tokens of the ``count`` prompts that ``run`` runs, [count, L, H, D]."""
         with record(self._context.sites, stream, prompts_only=True) as recording:
-            self._context.runner.run(self._context.prompts(batch))
+            run()
         rows = recording.last()
-        if rows.shape[0] != len(batch):
-            raise HookError(f"{len(batch)} prompts gave activations of {rows.shape[0]} rows, expected one each")
+        if rows.shape[0] != count:
+            raise HookError(f"{count} prompts gave activations of {rows.shape[0]} rows, expected one each")
         return rows

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lmms_mtv.fit.examples import Episode, Examples, Runner
 from lmms_mtv.hooks import ForwardCounter, Prefill, Sites, verify
+from lmms_mtv.runtime.ahead import computed_ahead
 from lmms_mtv.runtime.devices import only_device
 from lmms_mtv.runtime.distributed import Ranks
 
@@ -33,6 +34,8 @@ class Context(Generic[P]):
         examples: the training examples.
         ranks: the processes that fit together.
         progress: True shows progress bars.
+        ahead: True preprocesses prompts while the model runs the prompts before them; None does so on a GPU. On a CPU
+            the model needs all cores.
         verified: the streams whose hook points are verified.
         counter: the counter of the model's forwards.
     """
@@ -42,6 +45,7 @@ class Context(Generic[P]):
     examples: Examples[P]
     ranks: Ranks
     progress: bool
+    ahead: bool | None = None
     verified: set[str] = field(default_factory=set)
     counter: ForwardCounter = field(init=False)
 
@@ -64,6 +68,26 @@ class Context(Generic[P]):
     def prompts(self, episodes: Sequence[Episode]) -> list[P]:
         """Return the prompts of ``episodes``."""
         return [self.examples.prompt(episode) for episode in episodes]
+
+    def prepared(self, episodes: Sequence[Episode]) -> Callable[[], None]:
+        """Return the function that runs the prompts of ``episodes``, preprocessed now if the runner can do so."""
+        prompts = self.prompts(episodes)
+        prepared: Callable[[Sequence[P]], Callable[[], None]] | None = getattr(self.runner, "prepared", None)
+        return functools.partial(self.runner.run, prompts) if prepared is None else prepared(prompts)
+
+    @contextmanager
+    def prepared_ahead(self, episodes: Sequence[Episode]) -> Iterator[Callable[[Sequence[int]], Callable[[], None]]]:
+        """Yield :meth:`prepared` for positions of ``episodes``; see ``ahead``. Nothing else may preprocess inside."""
+
+        def prepared(batch: Sequence[int]) -> Callable[[], None]:
+            return self.prepared([episodes[position] for position in batch])
+
+        on_gpu = next(self.model.parameters()).device.type == "cuda"
+        if not (on_gpu if self.ahead is None else self.ahead) or not hasattr(self.runner, "prepared"):
+            yield prepared
+            return
+        with computed_ahead(prepared, len(episodes)) as ahead:
+            yield ahead
 
     def bar(self, items: Iterable[T], description: str) -> Iterable[T]:
         """Return ``items`` with a progress bar."""

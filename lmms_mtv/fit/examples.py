@@ -59,7 +59,12 @@ class Examples(Protocol[P_co]):
 
 
 class Runner(Protocol[P_contra]):
-    """A model that runs prompts with its own preprocessing."""
+    """A model that runs prompts with its own preprocessing.
+
+    A runner may also have a method ``prepared``. It takes the prompts of :meth:`run`, preprocesses them without the
+    model, and returns the function without arguments that runs them. Another thread may call it while the model runs,
+    but no two threads call it at once.
+    """
 
     @property
     def model(self) -> nn.Module: ...

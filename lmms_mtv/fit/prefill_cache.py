@@ -10,6 +10,7 @@ import torch
 from lmms_mtv.errors import DataError
 from lmms_mtv.fit.context import Context, counted
 from lmms_mtv.fit.examples import Episode, Target
+from lmms_mtv.fit.prompt_store import Prompted, PromptStore
 from lmms_mtv.hooks import Prefill, capture
 from lmms_mtv.runtime.batches import single_row
 from lmms_mtv.runtime.devices import only_device
@@ -17,22 +18,22 @@ from lmms_mtv.runtime.lru_cache import LruCache
 
 P = TypeVar("P")
 
-Prompted = tuple[Prefill, Target]
-"""A prefilled prompt, and the target of the query of the prompt."""
-
 
 class PrefillCache(Generic[P]):
-    """Prefilled prompts of up to ``memory`` bytes, and prompts to learn from of up to half as many bytes."""
+    """Prefilled prompts of up to ``memory`` bytes, and prompts to learn from of up to half as many bytes.
 
-    def __init__(self, context: Context[P], memory: int) -> None:
+    Prefilled prompts beyond ``memory`` stay on the host, see :class:`PromptStore` for ``host_memory``.
+    """
+
+    def __init__(self, context: Context[P], memory: int, host_memory: int | None) -> None:
         self._context = context
-        self._prefills: LruCache[Episode, Prompted] = LruCache(memory)
+        self._prefills = PromptStore.of(context, memory, host_memory)
         self._learners: LruCache[Episode, Prompted] = LruCache(memory // 2)
 
     @property
     def bytes(self) -> int:
-        """Memory of the prefilled prompts, in bytes."""
-        return self._prefills.size
+        """Memory of the prefilled prompts on the model's device, in bytes."""
+        return self._prefills.bytes
 
     def prompted(self, episode: Episode) -> Prompted:
         """Run the prompt of an episode, and return the prefilled prompt and its target.
@@ -65,7 +66,7 @@ class PrefillCache(Generic[P]):
         prefill, target = self.prompted(episode)
         if lean is not None and lean(prefill):
             prefill = prefill.without_media()
-        self._prefills.put(episode, (prefill, target), prefill.bytes)
+        self._prefills.put(episode, (prefill, target))
         return prefill, target
 
     def learner(self, episode: Episode) -> Prompted:
@@ -92,7 +93,7 @@ class PrefillCache(Generic[P]):
         device = only_device(context.model)
         if ranks.count == 1 or device is None:
             return
-        missing = [episode for episode in dict.fromkeys(episodes) if self._prefills.get(episode) is None]
+        missing = [episode for episode in dict.fromkeys(episodes) if self._prefills.on_device(episode) is None]
         for begin in range(0, len(missing), ranks.count):
             batch = missing[begin : begin + ranks.count]
             prompted: Prompted | None = None
@@ -105,4 +106,4 @@ class PrefillCache(Generic[P]):
                 prefill, target = ranks.broadcast(prompted, source)
                 if not self._prefills.room(prefill.bytes):
                     return
-                self._prefills.put(episode, (prefill.to(device), target), prefill.bytes)
+                self._prefills.put(episode, (prefill.to(device), target))

@@ -44,6 +44,8 @@ class FitSession(Generic[P]):
         ranks: processes that share the work, each with its own session; all processes get the same results.
         replay: the way to compute losses of edits; None takes the fastest way that a probe finds exact.
         graphs: False replays without CUDA graphs; None takes graphs on a GPU, if a probe finds them exact.
+        ahead: True prepares prompts while others run; None does so on a GPU; see :meth:`Context.prepared_ahead`.
+        host_memory: limit in bytes of prefilled prompts beyond ``memory``, on the host; see :class:`PromptStore`.
     """
 
     def __init__(
@@ -60,15 +62,17 @@ class FitSession(Generic[P]):
         ranks: Ranks | None = None,
         replay: Replay | None = None,
         graphs: bool | None = None,
+        host_memory: int | None = None,
+        ahead: bool | None = None,
     ) -> None:
         self.sites = sites
         self.seed = seed
         self.shots = shots
         self.stages: dict[str, float] = {}
         rows = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size.copy()
-        self._context = Context(runner, sites, examples, ranks or Ranks(), progress)
+        self._context = Context(runner, sites, examples, ranks or Ranks(), progress, ahead)
         self._sampler = EpisodeSampler(len(examples), seed)
-        self._prefills = PrefillCache(self._context, memory)
+        self._prefills = PrefillCache(self._context, memory, host_memory)
         self._reader = ActivationReader(self._context, self._prefills, rows)
         self._replayer = Replayer(self._context, self._prefills, memory, replay, graphs)
         self._gradients = GradientRunner(self._context, self._prefills, self._replayer, memory // 2)
@@ -120,7 +124,7 @@ class FitSession(Generic[P]):
 
     @property
     def prefilled_bytes(self) -> int:
-        """Memory of the prefilled prompts that are kept, in bytes."""
+        """Memory of the prefilled prompts that are kept on the model's device, in bytes."""
         return self._prefills.bytes
 
     def random(self, purpose: str) -> Random:
@@ -196,10 +200,7 @@ class FitSession(Generic[P]):
         return self._reader.each(queries, HEADS, range(middle, middle + 1), "Embedding queries").flatten(1)
 
     def head_contributions(self, means: Tensor, chosen: Tensor) -> Tensor:
-        """Return what the heads of ``chosen`` [L, H] with values ``means`` [L, H, D] add to each hidden state.
-
-        The result is float32 [L, 1, width] on the CPU; see :meth:`ActivationReader.head_contributions`.
-        """
+        """Return the part of hidden states that heads add; see :meth:`ActivationReader.head_contributions`."""
         return self._reader.head_contributions(means, chosen)
 
     # Names of version 0.1, which methods of other packages may use.

@@ -34,7 +34,7 @@ class Arguments:
         wrong: the share of the demonstrations that get a wrong answer.
         seed: the seed of everything random.
         decoder: the dotted name of the module with the decoder's blocks, for models where the module is not found.
-        cache_gb: memory for prefilled prompts during a fit, in GB.
+        cache_gb: memory for prefilled prompts during a fit, on the model's device, in GB.
     """
 
     base: str = "hf"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -82,18 +82,26 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Return a copy of ``value`` with the tensors that :func:`tensors_in` finds on ``device``."""
+def host_copy(tensor: Tensor) -> Tensor:
+    """Return a copy of ``tensor`` in the memory of the host, ready once the device has done its work so far.
+
+    The copy of a tensor on a GPU is pinned: neither this copy nor a later copy back makes the host wait.
+    """
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
+
+
+def moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of ``value`` in which ``move`` has moved the tensors that :func:`tensors_in` finds."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return move(value)
     if isinstance(value, Mapping):
         # A copy keeps the class: outputs of transformers are mappings of special classes.
         mapping: Any = copy.copy(value)
         for name, part in value.items():
-            mapping[name] = moved(part, device)
+            mapping[name] = moved(part, move)
         return mapping
     if isinstance(value, list | tuple):
-        parts = [moved(part, device) for part in value]
+        parts = [moved(part, move) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lmms_mtv.errors import HookError
-from lmms_mtv.hooks.caches import copied, expanded, filled, moved, tensors_in, window, without_last
+from lmms_mtv.hooks.caches import copied, expanded, filled, host_copy, moved, tensors_in, window, without_last
 from lmms_mtv.hooks.edit import applied
 from lmms_mtv.hooks.sites import Sites, text_config
 from lmms_mtv.hooks.temporary import after, before
@@ -82,12 +82,19 @@ class Prefill:
         return self.bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(self.inputs))
 
     def to(self, device: torch.device) -> Prefill:
-        """Return the prefill with all tensors on ``device``."""
-        inputs = moved(self.inputs, device)
-        positions = None if self.position_ids is None else self.position_ids.to(device)
+        """Return the prefill with all tensors on ``device``. The host does not wait for a copy to a GPU."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def on_host(self) -> Prefill:
+        """Return a copy in the memory of the host, only to be moved back by :meth:`to`; see :func:`host_copy`."""
+        return self._moved(host_copy)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Prefill:
+        inputs = moved(self.inputs, move)
+        positions = None if self.position_ids is None else move(self.position_ids)
         cache = None if self.cache is None else copied(self.cache)
         for layer in filled(cache) if cache else ():
-            layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+            layer.keys, layer.values = move(layer.keys), move(layer.values)
         return dataclasses.replace(self, inputs=inputs, position_ids=positions, cache=cache)
 
     def without_cache(self) -> Prefill:

@@ -58,7 +58,7 @@ def fit_vector(
         prompt_style: ``raw`` writes the texts alone; ``chat`` uses the chat template.
         image_placeholder: the text for an image in a raw prompt, if the processor does not show this text.
         description, target_delimiter, fewshot_delimiter: as in :class:`~lmms_mtv.models.examples.ExampleList`.
-        cache_gb: memory for prefilled prompts, in GiB.
+        cache_gb: memory for prefilled prompts, on the model's device, in GiB.
         progress: True shows progress bars.
         settings: settings of the method, see ``lmms-mtv methods NAME``.
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import nn
 
 GREEDY: Final[dict[str, Any]] = {"temperature": None, "top_p": None, "top_k": None}
 """Settings of a greedy generation; the checkpoint's own sampling settings would only cause warnings."""
+
+
+def samples(settings: Mapping[str, Any]) -> bool:
+    """Return whether a generation with the settings of a task draws its tokens at random."""
+    temperature = settings.get("temperature")
+    return bool(settings.get("do_sample", (temperature or 0) > 0)) and temperature != 0
 
 
 def attention_of(model: nn.Module) -> dict[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from lmms_mtv.errors import ArgumentError, ContextLengthError, DocumentError, unknown
 from lmms_mtv.hooks import Sites, find_sites, logits_unread
 from lmms_mtv.models import prompts as writing
-from lmms_mtv.models.generation import GREEDY, attention_of
+from lmms_mtv.models.generation import GREEDY, attention_of, samples
 from lmms_mtv.models.prompts import STYLES, Message, Prompt, Reply
 from lmms_mtv.models.text import one_line
 from lmms_mtv.runtime.attention import check_attention
@@ -142,16 +142,26 @@ class PromptRunner:
         """Return the prompt as text, and the texts before, in and after its target."""
         return [self.rendered(prompt), prompt.target_delimiter, prompt.target, prompt.fewshot_delimiter]
 
-    @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> None:
         """Run the first forward of a generation over the prompts, so that positions are the same as in the evaluation.
 
         Prompts with images and prompts without images have separate forwards, in their order. The token that is
         generated has no meaning, since its logits are not computed.
         """
+        self.prepared(prompts)()
+
+    def prepared(self, prompts: Sequence[Prompt]) -> Callable[[], None]:
+        """Preprocess prompts on the CPU, and return the function that runs them as :meth:`run` does.
+
+        The processor keeps settings of its last call. So no two threads may preprocess at once.
+        """
+        return partial(self._run, [self._inputs(group, 0) for group in _with_images_or_without(prompts)])
+
+    @torch.no_grad()
+    def _run(self, groups: Sequence[Any]) -> None:
         with logits_unread(self.model):
-            for group in _with_images_or_without(prompts):
-                self._generate(self._inputs(group, 0), max_new_tokens=1, do_sample=False, **GREEDY)
+            for inputs in groups:
+                self._generate(self._on_device(inputs), max_new_tokens=1, do_sample=False, **GREEDY)
 
     def lead_ids(self, prompt: Prompt) -> list[int]:
         """Return the ids of the blank tokens between the prompt and :meth:`target_ids`."""
@@ -201,10 +211,10 @@ class PromptRunner:
         stops = self._stops(prompts, settings.get("until") or ())
         limit = int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or 256)
         chosen = {name: settings[name] for name in SAMPLING if settings.get(name) is not None} | dict(more)
-        sampling = bool(settings.get("do_sample", chosen.get("temperature", 0) > 0)) and chosen.get("temperature") != 0
+        sampling = samples(settings)
         if not sampling:
             chosen |= GREEDY
-        inputs = self._inputs(prompts, limit)
+        inputs = self._on_device(self._inputs(prompts, limit))
         if stops:
             begin = inputs["input_ids"].shape[1]
             chosen["stopping_criteria"] = StoppingCriteriaList([_Until(stops, self._tokenizer, begin)])
@@ -232,6 +242,12 @@ class PromptRunner:
         return output
 
     def _inputs(self, prompts: Sequence[Prompt], new_tokens: int) -> Any:
+        """Return the inputs of a batch, on the CPU.
+
+        Raises:
+            DocumentError: the processor refuses an image.
+            ContextLengthError: a prompt and ``new_tokens`` new tokens are longer than the model's context.
+        """
         texts = [self.rendered(prompt) for prompt in prompts]
         images = [prompt.images() for prompt in prompts]
         # A template may write the first token that the tokenizer would add. The text must not have this token twice.
@@ -254,6 +270,10 @@ class PromptRunner:
                 f"a prompt of {longest} tokens{more} does not fit the {self.context} tokens of {self.name}: "
                 f"{_remedy(prompts, longest, new_tokens, self.context)}"
             )
+        return inputs
+
+    def _on_device(self, inputs: Any) -> Any:
+        """Return the inputs on the device of the model, with its precision."""
         inputs = inputs.to(self.device)
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():

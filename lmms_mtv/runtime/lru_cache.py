@@ -40,19 +40,30 @@ class LruCache(Generic[K, V]):
         self._entries.move_to_end(key)
         return self._entries[key][0]
 
+    def pop(self, key: K) -> V | None:
+        """Remove the value of ``key`` and return it, or None if the cache does not have the value."""
+        value, _ = self._entries.pop(key, (None, 0))
+        return value
+
     def clear(self) -> None:
         """Drop all values."""
         self._entries.clear()
 
-    def put(self, key: K, value: V, size: int) -> None:
-        """Add a value and drop the least recently used values while the limit is exceeded.
+    def put(self, key: K, value: V, size: int) -> list[tuple[K, V]]:
+        """Add a value, and drop the least recently used values while the limit is exceeded.
 
         Args:
             key: key of the value; an earlier value of this key is replaced.
             value: the value.
             size: size of the value in bytes.
+
+        Returns:
+            The dropped values with their keys, the least recently used first.
         """
         self._entries.pop(key, None)
         self._entries[key] = value, size
+        dropped = []
         while len(self._entries) > 1 and not self.room(0):
-            self._entries.popitem(last=False)
+            old, (unused, _) = self._entries.popitem(last=False)
+            dropped.append((old, unused))
+        return dropped

@@ -1,4 +1,4 @@
-"""Peak memory of a block of code."""
+"""Peak memory of a block of code, and free memory of the machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from pathlib import Path
 import torch
 
 _OWN = Path("/proc/self")
+
+_MACHINE = Path("/proc/meminfo")
+
+# The limit of a container, in the first and the second version of Linux's control groups.
+_LIMITS = (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory.max"))
 
 
 @dataclass
@@ -54,3 +59,14 @@ def _reset() -> bool:
 def _resident() -> int | None:
     peak_line = re.search(r"^VmHWM:\s*(\d+) kB", (_OWN / "status").read_text(), re.MULTILINE)
     return int(peak_line[1]) << 10 if peak_line else None
+
+
+def free_host_bytes() -> int:
+    """Return the free memory of the machine, or the limit of the container if it is lower; 0 if nothing tells it."""
+    try:
+        free = re.search(r"^MemAvailable:\s*(\d+) kB", _MACHINE.read_text(), re.MULTILINE)
+        limits = [path.read_text().strip() for path in _LIMITS if path.is_file()]
+    except OSError:
+        return 0
+    # A control group without a limit says "max".
+    return min([int(free[1]) << 10, *(int(limit) for limit in limits if limit.isdigit())]) if free else 0

@@ -39,7 +39,7 @@ def test_the_wheel_has_tasks_and_checkpoint_and_nothing_else(wheel):
     assert {str(path.relative_to(ROOT)) for path in tracked("lmms_mtv")} <= names
     assert {f"lmms_mtv/paper_results/{path.name}" for path in tracked("results/paper")} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "results/"))]
-    assert wheel.stat().st_size < 8e6
+    assert wheel.stat().st_size < 18e6
 
 
 def tracked(folder: str) -> list[Path]:

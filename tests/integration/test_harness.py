@@ -36,6 +36,7 @@ from lmms_mtv.errors import (
 from lmms_mtv.harness.lmms.model import LmmsEvalMtv
 from lmms_mtv.harness.lmms.plugin import register_tasks
 from lmms_mtv.models.identity import revision_of
+from lmms_mtv.models.runner import PromptRunner
 from lmms_mtv.shapes import CHECKPOINT
 from lmms_mtv.vectors.library import Library
 from support import matrix
@@ -265,6 +266,32 @@ def test_answers_do_not_depend_on_batches_or_on_the_other_tasks(recorded):
         assert run[task]["vector"] == together[task]["vector"]
         alone |= answers(run["results"])
     assert answers(together["results"]) == alone
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_batch_has_prompts_of_about_one_length_unless_answers_are_random(recorded, monkeypatch, tmp_path, sampling):
+    settings = {"until": ["\n"], "max_new_tokens": 4, "do_sample": sampling, "temperature": float(sampling)}
+    folder = task_file(tmp_path / "task", doc_to_text="of_many_lengths", generation_kwargs=settings)
+    with (folder / "utils.py").open("a") as file:
+        file.write("\n\ndef of_many_lengths(doc):\n    return 'What is it? ' * (doc['dx'] % 4) + question(doc)\n")
+    inputs_of, lengths = PromptRunner._inputs, []
+
+    def measured(self, prompts, new_tokens):
+        inputs = inputs_of(self, prompts, new_tokens)
+        lengths.append(inputs["attention_mask"].sum(1).tolist())
+        return inputs
+
+    monkeypatch.setattr(PromptRunner, "_inputs", measured)
+    base = "pretrained=tiny,method=none"
+    single = recorded(f"{base},batch_size=1", ["custom"], include=folder, limit=9)
+    lengths.clear()
+    run = recorded(f"{base},batch_size=3", ["custom"], include=folder, limit=9)
+    together = [length for batch in lengths for length in batch]
+    assert [len(batch) for batch in lengths] == [3, 3, 3]
+    assert len(set(together)) > 2
+    assert (together == sorted(together, reverse=True)) == (not sampling)
+    if not sampling:
+        assert answers(run["results"]) == answers(single["results"])
 
 
 @pytest.mark.parametrize("style", matrix.members(["raw", "chat"], "raw"))

@@ -142,6 +142,21 @@ def test_all_ranks_end_a_selection_at_one_step():
     assert first[1] == alone[1]
 
 
+def test_ranks_whose_hosts_hold_different_numbers_of_prompts_fit_the_same():
+    models = [zoo.build(zoo.llama) for _ in range(2)]
+
+    def losses(ranks: Ranks) -> list[torch.Tensor]:
+        used = sessions.session(models[ranks.rank], ranks=ranks, memory=1, host_memory=ranks.rank << 30)
+        queries = used.random_queries([Episode(query, (9,)) for query in range(4)], 8)
+        masks = torch.rand(4, *used.shape[:2], generator=torch.Generator().manual_seed(1)) < 0.5
+        return [used.losses(query, Edit.replace(torch.ones(used.shape), masks), "all") for query in queries]
+
+    alone, (first, second) = losses(Ranks()), threads.in_threads(losses, 2)
+    for expected, here, there in zip(alone, first, second, strict=True):
+        assert torch.equal(here, there)
+        torch.testing.assert_close(here, expected, rtol=1e-5, atol=1e-5)
+
+
 def prefetching(rank: int, count: int, folder: str) -> None:
     torch.set_num_threads(1)
     rendezvous = Path(folder, "rendezvous").as_uri()

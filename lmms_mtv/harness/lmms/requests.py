@@ -10,6 +10,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.task import Task
 
 from lmms_mtv.errors import DataError
+from lmms_mtv.models.generation import samples
 
 
 def task_of(request: Instance) -> Any:
@@ -56,6 +57,18 @@ def groups_of_equal_settings(requests: Sequence[Instance]) -> list[list[int]]:
     for position, request in enumerate(requests):
         groups.setdefault(json.dumps(settings_of(request), sort_keys=True, default=str), []).append(position)
     return list(groups.values())
+
+
+def batch_order(requests: Sequence[Instance], group: Sequence[int]) -> list[int]:
+    """Return the positions of a group of requests with equal settings, in the order in which batches take them.
+
+    The longest texts come first, so that a batch has little padding, and a prompt that does not fit is found at once.
+    Images do not count, since a document's images have to be opened to be counted.
+    Answers that are drawn at random keep their order, since they depend on it.
+    """
+    if samples(settings_of(requests[group[0]])):
+        return list(group)
+    return sorted(group, key=lambda position: -len(requests[position].args[0]))
 
 
 def only_generation(requests: Sequence[Instance]) -> DataError:

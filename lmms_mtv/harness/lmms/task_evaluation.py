@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lmms_mtv.data.pictures import UNREADABLE
 from lmms_mtv.errors import DocumentError, HookError, MtvError
 from lmms_mtv.harness.lmms.bases import Base
-from lmms_mtv.harness.lmms.requests import document_of, groups_of_equal_settings, settings_of
+from lmms_mtv.harness.lmms.requests import batch_order, document_of, groups_of_equal_settings, settings_of
 from lmms_mtv.harness.lmms.task import TaskPrompts
 from lmms_mtv.harness.record import EvaluationRecord
 from lmms_mtv.hooks import Fired, Watch, applied, watched
@@ -112,7 +112,8 @@ class TaskEvaluation:
                 return results
 
             for group in groups:
-                for positions, (results, tokens) in size.run_batches(group, answer):
+                order = group if direct else batch_order(requests, group)
+                for positions, (results, tokens) in size.run_batches(order, answer):
                     bar.update(len(positions))
                     input_tokens += tokens
                     for position, result in zip(positions, results, strict=True):
@@ -231,7 +232,7 @@ class TaskEvaluation:
         if not self._unreadable:
             return
         name = self._prompts.name
-        for number, reason in list(self._unreadable.items())[:_LISTED]:
+        for number, reason in sorted(self._unreadable.items())[:_LISTED]:
             logger.warning(f"document {number} of task {name} is answered with nothing: {one_line(reason, 2000)}")
         logger.warning(
             f"{len(self._unreadable)} of {total} documents of task {name} could not be shown to the model and count as "

@@ -1,4 +1,4 @@
-"""Peak memory of a block."""
+"""Peak memory of a block, and free memory of the machine."""
 
 from __future__ import annotations
 
@@ -30,3 +30,15 @@ def test_a_system_that_does_not_tell(monkeypatch, tmp_path):
     with memory.peak(CPU) as found:
         pass
     assert found.bytes is None
+
+
+def test_free_memory_is_at_most_the_limit_of_the_container(monkeypatch, tmp_path):
+    machine, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_MACHINE", machine)
+    monkeypatch.setattr(memory, "_LIMITS", (tmp_path / "of another version", limit))
+    assert memory.free_host_bytes() == 0, "nothing tells it"
+    machine.write_text("MemTotal:  9000 kB\nMemAvailable:   5000 kB\n")
+    assert memory.free_host_bytes() == 5000 << 10
+    for text, found in (("max\n", 5000 << 10), ("1048576\n", 1 << 20), ("99999999999\n", 5000 << 10)):
+        limit.write_text(text)
+        assert memory.free_host_bytes() == found
