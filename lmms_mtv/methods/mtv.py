@@ -5,7 +5,7 @@ REINFORCE finds. Injected: at these heads the mean replaces the activation, at t
 generated token. Trained: one probability for each head; all weights are frozen. Cost: ``iterations`` few-shot prefills,
 then ``steps`` replays of the last token with ``samples`` masks each.
 
-The defaults are those of the authors' code. Differences from the authors' code are listed in docs/concepts.md.
+The defaults are those of the authors' code, except ``loss`` and ``settle``. docs/concepts.md lists all differences.
 """
 
 from __future__ import annotations
