@@ -51,7 +51,7 @@ SCALED: Final = ("iterations", "steps", "examples", "candidate_examples")
 STAGES: Final = ("extraction", "selection", "choice")
 
 
-class Prompted(Protocol):
+class FitSource(Protocol):
     """A model with its training examples."""
 
     @property
@@ -122,7 +122,7 @@ class WordPairs:
 class Loop:
     """The authors' procedure, one forward after the other."""
 
-    def __init__(self, source: Prompted) -> None:
+    def __init__(self, source: FitSource) -> None:
         self._source = source
         self._projections = [site.module for site in find_sites(source.model)]
 
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def source_of(arguments: argparse.Namespace, device: torch.device) -> Prompted:
+def source_of(arguments: argparse.Namespace, device: torch.device) -> FitSource:
     """Return the model and the examples of the arguments."""
     if arguments.pairs is not None:
         return WordPairs.of(arguments.model, Path(arguments.pairs), measure.dtype_of(arguments, device))
@@ -193,7 +193,7 @@ def source_of(arguments: argparse.Namespace, device: torch.device) -> Prompted:
     return RandomTokens(model, prompts.examples(model, count, arguments.tokens, arguments.seed))
 
 
-def measured(arguments: argparse.Namespace, source: Prompted, device: torch.device) -> dict[str, Any]:
+def measured(arguments: argparse.Namespace, source: FitSource, device: torch.device) -> dict[str, Any]:
     """Return the seconds of whole fits on both sides, and the largest difference of a loss."""
     method = methods.get("mtv")
     reference = method.configure({"loss": "first", "fit_shots": arguments.shots, "settle": None})
@@ -250,7 +250,7 @@ def _fit_seconds(session: FitSession[Any], config: Any, device: torch.device) ->
 
 
 def _loop_seconds(
-    source: Prompted, session: FitSession[Any], config: Any, count: int, device: torch.device
+    source: FitSource, session: FitSession[Any], config: Any, count: int, device: torch.device
 ) -> tuple[Mapping[str, float], float]:
     """Return the mean seconds of a forward of each stage of the loop, and the largest difference of a loss from ours.
 
