@@ -15,7 +15,7 @@ from lmms_mtv.pictures.contexts import Part, Shown, random_context, relations
 from support import tiny_gemma
 
 CPU = torch.device("cpu")
-SHORT = train.EyesConfig(naming_steps=2, naming_batch=3, steps=2, batch=2, most_pictures=2, evaluate_every=2)
+SHORT = train.EyesConfig(naming_steps=2, naming_batch=3, steps=2, batch=2, most_pictures=2, evaluate_every=9)
 SHOWN = (Shown("cat", {"fr": "chat"}), Shown("Japan", {}), Shown("apple", {"fr": "pomme", "it": "mela"}))
 
 
