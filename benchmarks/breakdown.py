@@ -35,14 +35,10 @@ Part = Callable[[int], object]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = measure.parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=30, help="tokens of text in an example (default: 30)")
-    parser.add_argument("--text", action="store_true", help="leave images out")
+    prompts.add_fit_arguments(parser)
     parser.add_argument("--prompts", type=int, default=8, help="prompts of a part (default: 8)")
     parser.add_argument("--steps", type=int, default=50, help="steps of the selection (default: 50)")
     parser.add_argument("--masks", type=int, default=32, help="masks of a step (default: 32)")
-    parser.add_argument("--batch", type=int, default=4, help="batch size of the extraction (default: 4)")
-    parser.add_argument("--memory", type=float, default=16.0, help="GiB for the prefill cache (default: 16)")
-    parser.add_argument("--no-graphs", action="store_true", help="replay without CUDA graphs")
     parser.add_argument("--rows", type=int, default=40, help="functions and kernels of a part (default: 40)")
     arguments = parser.parse_args(argv)
     device = measure.device_of(arguments)
@@ -66,14 +62,7 @@ def parts(arguments: argparse.Namespace, device: torch.device) -> dict[str, Part
     model = measure.model_of(arguments, device)
     count = arguments.prompts * ROUNDS + 5
     examples = prompts.examples(model, count, arguments.tokens, arguments.seed, with_images=not arguments.text)
-    session = prompts.session(
-        model,
-        examples,
-        seed=arguments.seed,
-        batch_size=arguments.batch,
-        memory=int(arguments.memory * 2**30),
-        graphs=False if arguments.no_graphs else None,
-    )
+    session = prompts.session_of(arguments, model, examples)
     value = prompts.values(model, arguments.seed)
     few = session.episodes(arguments.prompts * ROUNDS, 4, "few")
     zero = session.episodes(arguments.prompts * ROUNDS, 0, "zero")

@@ -29,12 +29,8 @@ SCALED: Final = ("iterations", "steps", "examples", "candidate_examples")
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = measure.parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=30, help="tokens of text in an example (default: 30)")
-    parser.add_argument("--text", action="store_true", help="leave images out")
+    prompts.add_fit_arguments(parser)
     parser.add_argument("--scale", type=int, default=1, help="divisor of the reference settings (default: 1)")
-    parser.add_argument("--batch", type=int, default=4, help="batch size of the extraction (default: 4)")
-    parser.add_argument("--no-graphs", action="store_true", help="replay without CUDA graphs")
-    parser.add_argument("--memory", type=float, default=16.0, help="GiB for the prefill cache (default: 16)")
     arguments = parser.parse_args(argv)
     if arguments.scale < 1:
         parser.error(f"--scale {arguments.scale}: expected at least 1")
@@ -64,14 +60,7 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
     seconds, stages, memory, forwards = [], [], [], 0
     rounds = range(arguments.repetitions + 1)
     for number in tqdm(rounds, desc="Fits", disable=arguments.quiet, dynamic_ncols=True, leave=False):
-        session = prompts.session(
-            model,
-            examples,
-            seed=arguments.seed,
-            batch_size=arguments.batch,
-            memory=int(arguments.memory * 2**30),
-            graphs=False if arguments.no_graphs else None,
-        )
+        session = prompts.session_of(arguments, model, examples)
 
         config = method.configure({**(settings if number else warm_up), "settle": None})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,6 +112,29 @@ def session(
         progress=False,
         ranks=ranks or Ranks(),
         **options,
+    )
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of benchmarks that run a fit, or parts of a fit; see :func:`session_of`."""
+    parser.add_argument("--tokens", type=int, default=30, help="tokens of text in an example (default: 30)")
+    parser.add_argument("--text", action="store_true", help="leave images out")
+    parser.add_argument("--batch", type=int, default=4, help="batch size of the extraction (default: 4)")
+    parser.add_argument("--no-graphs", action="store_true", help="replay without CUDA graphs")
+    parser.add_argument("--memory", type=float, default=16.0, help="GiB for the prefill cache (default: 16)")
+
+
+def session_of(
+    arguments: argparse.Namespace, model: nn.Module, examples: SyntheticExamples
+) -> FitSession[SyntheticPrompt]:
+    """Return a session over ``examples`` as the arguments of :func:`add_fit_arguments` say."""
+    return session(
+        model,
+        examples,
+        seed=arguments.seed,
+        batch_size=arguments.batch,
+        memory=int(arguments.memory * 2**30),
+        graphs=False if arguments.no_graphs else None,
     )
 
 

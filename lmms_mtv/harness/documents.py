@@ -1,12 +1,16 @@
-"""The rows of a task: the function that task files name as their ``process_docs``."""
+"""The rows of a task, which task files name as their ``process_docs``, and prompts with an image before each text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from datasets import Dataset
+from PIL import Image
 
 from lmms_mtv import data
 from lmms_mtv.errors import DataError
 from lmms_mtv.harness.lmms.failure import fail_with_status
+from lmms_mtv.models.prompts import Message
 
 
 @fail_with_status
@@ -35,3 +39,17 @@ def documents(named: Dataset) -> Dataset:
     name = str(row["data"] if named.info.config_name in (None, "default") else named.info.config_name)
     rows = data.documents(name, str(named.split))
     return rows.add_column("data", [name] * len(rows))
+
+
+def text_with_images(texts: Sequence[str]) -> str:
+    """Return one text with ``<image>`` before each of ``texts``, for wrappers that put images at these places."""
+    return "".join(f"<image>{text}" for text in texts)
+
+
+def messages_with_images(images: Sequence[Image.Image], texts: Sequence[str]) -> list[Message]:
+    """Return one chat message with an image before each of ``texts``."""
+    pairs = zip(images, texts, strict=True)
+    content = [
+        part for image, text in pairs for part in ({"type": "image", "url": image}, {"type": "text", "text": text})
+    ]
+    return [{"role": "user", "content": content}]

@@ -16,7 +16,7 @@ from lmms_mtv.data.official import checksum
 from lmms_mtv.models import gguf
 from lmms_mtv.pictures import EYES
 from lmms_mtv.shapes import CHECKPOINT
-from lmms_mtv.vectors.card import BUNDLED, LOCAL
+from lmms_mtv.vectors.card import LOCAL
 
 _WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTERS: Final = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
@@ -26,7 +26,7 @@ _TEXT: Final = (
 )
 """Files that decide how a text or an image is encoded, and code of the checkpoint."""
 
-_BUNDLED: Final = {CHECKPOINT.resolve(): f"{BUNDLED}tiny", EYES.resolve(): f"{BUNDLED}pictures"}
+_BUNDLED: Final = {CHECKPOINT.resolve(): "lmms-mtv/tiny", EYES.resolve(): "lmms-mtv/pictures"}
 """Names of the bundled models by their folders."""
 
 _IGNORED: Final = ("transformers_version", "name_or_path", "_name_or_path")

@@ -15,10 +15,10 @@ import argparse
 import logging
 import math
 import random
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from lmms_mtv.errors import InstallationError
 from lmms_mtv.pictures import drawings, model, names
 from lmms_mtv.pictures.contexts import Part, Shown, random_context
+from lmms_mtv.runtime.training import log_to, run_steps
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,11 @@ def _columns(places: Sequence[tuple[int, int]], device: torch.device) -> tuple[T
     return rows, columns
 
 
+def _image_tokens(llava: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Return the image tokens of pictures, float32 [N, 4, hidden]."""
+    return torch.stack(list(llava.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)).float()
+
+
 def naming_loss(llava: LlavaForConditionalGeneration, pictures: PictureBank, config: EyesConfig, step: int) -> Tensor:
     """Return how far image tokens are from the embeddings of their names, and how far these stand out of all names.
 
@@ -196,7 +201,7 @@ def naming_loss(llava: LlavaForConditionalGeneration, pictures: PictureBank, con
     chosen = torch.randint(len(pictures.shown), (config.naming_batch,), generator=generator)
     chosen = chosen.to(pictures.artworks.device)
     pixels = pictures.pixels(chosen, generator)
-    seen = torch.stack(list(llava.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)).float()
+    seen = _image_tokens(llava, pixels)
     names_of = pictures.embeddings.flatten(1)
     distances = torch.cdist(seen.flatten(1), names_of).square() / names_of.shape[1] / names_of.var()
     return distances.gather(1, chosen[:, None]).mean() + functional.cross_entropy(-10 * distances, chosen)
@@ -248,7 +253,7 @@ def evaluate(
     ]
     every = torch.arange(len(pictures.shown), device=device)
     pixels = pictures.pixels(every, _generator(-1, 0))
-    seen = torch.stack(list(llava.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)).float()
+    seen = _image_tokens(llava, pixels)
     nearest = torch.cdist(seen.flatten(1), pictures.embeddings.flatten(1)).argmin(1)
     return {
         "divergence": sum(loss.item() for loss, _ in results) / len(results),
@@ -286,49 +291,37 @@ def train(
         eyes = nn.ModuleDict(model.eyes(llava)).requires_grad_(True).train()
         _start(eyes, pictures)
     optimizer = torch.optim.AdamW(eyes.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    state = output / "training-state.pt"
-    first = 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True, map_location=device)
-        eyes.load_state_dict(saved["eyes"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
-        logger.info("continuing at step %d", first)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    last = config.total if until is None else min(until, config.total)
-    losses: list[float] = []
-    began = time.perf_counter()
-    for step in tqdm(range(first, last), initial=first, total=config.total, desc="Training", mininterval=5):
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    def loss(step: int) -> Tensor:
+        with autocast():
             if step < config.naming_steps:
-                value = naming_loss(llava, pictures, config, step)
-            else:
-                batch = random_batch(config, pictures, tokenizer, token, f"{config.seed} {step}", device)
-                value, _ = context_loss(llava, pictures, batch, _generator(config.seed, step))
-        optimizer.zero_grad()
-        torch.autograd.backward(value)
-        torch.nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
-        optimizer.step()
-        losses.append(value.item())
-        done = step + 1
-        if done % config.log_every == 0:
-            recent = losses[-config.log_every :]
-            seconds = (time.perf_counter() - began) / len(losses)
-            logger.info("step %d loss %.4f seconds/step %.3f", done, sum(recent) / len(recent), seconds)
-        if done % config.evaluate_every == 0 or done == last:
-            eyes.eval()
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                scores = evaluate(llava, pictures, tokenizer, config)
-            eyes.train()
-            logger.info("step %d %s", done, ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-            saved = {"eyes": eyes.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
-            partial = state.with_suffix(".partial")
-            torch.save(saved, partial)
-            partial.replace(state)
-            weights = {name: value.half().contiguous().cpu() for name, value in eyes.state_dict().items()}
-            save_file(weights, output / model.WEIGHTS)
+                return naming_loss(llava, pictures, config, step)
+            batch = random_batch(config, pictures, tokenizer, token, f"{config.seed} {step}", device)
+            return context_loss(llava, pictures, batch, _generator(config.seed, step))[0]
+
+    def scores() -> str:
+        eyes.eval()
+        with autocast():
+            found = evaluate(llava, pictures, tokenizer, config)
+        eyes.train()
+        # The eyes can be tried while the run goes on.
+        weights = {name: value.half().contiguous().cpu() for name, value in eyes.state_dict().items()}
+        save_file(weights, output / model.WEIGHTS)
+        return ", ".join(f"{k} {v:.3f}" for k, v in found.items())
+
+    run_steps(
+        eyes,
+        optimizer,
+        loss,
+        scores,
+        folder=output,
+        total=config.total,
+        until=until,
+        rate=config.rate,
+        log_every=config.log_every,
+        evaluate_every=config.evaluate_every,
+    )
 
 
 def _start(eyes: nn.Module, pictures: PictureBank) -> None:
@@ -356,12 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--until", type=int, help="stop after this number of steps; the same command continues later")
     arguments = parser.parse_args(argv)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(arguments.output / "train.log")],
-    )
+    log_to(arguments.output)
     config = EyesConfig(
         seed=arguments.seed,
         naming_steps=arguments.naming_steps,

@@ -15,7 +15,6 @@ import argparse
 import logging
 import math
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +26,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
 
+from lmms_mtv.runtime.training import log_to, run_steps
 from lmms_mtv.shapes import questions, scenes, tiny, words
 from lmms_mtv.shapes.questions import Answer
 from lmms_mtv.shapes.scenes import Scene
@@ -294,48 +294,27 @@ def train(config: TrainConfig, output: Path, until: int | None = None) -> Idefic
 
     model = tiny.untrained(processor.tokenizer, config.seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=config.betas, weight_decay=config.weight_decay)
-    state = output / "training-state.pt"
-    first = 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
-        logger.info("continuing at step %d", first)
 
-    last = config.total if until is None else min(until, config.total)
-    losses: list[float] = []
-    began = time.perf_counter()
-    for step in tqdm(range(first, last), initial=first, total=config.total, desc="Training", mininterval=5):
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        value = loss(model, training_batch(config, processor, bank, step))
-        optimizer.zero_grad()
-        torch.autograd.backward(value)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(value.item())
-        done = step + 1
-        if done % config.log_every == 0:
-            seconds = (time.perf_counter() - began) / len(losses)
-            recent = losses[-config.log_every :]
-            logger.info("step %d loss %.4f seconds/step %.3f", done, sum(recent) / len(recent), seconds)
-        if done % config.evaluate_every == 0 or done == last:
-            scores = evaluate(model, processor, fresh)
-            logger.info("step %d accuracy %s", done, " ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-            _save(state, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
+    def scores() -> str:
+        return "accuracy " + " ".join(f"{k} {v:.3f}" for k, v in evaluate(model, processor, fresh).items())
+
+    finished = run_steps(
+        model,
+        optimizer,
+        lambda step: loss(model, training_batch(config, processor, bank, step)),
+        scores,
+        folder=output,
+        total=config.total,
+        until=until,
+        rate=config.rate,
+        log_every=config.log_every,
+        evaluate_every=config.evaluate_every,
+    )
     model.eval()
-    if last == config.total:
+    if finished:
         model.save_pretrained(output)
         processor.save_pretrained(output)
     return model
-
-
-def _save(path: Path, state: dict[str, object]) -> None:
-    """Save the state of the training atomically."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -351,12 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--until", type=int, default=None, help="stop after this number of steps; the same command continues later"
     )
     arguments = parser.parse_args(argv)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(arguments.output / "train.log")],
-    )
+    log_to(arguments.output)
     config = TrainConfig(seed=arguments.seed, seeing_steps=arguments.seeing_steps, steps=arguments.steps)
     logger.info("%s, torch %s, %d threads", config, torch.__version__, torch.get_num_threads())
     train(config, arguments.output, arguments.until)

@@ -23,8 +23,8 @@ SCHEMA: Final = 1
 LOCAL: Final = "local/"
 """Beginning of the name of a model that is a folder. The digest of the model follows."""
 
-BUNDLED: Final = "lmms-mtv/"
-"""Beginning of the name of a bundled model. Its name in ``pretrained=`` follows."""
+BUNDLED: Final[Mapping[str, str]] = {"lmms-mtv/tiny": "tiny", "lmms-mtv/pictures": "pictures"}
+"""Names of the bundled models, with their names in ``pretrained=``."""
 
 Geometry = tuple[tuple[int, str, int, int], ...]
 """Index of the block, name of the module, number of heads and size of a head, for each site."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lmms_mtv import data
 from lmms_mtv.data.answers import cut
-from lmms_mtv.harness.documents import documents
+from lmms_mtv.harness.documents import documents, messages_with_images, text_with_images
 from lmms_mtv.harness.lmms.failure import fail_with_status
 
 __all__ = ["documents"]
@@ -35,15 +35,12 @@ def _parts(doc: Doc, noun: str) -> list[str]:
 
 def _text(doc: Doc, noun: str) -> str:
     """Return the prompt as one text, for wrappers that put images at the places of ``<image>``."""
-    return "".join(f"<image>{part}" for part in _parts(doc, noun))
+    return text_with_images(_parts(doc, noun))
 
 
 def _messages(doc: Doc, noun: str) -> list[dict[str, Any]]:
     """Return the prompt as a chat message."""
-    content: list[dict[str, Any]] = []
-    for image, part in zip(visual(doc), _parts(doc, noun), strict=True):
-        content += [{"type": "image", "url": image}, {"type": "text", "text": part}]
-    return [{"role": "user", "content": content}]
+    return messages_with_images(visual(doc), _parts(doc, noun))
 
 
 flower_text, bird_text, texture_text = (functools.partial(_text, noun=n) for n in ("flower", "bird", "texture"))

@@ -8,6 +8,7 @@ from typing import Any, Final
 from datasets import Dataset
 from PIL import Image
 
+from lmms_mtv.harness.documents import messages_with_images, text_with_images
 from lmms_mtv.harness.lmms.failure import fail_with_status
 from lmms_mtv.pictures import drawings, names
 
@@ -56,12 +57,9 @@ def _episode_parts(doc: Doc) -> list[str]:
 
 def episode_text(doc: Doc) -> str:
     """Return an episode as one text, for wrappers that put images at the places of ``<image>``."""
-    return "".join(f"<image>{part}" for part in _episode_parts(doc))
+    return text_with_images(_episode_parts(doc))
 
 
 def episode_messages(doc: Doc) -> list[dict[str, Any]]:
     """Return an episode as a chat message."""
-    content: list[dict[str, Any]] = []
-    for image, part in zip(episode_pictures(doc), _episode_parts(doc), strict=True):
-        content += [{"type": "image", "url": image}, {"type": "text", "text": part}]
-    return [{"role": "user", "content": content}]
+    return messages_with_images(episode_pictures(doc), _episode_parts(doc))

@@ -68,21 +68,19 @@ model and of the training data hold for the vector too.
 
 def _loaded(card: VectorCard) -> str:
     """Return the value of ``pretrained=`` that loads the model of a vector."""
-    if card.model.startswith(BUNDLED):
-        return card.model.removeprefix(BUNDLED)
-    return "FOLDER" if card.model.startswith(LOCAL) else card.model
+    return "FOLDER" if card.model.startswith(LOCAL) else BUNDLED.get(card.model, card.model)
 
 
 def _loading(card: VectorCard) -> str:
     """Return the lines of Python that import what is needed, and load the model of a vector and its processor."""
-    if card.model == f"{BUNDLED}pictures":
+    bundled = BUNDLED.get(card.model)
+    if bundled == "pictures":
         return """from lmms_mtv import TaskVector
 from lmms_mtv.pictures.model import load
 
 model, processor = load()"""
-    tiny = card.model == f"{BUNDLED}tiny"
-    source = "CHECKPOINT" if tiny else json.dumps(_line(_loaded(card)))
-    imported = "\nfrom lmms_mtv.shapes import CHECKPOINT" if tiny else ""
+    source = "CHECKPOINT" if bundled == "tiny" else json.dumps(_line(_loaded(card)))
+    imported = "\nfrom lmms_mtv.shapes import CHECKPOINT" if bundled == "tiny" else ""
     return f"""from transformers import AutoModelForImageTextToText, AutoProcessor  # a text model: AutoModelForCausalLM, AutoTokenizer
 
 from lmms_mtv import TaskVector{imported}
@@ -144,7 +142,7 @@ def facts(vector: TaskVector) -> list[tuple[str, str]]:
 def _metadata(card: VectorCard) -> str:
     """Return the YAML front matter. JSON texts in it are YAML texts too."""
     lines = ["library_name: lmms-mtv"]
-    if _REPOSITORY.fullmatch(card.model) and not card.model.startswith((BUNDLED, LOCAL)):
+    if _REPOSITORY.fullmatch(card.model) and card.model not in BUNDLED and not card.model.startswith(LOCAL):
         lines.append(f"base_model: {json.dumps(card.model)}")
     lines += ["tags:", "- task-vector", "- multimodal-task-vectors", f"- {json.dumps(card.method)}"]
     return "\n".join(("---", *lines, "---"))

@@ -114,6 +114,7 @@ def test_a_push_is_one_commit_with_a_page_of_the_hub(hub, tmp_path):
         ("some/model", "train", "pretrained=some/model,vector=hub:owner/name --tasks task", True),
         ("some/model", "", "pretrained=some/model,vector=hub:owner/name --tasks TASK", True),
         ("lmms-mtv/tiny", "train", "pretrained=tiny,vector=hub:owner/name --tasks task", False),
+        ("lmms-mtv/other", "train", "pretrained=lmms-mtv/other,vector=hub:owner/name --tasks task", True),
         ("lmms-mtv/pictures", "train", "pretrained=pictures,vector=hub:owner/name --tasks task", False),
         ("local/4af64c71", "train", "pretrained=FOLDER,vector=hub:owner/name --tasks task", False),
     ],

@@ -19,7 +19,6 @@ from lmms_mtv.models import gguf
 from lmms_mtv.models.identity import Identity, adapter_of, identity
 from lmms_mtv.models.text import one_line
 from lmms_mtv.pictures import EYES
-from lmms_mtv.pictures import model as pictures
 from lmms_mtv.runtime.compat import unwrapped
 from lmms_mtv.shapes import CHECKPOINT
 
@@ -72,6 +71,9 @@ def _pictures(config: HfConfig) -> HfCheckpoint:
     others = ("gguf_file", "revision", "device_map", "min_pixels", "max_pixels")
     if given := [name for name in others if getattr(config, name) is not None]:
         raise ArgumentError(f"pretrained={PICTURES} takes no {', '.join(given)}: leave it out")
+    # The modules of its architecture would be loaded for every other model.
+    from lmms_mtv.pictures import model as pictures
+
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     model, processor = pictures.load(dtype, config.attn_implementation)
     return HfCheckpoint(model, processor, identity(str(EYES), None))
