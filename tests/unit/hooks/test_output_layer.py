@@ -92,16 +92,21 @@ def blocks(monkeypatch):
 @torch.no_grad()
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("bias", [False, True])
-def test_losses_in_blocks_are_those_of_logits(tiny, bias):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_in_blocks_are_those_of_logits(tiny, bias, dtype):
+    """In bfloat16 the losses are those of rounded logits, but for the rounding of the expected token's logit."""
     layer, inputs, target = tiny.model.get_output_embeddings(), tiny.inputs([[3, 4, 5], [6, 7, 8]]), [9, 119]
     layer.bias = torch.nn.Parameter(torch.randn(layer.out_features)) if bias else None
+    tiny.model.to(dtype)
     logits = tiny.model(**inputs).logits[:, -2:]
     tokens = [
         [-row[step].double().log_softmax(-1)[token].item() for step, token in enumerate(target)] for row in logits
     ]
     losses = blocks_of(tiny.model, inputs, target)
     assert losses.shape == (2,)
-    assert losses.tolist() == pytest.approx([sum(each) / 2 for each in tokens], abs=1e-5)
+    assert losses.dtype == torch.float32
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * logits.abs().max().item()
+    assert losses.tolist() == pytest.approx([sum(each) / 2 for each in tokens], abs=rounding)
 
 
 @torch.no_grad()
@@ -114,12 +119,12 @@ def test_small_vocabularies_have_their_logits(tiny):
 
 
 @pytest.mark.usefixtures("blocks")
-def test_where_gradients_or_lower_precisions_run_logits_are_computed(tiny):
+def test_where_gradients_or_float16_run_logits_are_computed(tiny):
     inputs = tiny.inputs([[3, 4, 5]])
     with inputs_as_logits(tiny.model) as found:
         assert tiny.model(**inputs).logits.requires_grad
     assert not found.taken
-    with torch.no_grad(), inputs_as_logits(tiny.model.bfloat16()) as found:
+    with torch.no_grad(), inputs_as_logits(tiny.model.half()) as found:
         assert tiny.model(**inputs).logits.shape[-1] == zoo.VOCABULARY
     assert not found.taken
 
