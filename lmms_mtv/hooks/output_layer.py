@@ -18,6 +18,7 @@ LARGE: Final = 2**16
 """Smallest vocabulary for which blocks are faster than one product."""
 
 _DTYPES: Final = (torch.float32, torch.bfloat16)
+"""Precisions in which blocks were found to be faster than one product, with equal losses."""
 
 _BLOCK: Final = 2**18
 """Logits in a block, 1 MB in float32: a block stays in the cache of a core."""

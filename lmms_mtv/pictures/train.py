@@ -310,18 +310,7 @@ def train(
         save_file(weights, output / model.WEIGHTS)
         return ", ".join(f"{k} {v:.3f}" for k, v in found.items())
 
-    run_steps(
-        eyes,
-        optimizer,
-        loss,
-        scores,
-        folder=output,
-        total=config.total,
-        until=until,
-        rate=config.rate,
-        log_every=config.log_every,
-        evaluate_every=config.evaluate_every,
-    )
+    run_steps(eyes, optimizer, loss, scores, config, folder=output, until=until)
 
 
 def _start(eyes: nn.Module, pictures: PictureBank) -> None:

@@ -6,12 +6,32 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+
+class Schedule(Protocol):
+    """The part of a training's settings that :func:`run_steps` reads."""
+
+    @property
+    def total(self) -> int:
+        """The number of steps of the whole run."""
+
+    @property
+    def log_every(self) -> int:
+        """Steps between two log lines."""
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between two evaluations, each of which saves the state."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
 
 
 def log_to(folder: Path) -> None:
@@ -29,13 +49,10 @@ def run_steps(
     optimizer: torch.optim.Optimizer,
     loss: Callable[[int], Tensor],
     evaluate: Callable[[], str],
+    schedule: Schedule,
     *,
     folder: Path,
-    total: int,
     until: int | None,
-    rate: Callable[[int], float],
-    log_every: int,
-    evaluate_every: int,
 ) -> bool:
     """Run the steps of a training; a saved state in ``folder`` continues.
 
@@ -44,13 +61,10 @@ def run_steps(
         optimizer: the optimizer of its parameters.
         loss: function of the number of a step that returns its loss.
         evaluate: function that evaluates the model, and returns the scores as a text for the log.
+        schedule: the number of steps, their learning rates, and how often the run logs and evaluates.
         folder: the folder of the state.
-        total: the number of steps of the whole run.
         until: the number of steps after which the run stops and saves the state, as an interruption would; None runs
             to the end.
-        rate: function of the number of a step that returns its learning rate.
-        log_every: steps between two log lines.
-        evaluate_every: steps between two evaluations, each of which saves the state.
 
     Returns:
         True if all steps are done.
@@ -63,12 +77,13 @@ def run_steps(
         first = saved["step"]
         logger.info("continuing at step %d", first)
 
+    total = schedule.total
     last = total if until is None else min(until, total)
     losses: list[float] = []
     began = time.perf_counter()
     for step in tqdm(range(first, last), initial=first, total=total, desc="Training", mininterval=5):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = schedule.rate(step)
         value = loss(step)
         optimizer.zero_grad()
         torch.autograd.backward(value)
@@ -76,11 +91,11 @@ def run_steps(
         optimizer.step()
         losses.append(value.item())
         done = step + 1
-        if done % log_every == 0:
+        if done % schedule.log_every == 0:
             seconds = (time.perf_counter() - began) / len(losses)
-            recent = losses[-log_every:]
+            recent = losses[-schedule.log_every :]
             logger.info("step %d loss %.4f seconds/step %.3f", done, sum(recent) / len(recent), seconds)
-        if done % evaluate_every == 0 or done == last:
+        if done % schedule.evaluate_every == 0 or done == last:
             logger.info("step %d %s", done, evaluate())
             _save(state, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
     return last == total

@@ -303,12 +303,9 @@ def train(config: TrainConfig, output: Path, until: int | None = None) -> Idefic
         optimizer,
         lambda step: loss(model, training_batch(config, processor, bank, step)),
         scores,
+        config,
         folder=output,
-        total=config.total,
         until=until,
-        rate=config.rate,
-        log_every=config.log_every,
-        evaluate_every=config.evaluate_every,
     )
     model.eval()
     if finished:
