@@ -15,7 +15,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 
-class Schedule(Protocol):
+class Steps(Protocol):
     """The part of a training's settings that :func:`run_steps` reads."""
 
     @property
@@ -49,7 +49,7 @@ def run_steps(
     optimizer: torch.optim.Optimizer,
     loss: Callable[[int], Tensor],
     evaluate: Callable[[], str],
-    schedule: Schedule,
+    schedule: Steps,
     *,
     folder: Path,
     until: int | None,
