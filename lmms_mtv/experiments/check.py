@@ -157,6 +157,8 @@ def rerun(
 ) -> list[CellDifference]:
     """Run cells again, fit their vectors again, and return the differences to the stored cells.
 
+    A warning names each cell that differs, as soon as it was run.
+
     Args:
         folder: the results folder.
         cell_keys: the cells to run.
@@ -185,10 +187,14 @@ def rerun(
         before = cells.read(folder, key)
         if result is not None and before is not None:
             now = result[0]
-            differences += _cell_differences(before, now, stored_plan)
+            found = _cell_differences(before, now, stored_plan)
             if before.vector is not None and library.root.is_dir():
                 tolerance = stored_plan.tolerance.get("values", 0.0)
-                differences += _vector_differences(before, now, vectors, refitted, tolerance)
+                found += _vector_differences(before, now, vectors, refitted, tolerance)
+            if found:
+                # A check of all cells can take an hour, and the table comes at its end.
+                logger.warning("%s differs: %s", key, ", ".join(dict.fromkeys(difference.what for difference in found)))
+            differences += found
     return differences
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lmms_mtv.errors import MtvError
 from lmms_mtv.fit.context import Context
 from lmms_mtv.fit.graphs import GraphReplays
-from lmms_mtv.fit.losses import MAX_PACKED, LossRunner, cross_entropy, within_precision
+from lmms_mtv.fit.losses import MAX_PACKED, LossRunner, within_precision
 from lmms_mtv.hooks import Prefill, record
 from lmms_mtv.runtime.batches import single_row
 from lmms_mtv.vectors import Edit, Edits, taken
@@ -216,11 +216,10 @@ class Calibration:
 
     def _is_exact_side_by_side(self, prefill: Prefill, probe: Edits, target: list[int]) -> bool:
         """Return whether edits side by side in one row give the losses of edits in rows on this model."""
-        model, sites = self._context.model, self._context.sites
         order = [index % _PROBES for index in range(_number_compared(target))]
 
         def side_by_side(order: Sequence[int], prompt: Prefill = prefill) -> Tensor:
-            return cross_entropy(prompt.replay_in_one_row(model, sites, taken(probe, order), target), target)
+            return self._runner.losses(prompt.replay_in_one_row, taken(probe, order), target)
 
         in_rows = self._runner.losses(prefill.replay, probe, target)
         differ = (in_rows - in_rows[0]).abs().max().item() > 10 * _APART
@@ -239,7 +238,7 @@ class Calibration:
             gap = (packed - in_rows[order]).abs().max().item()
             leak = (packed - moved)[::2].abs().max().item()
             follows_positions = not prefill.last_position.any() or not torch.equal(packed, halfway)
-            if within_precision(model, in_rows, gap) and leak <= _APART and follows_positions and differ:
+            if within_precision(self._context.model, in_rows, gap) and leak <= _APART and follows_positions and differ:
                 return True
             reason = f"losses differ by {gap:.3g} from those in rows, by {leak:.3g} with other neighbours"
             if not follows_positions:

@@ -459,7 +459,7 @@ class TestCheck:
         assert all(difference.where.startswith(str(key)) for difference in found)
         assert told in check.table(found)
 
-    def test_answers_that_changed_are_shown(self, copy):
+    def test_answers_that_changed_are_shown(self, copy, caplog):
         key = CellKey(ENGLISH, "2-shot", 0)
 
         def forged(found: Mapping[str, Any]) -> None:
@@ -475,6 +475,8 @@ class TestCheck:
         assert len(shown) == check.SHOWN
         assert shown[0].stored == "'x' (0)"
         assert any("3 more documents differ" in difference.found for difference in found)
+        # Hours may pass before the table.
+        assert f"{key} differs: exact_match, answer, answers" in caplog.messages
 
     def test_the_cells_that_are_drawn(self):
         drawn = check.sampled_keys(PLAN, 5, seed=0)
