@@ -67,15 +67,19 @@ class OutputInputs:
     def are(self, returned: Tensor) -> bool:
         """Return whether ``returned`` has rows of the inputs as they were: nothing followed the output layer.
 
-        Some models scale or limit their logits. Then ``returned`` is another tensor, or was changed in place.
+        Some models scale or limit their logits. Then ``returned`` is another tensor, or was changed in place. A model
+        in bfloat16 has its logits converted to float32, so that ``returned`` may be a copy with the same values.
+
+        Args:
+            returned: what took the place of the logits, [K, T, width].
         """
         inputs = self._inputs
-        return (
-            inputs is not None
-            and returned.shape[-1] == inputs.shape[-1]
-            and returned.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
-            and inputs._version == self._version
-        )
+        if inputs is None or returned.shape[-1] != inputs.shape[-1] or inputs._version != self._version:
+            return False
+        if returned.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr():
+            return True
+        last = inputs.flatten(0, 1)[-returned.shape[:2].numel() :]
+        return torch.equal(last.to(returned.dtype), returned.flatten(0, 1))
 
     def cross_entropy(self, inputs: Tensor, target: Sequence[int]) -> Tensor:
         """Return the mean cross-entropy of the T tokens of ``target``, float32 [K].
@@ -87,6 +91,7 @@ class OutputInputs:
             inputs: inputs of the output layer, [K, T, width].
             target: T token ids.
         """
+        inputs = inputs.to(self._weight.dtype)
         rows = inputs.flatten(0, 1)
         size = max(_BLOCK // len(rows), 1)
         biases = self._weight.new_zeros(len(self._weight)) if self._bias is None else self._bias
