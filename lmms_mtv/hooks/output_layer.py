@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -16,9 +15,6 @@ from lmms_mtv.hooks.temporary import after, before
 
 LARGE: Final = 2**16
 """Smallest vocabulary for which blocks are faster than one product."""
-
-_DTYPES: Final = (torch.float32, torch.bfloat16)
-"""Precisions in which blocks were found to be faster than one product, with equal losses."""
 
 _BLOCK: Final = 2**18
 """Logits in a block, 1 MB in float32: a block stays in the cache of a core."""
@@ -53,7 +49,7 @@ class OutputInputs:
 
     def take(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``inputs`` in place of the product, or the product where blocks would not be faster or not equal."""
-        small = weight.shape[0] < LARGE or weight.device.type != "cpu" or weight.dtype not in _DTYPES
+        small = weight.shape[0] < LARGE or weight.device.type != "cpu" or weight.dtype != torch.float32
         if small or inputs.dtype != weight.dtype or inputs.is_inference() or torch.is_grad_enabled():
             return functional.linear(inputs, weight, bias)
         self._inputs, self._version, self._weight, self._bias = inputs, inputs._version, weight, bias
@@ -67,48 +63,36 @@ class OutputInputs:
     def are(self, returned: Tensor) -> bool:
         """Return whether ``returned`` has rows of the inputs as they were: nothing followed the output layer.
 
-        Some models scale or limit their logits. Then ``returned`` is another tensor, or was changed in place. A model
-        in bfloat16 has its logits converted to float32, so that ``returned`` may be a copy with the same values.
-
-        Args:
-            returned: what took the place of the logits, [K, T, width].
+        Some models scale or limit their logits. Then ``returned`` is another tensor, or was changed in place.
         """
         inputs = self._inputs
-        if inputs is None or returned.shape[-1] != inputs.shape[-1] or inputs._version != self._version:
-            return False
-        if returned.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr():
-            return True
-        last = inputs.flatten(0, 1)[-returned.shape[:2].numel() :]
-        return torch.equal(last.to(returned.dtype), returned.flatten(0, 1))
+        return (
+            inputs is not None
+            and returned.shape[-1] == inputs.shape[-1]
+            and returned.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
+            and inputs._version == self._version
+        )
 
     def cross_entropy(self, inputs: Tensor, target: Sequence[int]) -> Tensor:
         """Return the mean cross-entropy of the T tokens of ``target``, float32 [K].
 
-        All logits of a row are never in memory together. In float32 each block has the transposed product, which is
-        faster for few rows. In bfloat16 each logit is rounded to bfloat16, as the product of all rounds it.
+        All logits of a row are never in memory together. Each block has the transposed product, which is faster for few
+        rows.
 
         Args:
             inputs: inputs of the output layer, [K, T, width].
             target: T token ids.
         """
-        inputs = inputs.to(self._weight.dtype)
         rows = inputs.flatten(0, 1)
-        size = max(_BLOCK // len(rows), 1)
+        columns, size = rows.t().contiguous(), max(_BLOCK // len(rows), 1)
         biases = self._weight.new_zeros(len(self._weight)) if self._bias is None else self._bias
-        block_logits = _transposed_product(rows) if rows.dtype == torch.float32 else partial(functional.linear, rows)
         sums = [
-            block_logits(block, bias).float().logsumexp(1)
+            torch.addmm(bias.unsqueeze(1), block, columns).t().contiguous().logsumexp(1)
             for block, bias in zip(torch.split(self._weight, size), torch.split(biases, size), strict=True)
         ]
         expected = torch.tensor(target, device=rows.device)
-        logits = (inputs.float() * self._weight[expected].float()).sum(-1) + biases[expected].float()
-        return (torch.stack(sums).logsumexp(0).view(logits.shape) - logits.to(inputs.dtype).float()).mean(1)
-
-
-def _transposed_product(rows: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the product of ``rows``, [N, width], with a block of weights and its biases, as a function of these."""
-    columns = rows.t().contiguous()
-    return lambda block, bias: torch.addmm(bias.unsqueeze(1), block, columns).t().contiguous()
+        logits = (inputs * self._weight[expected]).sum(-1) + biases[expected]
+        return (torch.stack(sums).logsumexp(0).view(logits.shape) - logits).mean(1)
 
 
 @contextmanager
