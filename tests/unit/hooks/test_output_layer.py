@@ -101,6 +101,7 @@ def test_losses_in_blocks_are_those_of_logits(tiny, bias):
     ]
     losses = blocks_of(tiny.model, inputs, target)
     assert losses.shape == (2,)
+    assert losses.dtype == torch.float32
     assert losses.tolist() == pytest.approx([sum(each) / 2 for each in tokens], abs=1e-5)
 
 
@@ -114,12 +115,13 @@ def test_small_vocabularies_have_their_logits(tiny):
 
 
 @pytest.mark.usefixtures("blocks")
-def test_where_gradients_or_lower_precisions_run_logits_are_computed(tiny):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_where_gradients_or_lower_precisions_run_logits_are_computed(tiny, dtype):
     inputs = tiny.inputs([[3, 4, 5]])
     with inputs_as_logits(tiny.model) as found:
         assert tiny.model(**inputs).logits.requires_grad
     assert not found.taken
-    with torch.no_grad(), inputs_as_logits(tiny.model.bfloat16()) as found:
+    with torch.no_grad(), inputs_as_logits(tiny.model.to(dtype)) as found:
         assert tiny.model(**inputs).logits.shape[-1] == zoo.VOCABULARY
     assert not found.taken
 
